@@ -1,0 +1,43 @@
+"""The SDK of kvstore: ``Client`` and ``AsyncClient``. Loads neither torch nor the daemon."""
+
+from kvstore.errors import (
+    ConnectionLost,
+    DaemonUnavailable,
+    DeadlineExceeded,
+    ForkedClient,
+    InvalidArgument,
+    KVStoreError,
+    PermissionRefused,
+    ProtocolMismatch,
+    RemoteError,
+    Throttled,
+)
+from kvstore.protocol.keys import chain_keys
+from kvstore.protocol.messages import DaemonStats, PutStatus, Reason
+from kvstore.protocol.namespace import Namespace
+from kvstore_client.aio import AsyncClient, AsyncMatch
+from kvstore_client.client import Client, Match
+from kvstore_client.results import FlushResult
+
+__all__ = [
+    "AsyncClient",
+    "AsyncMatch",
+    "Client",
+    "ConnectionLost",
+    "DaemonStats",
+    "DaemonUnavailable",
+    "DeadlineExceeded",
+    "FlushResult",
+    "ForkedClient",
+    "InvalidArgument",
+    "KVStoreError",
+    "Match",
+    "Namespace",
+    "PermissionRefused",
+    "ProtocolMismatch",
+    "PutStatus",
+    "Reason",
+    "RemoteError",
+    "Throttled",
+    "chain_keys",
+]

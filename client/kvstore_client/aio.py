@@ -1,0 +1,349 @@
+"""The asyncio client."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import zmq
+
+from kvstore.errors import ConnectionLost, DeadlineExceeded, KVStoreError
+from kvstore.protocol.framing import decode_reply, encode
+from kvstore.protocol.messages import Bye, DaemonStats, PutStatus, TierName, VerifyReply
+from kvstore.protocol.version import MAX_OUTSTANDING_REQUESTS
+from kvstore_client.base import VERIFY_TIMEOUT_S, BaseClient, is_lost_session
+from kvstore_client.link import Link
+from kvstore_client.results import FlushResult, MatchResult
+from kvstore_client.session import Ask, Steps, Told
+
+R = TypeVar("R")
+
+
+class _LinkLost(Exception):
+    """The connection broke while an answer was awaited."""
+
+
+@dataclass(frozen=True, slots=True)
+class AsyncMatch(MatchResult):
+    """A match that can give its lease back; also an async context manager that does so."""
+
+    _client: AsyncClient | None = field(default=None, repr=False, compare=False)
+
+    async def release(self) -> None:
+        """Give the lease back, if there is one and it still holds."""
+        if self.lease and self._client is not None:
+            await self._client.release(self.lease)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.release()
+
+
+class AsyncClient(BaseClient):
+    """A connection to a daemon on an asyncio loop; any number of operations may be under way.
+
+    Use it with ``async with``, or call ``connect`` and ``close``. All calls must come from one loop. A cancelled
+    operation leaves the client usable; a cancelled put may or may not have been stored. Operations, arguments, results
+    and errors are those of ``Client``.
+
+    Args: see ``BaseClient``.
+    """
+
+    def __init__(self, endpoint: str | None = None, **options: Any) -> None:
+        super().__init__(endpoint, **options)
+        self._link: Link | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._connecting = asyncio.Lock()
+        self._slots = asyncio.Semaphore(MAX_OUTSTANDING_REQUESTS)
+        self._replies: dict[int, asyncio.Future[Told]] = {}
+        self._puts: set[asyncio.Task[None]] = set()
+
+    # -------------------------------------------------------------- life
+
+    async def connect(self) -> None:
+        """Connect and greet; done by the first operation otherwise.
+
+        Raises:
+            DaemonUnavailable, PermissionRefused, ProtocolMismatch, DeadlineExceeded: why not.
+        """
+        self._check_usable()
+        await self._connect(time.monotonic() + self.timeout)
+
+    async def close(self) -> None:
+        """Wait for unanswered puts, say goodbye, free everything. May be called again."""
+        if self._closed:
+            return
+        with contextlib.suppress(KVStoreError):
+            if self._puts:
+                await self.flush()
+        self._closed = True
+        link = self._link
+        if link is not None:
+            with contextlib.suppress(zmq.ZMQError):
+                link.socket.setsockopt(zmq.LINGER, 200)
+                link.send(encode(self._session.request(Ask(Bye), 0.2)), (), copy=True)
+        self._disconnect(ConnectionLost("the client was closed"))
+
+    async def __aenter__(self) -> Self:
+        await self.connect()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    # -------------------------------------------------------------- operations
+
+    async def put(
+        self,
+        key: bytes,
+        data: object,
+        *,
+        parent: bytes | None = None,
+        part: int = 0,
+        wait: bool = True,
+        request: int | None = None,
+    ) -> PutStatus:
+        """See ``Client.put``."""
+        return (await self.put_many([key], [data], parent=parent, part=part, wait=wait, request=request))[0]
+
+    async def put_many(
+        self,
+        keys: Sequence[bytes],
+        datas: Sequence[object],
+        *,
+        parent: bytes | None = None,
+        part: int = 0,
+        wait: bool = True,
+        request: int | None = None,
+    ) -> list[PutStatus]:
+        """See ``Client.put_many``."""
+        await self.connect()
+        if wait:
+            return await self._run(self._operations.put_many(keys, datas, parent, part, request))
+        deadline = time.monotonic() + self.timeout
+        for ask in self._operations.put_asks(keys, datas, parent, part, request, copy=True):
+            records = len(ask.payloads) // 2
+            # The frames are handed to libzmq here and now, so the caller's buffers are free when this returns.
+            reply = await self._send(ask, deadline)
+            task = asyncio.ensure_future(self._unwaited(reply, records))
+            self._puts.add(task)
+            task.add_done_callback(self._puts.discard)
+        return [PutStatus.PENDING] * len(keys)
+
+    async def get(self, key: bytes, *, part: int = 0, request: int | None = None) -> bytes | None:
+        """See ``Client.get``."""
+        payload = (await self._run(self._operations.get_payloads([key], part, request)))[0]
+        return None if payload is None else bytes(payload)
+
+    async def get_into(self, key: bytes, out: object, *, part: int = 0, request: int | None = None) -> int | None:
+        """See ``Client.get_into``."""
+        return (await self.get_many_into([key], [out], part=part, request=request))[0]
+
+    async def get_many_into(
+        self, keys: Sequence[bytes], outs: Sequence[object], *, part: int = 0, request: int | None = None
+    ) -> list[int | None]:
+        """See ``Client.get_many_into``."""
+        return await self._run(self._operations.get_into(keys, outs, part, request))
+
+    @contextlib.asynccontextmanager
+    async def view(self, key: bytes, *, part: int = 0, request: int | None = None) -> AsyncIterator[memoryview | None]:
+        """See ``Client.view``."""
+        payload = (await self._run(self._operations.get_payloads([key], part, request)))[0]
+        try:
+            yield payload
+        finally:
+            if payload is not None:
+                payload.release()
+
+    async def match(self, keys: Sequence[bytes], *, lease: float | None = None) -> AsyncMatch:
+        """See ``Client.match``."""
+        found = await self._run(self._operations.match(keys, lease))
+        return AsyncMatch(found.hits, found.tiers, found.request, found.lease, found.lease_s, self)
+
+    async def release(self, lease: int) -> bool:
+        """See ``Client.release``."""
+        return await self._run(self._operations.release(lease))
+
+    async def exists(self, keys: Sequence[bytes]) -> list[bool]:
+        """See ``Client.exists``."""
+        return await self._run(self._operations.exists(keys))
+
+    async def remove(self, keys: Sequence[bytes]) -> int:
+        """See ``Client.remove``."""
+        return await self._run(self._operations.remove(keys))
+
+    async def clear(self) -> int:
+        """See ``Client.clear``."""
+        return await self._run(self._operations.clear())
+
+    async def flush(self) -> FlushResult:
+        """See ``Client.flush``."""
+        if self._puts:
+            await asyncio.wait(self._puts, timeout=self.timeout)
+        return await self._run(self._operations.flush())
+
+    async def invalidate(self) -> None:
+        """See ``Client.invalidate``."""
+        await self._run(self._operations.invalidate())
+
+    async def prefetch(self, keys: Sequence[bytes], tier: TierName = "dram") -> int:
+        """See ``Client.prefetch``."""
+        return await self._run(self._operations.prefetch(keys, tier))
+
+    async def stats(self) -> DaemonStats:
+        """See ``Client.stats``."""
+        return await self._run(self._operations.stats())
+
+    async def verify(self, *, timeout: float = VERIFY_TIMEOUT_S) -> VerifyReply:
+        """See ``Client.verify``."""
+        return await self._run(self._operations.verify(), timeout)
+
+    async def ping(self) -> float:
+        """See ``Client.ping``."""
+        begin = time.perf_counter()
+        await self._run(self._operations.ping())
+        return time.perf_counter() - begin
+
+    # -------------------------------------------------------------- waiting
+
+    async def _run(self, steps: Steps[R], timeout: float | None = None) -> R:
+        self._check_usable()
+        deadline = time.monotonic() + (self.timeout if timeout is None else timeout)
+        await self._connect(deadline)
+        try:
+            ask = next(steps)
+            while True:
+                ask = steps.send(await self._ask(ask, deadline))
+        except StopIteration as stop:
+            result: R = stop.value
+            return result
+
+    async def _ask(self, ask: Ask, deadline: float) -> Told:
+        for last in (False, True):
+            await self._connect(deadline)
+            link = self._link
+            try:
+                told = await self._answer(await self._send(ask, deadline), deadline)
+            except _LinkLost:
+                if last:
+                    raise ConnectionLost(
+                        f"the daemon at {self.endpoint} closed the connection twice on one request; see its log"
+                    ) from None
+                continue
+            if not last and is_lost_session(told.reply):
+                if self._link is link:
+                    self._disconnect(_LinkLost())
+                continue
+            return told
+        raise AssertionError("unreachable")
+
+    async def _connect(self, deadline: float) -> None:
+        if self._link is not None and self._session.number:
+            return
+        async with self._connecting:
+            if self._link is not None and self._session.number:
+                return
+            self._loop = asyncio.get_running_loop()
+            link = self._link = Link(self.endpoint, max(deadline - time.monotonic(), 0.001))
+            for descriptor in link.descriptors():
+                self._loop.add_reader(descriptor, self._on_readable)
+            greeting = self._session.greet()
+            try:
+                ask = next(greeting)
+                while True:
+                    ask = greeting.send(await self._answer(await self._send(ask, deadline), deadline))
+            except StopIteration:
+                return
+            except _LinkLost:
+                raise ConnectionLost(
+                    f"the daemon at {self.endpoint} closed the connection during the greeting"
+                ) from None
+            except BaseException:
+                self._disconnect(_LinkLost())
+                raise
+
+    def _disconnect(self, error: Exception) -> None:
+        """Give the link up; every operation under way gets ``error``."""
+        link, self._link = self._link, None
+        if link is not None and self._loop is not None:
+            for descriptor in link.descriptors():
+                self._loop.remove_reader(descriptor)
+            link.close()
+        self._session.forget()
+        replies, self._replies = self._replies, {}
+        for reply in replies.values():
+            if not reply.done():
+                reply.set_exception(error)
+                # Whoever was cancelled meanwhile will not look at it.
+                reply.exception()
+
+    async def _send(self, ask: Ask, deadline: float) -> asyncio.Future[Told]:
+        """Hand one request to libzmq; the future of its reply."""
+        left_s = deadline - time.monotonic()
+        try:
+            async with asyncio.timeout(max(left_s, 0.0)):
+                await self._slots.acquire()
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"{MAX_OUTSTANDING_REQUESTS} requests of this client were unanswered for {self.timeout:g} s"
+            ) from None
+        link, loop = self._link, self._loop
+        if link is None or loop is None:
+            self._slots.release()
+            raise _LinkLost
+        request = self._session.request(ask, left_s)
+        reply: asyncio.Future[Told] = loop.create_future()
+        self._replies[request.id] = reply
+        reply.add_done_callback(lambda _: self._ended(request.id))
+        try:
+            link.send(encode(request), ask.payloads, copy=ask.copy)
+        except zmq.ZMQError:
+            reply.cancel()
+            self._disconnect(_LinkLost())
+            raise _LinkLost from None
+        # libzmq's descriptor is edge-triggered: a send may have consumed the edge of a reply that is already there.
+        if link.pending():
+            loop.call_soon(self._on_readable)
+        return reply
+
+    def _ended(self, number: int) -> None:
+        self._replies.pop(number, None)
+        self._slots.release()
+
+    async def _answer(self, reply: asyncio.Future[Told], deadline: float) -> Told:
+        try:
+            async with asyncio.timeout(max(deadline - time.monotonic(), 0.0)):
+                return await reply
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"the daemon at {self.endpoint} did not answer in time (timeout {self.timeout:g} s)"
+            ) from None
+
+    async def _unwaited(self, reply: asyncio.Future[Told], records: int) -> None:
+        try:
+            told = await self._answer(reply, time.monotonic() + self.timeout)
+        except (_LinkLost, KVStoreError):
+            self._operations.note_lost(records)
+        else:
+            self._operations.note_unwaited(told, records)
+
+    def _on_readable(self) -> None:
+        link = self._link
+        if link is None:
+            return
+        while (message := link.receive()) is not None:
+            told = Told(decode_reply(message[0]), message[1])
+            reply = self._replies.pop(told.reply.id, None)
+            if reply is not None and not reply.done():
+                reply.set_result(told)
+        if link.lost():
+            self._disconnect(_LinkLost())

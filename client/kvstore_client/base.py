@@ -1,0 +1,124 @@
+"""What the sync and the async client share beside the operations: arguments, ownership by one process, settings."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from typing import Any, Final, Literal
+
+from kvstore.errors import ConnectionLost, ErrorCode, ForkedClient, InvalidArgument
+from kvstore.protocol.endpoint import check_endpoint, default_endpoint
+from kvstore.protocol.keys import chain_keys
+from kvstore.protocol.messages import ErrorReply, Reply
+from kvstore.protocol.namespace import Namespace
+from kvstore_client.operations import Operations
+from kvstore_client.session import Session
+
+ENDPOINT_VARIABLE: Final = "KVSTORE_ENDPOINT"
+VERIFY_TIMEOUT_S: Final = 600.0
+UNWAITED_BYTES: Final = 64 << 20
+"""Payload bytes of ``wait=False`` puts that may be unanswered before the next one waits."""
+
+UNWAITED_REQUESTS: Final = 256
+
+OnUnknownRevision = Literal["warn", "refuse", "ignore"]
+"""What to do where a namespace names a model but not the revision of its weights."""
+
+
+class BaseClient:
+    """Arguments and state common to both clients.
+
+    Args:
+        endpoint: ``ipc:///path`` or a path; None: ``$KVSTORE_ENDPOINT``, else the user's default.
+        namespace: name or description of the namespace.
+        mapped: None or False; True is refused by this version, which has no mapped path.
+        timeout: seconds that an operation may take in all.
+        payload_bytes: sizes that will be put, for slots without waste.
+        unknown_revision: see ``OnUnknownRevision``.
+
+    Raises:
+        InvalidArgument: naming the argument.
+    """
+
+    def __init__(
+        self,
+        endpoint: str | None = None,
+        *,
+        namespace: str | Namespace = "default",
+        mapped: bool | None = None,
+        timeout: float = 5.0,
+        payload_bytes: Sequence[int] = (),
+        unknown_revision: OnUnknownRevision = "warn",
+    ) -> None:
+        if mapped:
+            raise InvalidArgument("mapped=True: this version reads over ZeroMQ only; use mapped=None or mapped=False")
+        if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 < timeout < 1e6:
+            raise InvalidArgument(f"timeout must be a positive number of seconds, got {timeout!r}")
+        if any(not isinstance(size, int) or size <= 0 for size in payload_bytes) or len(payload_bytes) > 64:
+            raise InvalidArgument("payload_bytes takes up to 64 positive sizes in bytes")
+        self.endpoint = check_endpoint(endpoint or os.environ.get(ENDPOINT_VARIABLE) or default_endpoint())
+        self.timeout = float(timeout)
+        described = Namespace.parse(namespace)
+        _check_revision(described, unknown_revision)
+        self._session = Session(described, payload_bytes)
+        self._operations = Operations(self._session)
+        self._pid = os.getpid()
+        self._closed = False
+
+    @property
+    def namespace(self) -> Namespace:
+        """The namespace this client reads and writes."""
+        return self._session.namespace
+
+    @property
+    def incarnation(self) -> int:
+        """The daemon's life that was greeted last; another number after a restart."""
+        return self._session.incarnation
+
+    @property
+    def generation(self) -> int:
+        """Generation of the namespace that this client is in."""
+        return self._session.generation
+
+    @property
+    def stale(self) -> bool:
+        """Whether another client invalidated the namespace: reads miss, puts are rejected, until ``invalidate()``."""
+        return self._session.namespace_id == 0
+
+    @property
+    def corrupt_records(self) -> int:
+        """Records received with a wrong checksum or identity, each answered as a miss."""
+        return self._operations.corrupt
+
+    @staticmethod
+    def chain_keys(
+        tokens: Sequence[int] | Any, block_tokens: int, *, parent: bytes | None = None, salt: bytes = b""
+    ) -> list[bytes]:
+        """See ``kvstore_client.chain_keys``."""
+        return chain_keys(tokens, block_tokens, parent=parent, salt=salt)
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise ConnectionLost("this client is closed; make a new one")
+        if os.getpid() != self._pid:
+            raise ForkedClient(f"this client was made by process {self._pid}; make one in the forked child")
+
+
+def is_lost_session(reply: Reply) -> bool:
+    """Whether a reply says that the daemon does not know the session any more."""
+    return isinstance(reply, ErrorReply) and reply.code in (ErrorCode.UNKNOWN_SESSION, ErrorCode.UNKNOWN_NAMESPACE)
+
+
+def _check_revision(namespace: Namespace, policy: OnUnknownRevision) -> None:
+    if policy not in ("warn", "refuse", "ignore"):
+        raise InvalidArgument(f"unknown_revision must be 'warn', 'refuse' or 'ignore', got {policy!r}")
+    if not namespace.model or namespace.revision or policy == "ignore":
+        return
+    message = (
+        f"namespace {namespace.name!r} names the model {namespace.model!r} but no revision of its weights: blocks of "
+        "other weights would be taken for right; set revision= to a commit or a checksum"
+    )
+    if policy == "refuse":
+        raise InvalidArgument(message)
+    warnings.warn(message, stacklevel=4)

@@ -1,0 +1,380 @@
+"""The blocking client."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import zmq
+
+from kvstore.errors import ConnectionLost, DeadlineExceeded, KVStoreError
+from kvstore.protocol.framing import decode_reply, encode
+from kvstore.protocol.messages import Bye, DaemonStats, PutStatus, TierName, VerifyReply
+from kvstore_client.base import UNWAITED_BYTES, UNWAITED_REQUESTS, VERIFY_TIMEOUT_S, BaseClient, is_lost_session
+from kvstore_client.link import Link
+from kvstore_client.results import FlushResult, MatchResult
+from kvstore_client.session import Ask, Steps, Told
+
+R = TypeVar("R")
+
+
+class _LinkLost(Exception):
+    """The connection broke while an answer was awaited."""
+
+
+@dataclass(frozen=True, slots=True)
+class Match(MatchResult):
+    """A match that can give its lease back; also a context manager that does so."""
+
+    _client: Client | None = field(default=None, repr=False, compare=False)
+
+    def release(self) -> None:
+        """Give the lease back, if there is one and it still holds."""
+        if self.lease and self._client is not None:
+            self._client.release(self.lease)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
+
+class Client(BaseClient):
+    """A connection to a daemon, for threads that may wait.
+
+    Thread-safe: calls of several threads are served one after the other; a client a thread runs in parallel. Made by
+    one process, it cannot be used in a forked child. Every operation ends within ``timeout`` seconds. After a restart
+    of the daemon the next operation greets the new one; operations change nothing when they are repeated.
+
+    Args: see ``BaseClient``.
+
+    Raises:
+        DaemonUnavailable: nobody answers at the endpoint.
+        PermissionRefused: the daemon does not let this user in.
+        ProtocolMismatch: client and daemon have no version in common.
+        InvalidArgument: an argument is wrong.
+    """
+
+    def __init__(self, endpoint: str | None = None, **options: Any) -> None:
+        super().__init__(endpoint, **options)
+        self._lock = threading.Lock()
+        self._link: Link | None = None
+        self._unwaited: dict[int, tuple[int, int]] = {}
+        self._unwaited_bytes = 0
+        with self._lock:
+            self._connect(time.monotonic() + self.timeout)
+
+    # -------------------------------------------------------------- life
+
+    def close(self) -> None:
+        """Wait for unanswered puts, say goodbye, free everything. May be called again."""
+        if self._closed:
+            return
+        with contextlib.suppress(KVStoreError):
+            if self._unwaited:
+                self.flush()
+        with self._lock:
+            self._closed = True
+            link, self._link = self._link, None
+            if link is not None:
+                with contextlib.suppress(zmq.ZMQError):
+                    link.socket.setsockopt(zmq.LINGER, 200)
+                    link.send(encode(self._session.request(Ask(Bye), 0.2)), (), copy=True)
+                link.close()
+            self._session.forget()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -------------------------------------------------------------- operations
+
+    def put(
+        self,
+        key: bytes,
+        data: object,
+        *,
+        parent: bytes | None = None,
+        part: int = 0,
+        wait: bool = True,
+        request: int | None = None,
+    ) -> PutStatus:
+        """Store one part of a block.
+
+        Args:
+            key: 32 bytes.
+            data: any contiguous buffer of at least one byte.
+            parent: key of the block before it; None for a prompt's first block. It need not be there (yet).
+            part: shard and KV group, 0 where there is one.
+            wait: False returns ``PENDING`` as soon as the data is copied out; ``flush`` tells what became of it.
+            request: the ``request`` of a match of the same engine request.
+
+        Returns:
+            ``STORED``; ``EXISTS``: the key was there and its record is kept; ``THROTTLED``: not now;
+            ``REJECTED``: there is no place for it behind its own chain, or the namespace was invalidated.
+
+        Raises:
+            InvalidArgument: a bad key, parent, part or buffer, or more data than the largest slot holds.
+        """
+        return self.put_many([key], [data], parent=parent, part=part, wait=wait, request=request)[0]
+
+    def put_many(
+        self,
+        keys: Sequence[bytes],
+        datas: Sequence[object],
+        *,
+        parent: bytes | None = None,
+        part: int = 0,
+        wait: bool = True,
+        request: int | None = None,
+    ) -> list[PutStatus]:
+        """Store one part of each block of a chain: ``keys[i - 1]`` is the parent of ``keys[i]``. See ``put``."""
+        if wait:
+            return self._run(self._operations.put_many(keys, datas, parent, part, request))
+        deadline = time.monotonic() + self.timeout
+        with self._held(deadline):
+            for ask in self._operations.put_asks(keys, datas, parent, part, request, copy=True):
+                self._send_unwaited(ask, deadline)
+        return [PutStatus.PENDING] * len(keys)
+
+    def get(self, key: bytes, *, part: int = 0, request: int | None = None) -> bytes | None:
+        """The data of one part of a block, or None.
+
+        Raises:
+            Throttled: the daemon would not send it now.
+        """
+        payload = self._run(self._operations.get_payloads([key], part, request))[0]
+        return None if payload is None else bytes(payload)
+
+    def get_into(self, key: bytes, out: object, *, part: int = 0, request: int | None = None) -> int | None:
+        """Copy the data into a writable contiguous buffer; its length in bytes, or None for a miss.
+
+        Raises:
+            InvalidArgument: ``out`` is too small, read-only or not contiguous; it is unchanged then.
+        """
+        return self.get_many_into([key], [out], part=part, request=request)[0]
+
+    def get_many_into(
+        self, keys: Sequence[bytes], outs: Sequence[object], *, part: int = 0, request: int | None = None
+    ) -> list[int | None]:
+        """Copy the data of several blocks, each into its buffer; lengths, None for a miss. See ``get_into``."""
+        return self._run(self._operations.get_into(keys, outs, part, request))
+
+    @contextlib.contextmanager
+    def view(self, key: bytes, *, part: int = 0, request: int | None = None) -> Iterator[memoryview | None]:
+        """A read-only view of the data, valid inside the ``with``; None for a miss.
+
+        Over ZeroMQ it is a view of the received frame: nothing the daemon does can change it.
+        """
+        payload = self._run(self._operations.get_payloads([key], part, request))[0]
+        try:
+            yield payload
+        finally:
+            if payload is not None:
+                payload.release()
+
+    def match(self, keys: Sequence[bytes], *, lease: float | None = None) -> Match:
+        """How many leading blocks are complete, and in which tiers.
+
+        Args:
+            keys: a chain's keys, from the first block on.
+            lease: seconds for which the hits must not be evicted. Leases of a client that dies end at once.
+
+        Raises:
+            InvalidArgument: a lease longer than the daemon's ``limits.max_lease_s``.
+            Throttled: this client holds too many leases.
+        """
+        found = self._run(self._operations.match(keys, lease))
+        return Match(found.hits, found.tiers, found.request, found.lease, found.lease_s, self)
+
+    def release(self, lease: int) -> bool:
+        """Give a lease back; whether it still held."""
+        return self._run(self._operations.release(lease))
+
+    def exists(self, keys: Sequence[bytes]) -> list[bool]:
+        """Whether each block is complete. Counts as no access."""
+        return self._run(self._operations.exists(keys))
+
+    def remove(self, keys: Sequence[bytes]) -> int:
+        """Remove blocks; how many were there. Blocks behind them stay, and are the first to be evicted."""
+        return self._run(self._operations.remove(keys))
+
+    def clear(self) -> int:
+        """Remove all blocks of the namespace; how many there were."""
+        return self._run(self._operations.clear())
+
+    def flush(self) -> FlushResult:
+        """Return when all earlier puts of this client are published or refused; what became of ``wait=False`` puts."""
+        return self._run(self._operations.flush())
+
+    def invalidate(self) -> None:
+        """Say that what this client computes from now on differs from before (weights changed in place).
+
+        The namespace moves to its next generation and all its blocks go. Where another client already said so, this
+        one joins the current generation. Clients that do not say so read misses and their puts are rejected.
+        """
+        self._run(self._operations.invalidate())
+
+    def prefetch(self, keys: Sequence[bytes], tier: TierName = "dram") -> int:
+        """Ask to have blocks in a tier soon; how many are there or on their way."""
+        return self._run(self._operations.prefetch(keys, tier))
+
+    def stats(self) -> DaemonStats:
+        """The daemon's statistics."""
+        return self._run(self._operations.stats())
+
+    def verify(self, *, timeout: float = VERIFY_TIMEOUT_S) -> VerifyReply:
+        """Have the daemon check its invariants and the checksum of every record; corrupt ones leave the store."""
+        return self._run(self._operations.verify(), timeout)
+
+    def ping(self) -> float:
+        """Seconds of one round trip."""
+        begin = time.perf_counter()
+        self._run(self._operations.ping())
+        return time.perf_counter() - begin
+
+    # -------------------------------------------------------------- waiting
+
+    def _run(self, steps: Steps[R], timeout: float | None = None) -> R:
+        """Drive an operation to its result."""
+        deadline = time.monotonic() + (self.timeout if timeout is None else timeout)
+        with self._held(deadline):
+            try:
+                ask = next(steps)
+                while True:
+                    ask = steps.send(self._ask(ask, deadline))
+            except StopIteration as stop:
+                result: R = stop.value
+                return result
+
+    @contextlib.contextmanager
+    def _held(self, deadline: float) -> Iterator[None]:
+        """The client to ourselves."""
+        self._check_usable()
+        if not self._lock.acquire(timeout=max(deadline - time.monotonic(), 0.0)):
+            raise DeadlineExceeded(f"another thread kept this client for {self.timeout:g} s; use one client a thread")
+        try:
+            self._check_usable()
+            yield
+        finally:
+            self._lock.release()
+
+    def _ask(self, ask: Ask, deadline: float) -> Told:
+        """One request, once more after a lost connection or session: operations may be repeated."""
+        for last in (False, True):
+            if self._link is None:
+                self._connect(deadline)
+            try:
+                told = self._exchange(ask, deadline)
+            except _LinkLost:
+                self._disconnect()
+                if last:
+                    raise ConnectionLost(
+                        f"the daemon at {self.endpoint} closed the connection twice on one request; see its log"
+                    ) from None
+                continue
+            if not last and is_lost_session(told.reply):
+                self._disconnect()
+                continue
+            return told
+        raise AssertionError("unreachable")
+
+    def _connect(self, deadline: float) -> None:
+        """Connect and greet.
+
+        Raises:
+            DaemonUnavailable, PermissionRefused, ProtocolMismatch, DeadlineExceeded: why not.
+        """
+        self._link = Link(self.endpoint, max(deadline - time.monotonic(), 0.001))
+        greeting = self._session.greet()
+        try:
+            ask = next(greeting)
+            while True:
+                ask = greeting.send(self._exchange(ask, deadline))
+        except StopIteration:
+            return
+        except _LinkLost:
+            self._disconnect()
+            raise ConnectionLost(f"the daemon at {self.endpoint} closed the connection during the greeting") from None
+        except BaseException:
+            self._disconnect()
+            raise
+
+    def _disconnect(self) -> None:
+        for records, _ in self._unwaited.values():
+            self._operations.note_lost(records)
+        self._unwaited.clear()
+        self._unwaited_bytes = 0
+        if self._link is not None:
+            self._link.close()
+            self._link = None
+        self._session.forget()
+
+    def _exchange(self, ask: Ask, deadline: float) -> Told:
+        """Send one request and wait for its reply."""
+        link = self._link
+        assert link is not None
+        request = self._session.request(ask, deadline - time.monotonic())
+        try:
+            link.send(encode(request), ask.payloads, copy=ask.copy)
+        except zmq.Again:
+            raise _LinkLost from None
+        while True:
+            told = self._receive(link, deadline)
+            if told.reply.id == request.id:
+                return told
+            self._note(told)
+
+    def _receive(self, link: Link, deadline: float) -> Told:
+        while True:
+            message = link.receive()
+            if message is not None:
+                return Told(decode_reply(message[0]), message[1])
+            if link.lost():
+                raise _LinkLost
+            left_ms = int((deadline - time.monotonic()) * 1000)
+            if left_ms <= 0:
+                raise DeadlineExceeded(
+                    f"the daemon at {self.endpoint} did not answer in time (timeout {self.timeout:g} s)"
+                )
+            link.wait(left_ms)
+
+    def _note(self, told: Told) -> None:
+        """A reply that nobody waits for: an unwaited put's, or one that came too late."""
+        unwaited = self._unwaited.pop(told.reply.id, None)
+        if unwaited is not None:
+            self._unwaited_bytes -= unwaited[1]
+            self._operations.note_unwaited(told, unwaited[0])
+
+    def _send_unwaited(self, ask: Ask, deadline: float) -> None:
+        payload_bytes = sum(memoryview(payload).nbytes for payload in ask.payloads)
+        for last in (False, True):
+            if self._link is None:
+                self._connect(deadline)
+            link = self._link
+            assert link is not None
+            try:
+                while self._unwaited and (
+                    self._unwaited_bytes + payload_bytes > UNWAITED_BYTES or len(self._unwaited) >= UNWAITED_REQUESTS
+                ):
+                    self._note(self._receive(link, deadline))
+                request = self._session.request(ask, self.timeout)
+                link.send(encode(request), ask.payloads, copy=True)
+            except (_LinkLost, zmq.Again):
+                self._disconnect()
+                if last:
+                    raise ConnectionLost(f"the daemon at {self.endpoint} closed the connection twice") from None
+                continue
+            self._unwaited[request.id] = (len(ask.payloads) // 2, payload_bytes)
+            self._unwaited_bytes += payload_bytes
+            return

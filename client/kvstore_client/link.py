@@ -1,0 +1,132 @@
+"""One connection to a daemon: a DEALER socket and its monitor, without waiting policy.
+
+Used by the sync and the async client alike. A lost connection is not mended here: libzmq would reconnect silently to
+another life of the daemon, which knows nothing of this client's session.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Sequence
+
+import zmq
+
+from kvstore.errors import DaemonUnavailable, PermissionRefused
+from kvstore.format.record import Buffer
+from kvstore.protocol.endpoint import ipc_path
+from kvstore.protocol.version import MAX_OUTSTANDING_REQUESTS
+
+_LOST = (
+    zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_CLOSED
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+)
+
+
+def probe(endpoint: str, timeout: float) -> None:
+    """Find out at once whether anybody listens.
+
+    Raises:
+        DaemonUnavailable: nobody does.
+        PermissionRefused: somebody does, and does not let this user in.
+    """
+    path = ipc_path(endpoint)
+    start = f"start one with `kvstore serve --endpoint {endpoint}`"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probing:
+        probing.settimeout(timeout)
+        try:
+            probing.connect(str(path))
+        except FileNotFoundError:
+            raise DaemonUnavailable(f"no daemon at {endpoint}: the socket does not exist; {start}") from None
+        except ConnectionRefusedError:
+            raise DaemonUnavailable(f"no daemon at {endpoint}: nobody listens on the socket; {start}") from None
+        except PermissionError:
+            raise PermissionRefused(
+                f"no access to {endpoint}: the daemon's access.mode and access.group do not let this user in"
+            ) from None
+        except OSError as error:
+            if error.errno in (errno.ENOTSOCK, errno.EPROTOTYPE):
+                raise DaemonUnavailable(f"no daemon at {endpoint}: {path} is no socket of a daemon; {start}") from None
+            raise DaemonUnavailable(f"cannot reach the daemon at {endpoint}: {error}") from None
+
+
+class Link:
+    """A connected socket. Not thread-safe.
+
+    Raises:
+        DaemonUnavailable, PermissionRefused: as ``probe``.
+    """
+
+    def __init__(self, endpoint: str, timeout: float) -> None:
+        probe(endpoint, timeout)
+        self._context = zmq.Context(io_threads=1)
+        self.socket = self._context.socket(zmq.DEALER)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.setsockopt(zmq.RECONNECT_IVL, -1)
+        self.socket.setsockopt(zmq.SNDHWM, 2 * MAX_OUTSTANDING_REQUESTS)
+        self.socket.setsockopt(zmq.RCVHWM, 2 * MAX_OUTSTANDING_REQUESTS)
+        self.monitor = self.socket.get_monitor_socket(_LOST)
+        self.socket.connect(endpoint)
+        self._poller = zmq.Poller()
+        self._poller.register(self.socket, zmq.POLLIN)
+        self._poller.register(self.monitor, zmq.POLLIN)
+
+    def send(self, header: bytes, payloads: Sequence[Buffer], *, copy: bool) -> None:
+        """Queue a message.
+
+        Args:
+            header: header frame.
+            payloads: payload frames; with ``copy`` false they must not change before the reply came.
+            copy: whether libzmq takes its own copy.
+
+        Raises:
+            zmq.Again: too many messages are queued.
+        """
+        if not payloads:
+            self.socket.send(header, zmq.NOBLOCK)
+            return
+        self.socket.send(header, zmq.NOBLOCK | zmq.SNDMORE)
+        last = len(payloads) - 1
+        for index, payload in enumerate(payloads):
+            self.socket.send(payload, zmq.SNDMORE if index < last else 0, copy=copy)
+
+    def receive(self) -> tuple[bytes, list[memoryview]] | None:
+        """A message that has arrived, or None; payloads are valid as long as they are referenced."""
+        try:
+            header = self.socket.recv(zmq.NOBLOCK)
+        except zmq.Again:
+            return None
+        payloads: list[memoryview] = []
+        while self.socket.getsockopt(zmq.RCVMORE):
+            payloads.append(memoryview(self.socket.recv(copy=False).buffer))
+        return header, payloads
+
+    def wait(self, timeout_ms: int) -> None:
+        """Return when something arrived or broke, or the time is over."""
+        self._poller.poll(timeout_ms)
+
+    def lost(self) -> bool:
+        """Whether the daemon's side closed the connection."""
+        return _readable(self.monitor)
+
+    def pending(self) -> bool:
+        """Whether a message has arrived; also re-arms libzmq's edge-triggered descriptor."""
+        return _readable(self.socket)
+
+    def descriptors(self) -> tuple[int, int]:
+        """Descriptors that become readable when something arrived or broke."""
+        return int(self.socket.getsockopt(zmq.FD)), int(self.monitor.getsockopt(zmq.FD))
+
+    def close(self) -> None:
+        """Close both sockets; queued messages are dropped."""
+        if not self.socket.closed:
+            self.socket.disable_monitor()
+            self.monitor.close(0)
+            self.socket.close(0)
+            self._context.term()
+
+
+def _readable(socket: zmq.Socket[bytes]) -> bool:
+    return bool(int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)

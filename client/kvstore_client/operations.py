@@ -1,0 +1,364 @@
+"""Every operation of the SDK, once, as a generator that the sync and the async client drive."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Final, get_args
+
+from kvstore.errors import CorruptRecord, InvalidArgument, Throttled
+from kvstore.format.constants import RECORD_HEADER_BYTES
+from kvstore.format.record import Buffer, decode_record, encode_header, raw_header
+from kvstore.protocol.keys import check_key, check_parent, join_keys
+from kvstore.protocol.messages import (
+    Attached,
+    Clear,
+    CountReply,
+    DaemonStats,
+    Done,
+    Exists,
+    ExistsReply,
+    Flush,
+    Get,
+    GetReply,
+    GetStatus,
+    Invalidate,
+    Match,
+    MatchReply,
+    Ping,
+    Prefetch,
+    Put,
+    PutReply,
+    PutStatus,
+    Reason,
+    Release,
+    Remove,
+    Stats,
+    StatsReply,
+    TierId,
+    TierName,
+    Verify,
+    VerifyReply,
+)
+from kvstore.protocol.version import MAX_KEYS_PER_REQUEST, MAX_LEASE_MS, MAX_PAYLOAD_FRAMES
+from kvstore_client.results import FlushResult, MatchResult
+from kvstore_client.session import Ask, Session, Steps, Told, expect
+
+_log: Final = logging.getLogger("kvstore_client")
+
+_PUT_BYTES: Final = 32 << 20
+"""Payload bytes of one put request; longer chains are sent as several."""
+
+_TIER_NAMES: Final[dict[int, TierName]] = {
+    TierId.HBM: "hbm",
+    TierId.DRAM: "dram",
+    TierId.SSD: "ssd",
+    TierId.REMOTE: "remote",
+}
+
+
+def buffer_of(data: object, what: str, *, writable: bool = False) -> memoryview:
+    """The bytes of a contiguous buffer (bytes, memoryview, numpy, CPU torch), without a copy.
+
+    Raises:
+        InvalidArgument: not a buffer, not contiguous, empty, or read-only where it must be written.
+    """
+    if hasattr(data, "untyped_storage"):
+        data = _torch_bytes(data, what)
+    try:
+        view = memoryview(data)  # type: ignore[arg-type]
+    except TypeError:
+        # numpy has no buffer format for bfloat16 and the like; their bytes are as good.
+        try:
+            view = memoryview(data.view("uint8"))  # type: ignore[attr-defined]
+        except (AttributeError, TypeError, ValueError):
+            raise InvalidArgument(
+                f"{what} must be bytes, a memoryview, a numpy array or a CPU torch tensor, got {type(data).__name__}"
+            ) from None
+    except ValueError as error:
+        raise InvalidArgument(f"{what}: {error}") from None
+    if not view.c_contiguous:
+        raise InvalidArgument(f"{what} must be contiguous; copy it first")
+    if not view.nbytes:
+        raise InvalidArgument(f"{what} is empty; a block has at least one byte")
+    if writable and view.readonly:
+        raise InvalidArgument(f"{what} is read-only")
+    return view.cast("B")
+
+
+def _torch_bytes(tensor: Any, what: str) -> Any:
+    """A CPU tensor's bytes as numpy, for any dtype; torch is the caller's, it is not imported here."""
+    if tensor.device.type != "cpu":
+        raise InvalidArgument(f"{what} is on {tensor.device}; this version takes CPU tensors")
+    if not tensor.is_contiguous():
+        raise InvalidArgument(f"{what} must be contiguous; call .contiguous() first")
+    flat = tensor.detach().reshape(-1)
+    return flat.view(_uint8_of(flat)).numpy()
+
+
+def _uint8_of(tensor: Any) -> Any:
+    return sys.modules[type(tensor).__module__.partition(".")[0]].uint8
+
+
+class Operations:
+    """The operations in one session.
+
+    Attributes:
+        corrupt: records received whose checksum or identity was wrong; each was answered as a miss.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._accesses = itertools.count(1)
+        self._unflushed: Counter[str] = Counter()
+        self._unflushed_reasons: Counter[str] = Counter()
+        self.corrupt = 0
+
+    # -------------------------------------------------------------- puts
+
+    def put_asks(
+        self,
+        keys: Sequence[bytes],
+        datas: Sequence[object],
+        parent: bytes | None,
+        part: int,
+        request: int | None,
+        copy: bool,
+    ) -> list[Ask]:
+        """The requests that store a chain; all arguments are checked before the first is sent.
+
+        Raises:
+            InvalidArgument: a bad key, parent, part or buffer, unequal lengths, or data larger than the largest slot.
+        """
+        if len(keys) != len(datas):
+            raise InvalidArgument(f"{len(keys)} keys but {len(datas)} datas")
+        access = next(self._accesses) if request is None and len(keys) > 1 else request or 0
+        previous = check_parent(parent)
+        check_part(part)
+        session = self._session
+        asks: list[Ask] = []
+        frames: list[Buffer] = []
+        total = 0
+        for index, (given, data) in enumerate(zip(keys, datas, strict=True)):
+            key = check_key(given, f"keys[{index}]")
+            payload = buffer_of(data, f"data of keys[{index}]")
+            if RECORD_HEADER_BYTES + payload.nbytes > session.max_record_bytes:
+                raise InvalidArgument(
+                    f"data of keys[{index}] has {payload.nbytes} bytes; the daemon's largest record holds "
+                    f"{session.max_record_bytes - RECORD_HEADER_BYTES}; raise dram.slab_bytes, dram.grant_bytes and "
+                    "limits.grant_bytes_per_session, or use fewer tokens a block"
+                )
+            if key == previous:
+                raise InvalidArgument(f"keys[{index}] is its own parent")
+            if frames and (total + payload.nbytes > _PUT_BYTES or len(frames) >= MAX_PAYLOAD_FRAMES):
+                asks.append(Ask(Put, (len(frames) // 2,), access, frames, copy))
+                frames, total = [], 0
+            header = raw_header(
+                key=key, parent_key=previous, namespace_digest=session.digest, part=part, payload=payload
+            )
+            frames += (encode_header(header), payload)
+            total += payload.nbytes
+            previous = key
+        if frames:
+            asks.append(Ask(Put, (len(frames) // 2,), access, frames, copy))
+        return asks
+
+    def put_many(
+        self, keys: Sequence[bytes], datas: Sequence[object], parent: bytes | None, part: int, request: int | None
+    ) -> Steps[list[PutStatus]]:
+        """Store a chain and wait for each answer."""
+        statuses: list[PutStatus] = []
+        for ask in self.put_asks(keys, datas, parent, part, request, copy=False):
+            statuses += self.put_answer((yield ask))
+        return statuses
+
+    def put_answer(self, told: Told) -> list[PutStatus]:
+        """Statuses of one put's reply; reasons of refusals go to the log."""
+        reply = expect(told, PutReply)
+        statuses = [PutStatus(status) for status in reply.statuses]
+        for status, reason in zip(statuses, reply.reasons, strict=True):
+            if reason:
+                _log.warning("put %s: %s", status.name.lower(), _reason_name(reason))
+        return statuses
+
+    def note_unwaited(self, told: Told, records: int) -> None:
+        """Count the answers to a put that nobody waited for; ``flush`` reports them."""
+        reply = told.reply
+        if not isinstance(reply, PutReply):
+            self._unflushed["lost"] += records
+            return
+        for status, reason in zip(reply.statuses, reply.reasons, strict=True):
+            self._unflushed[PutStatus(status).name.lower()] += 1
+            if reason:
+                self._unflushed_reasons[_reason_name(reason)] += 1
+
+    def note_lost(self, records: int) -> None:
+        """Count records whose answer will never come."""
+        self._unflushed["lost"] += records
+
+    def flush(self) -> Steps[FlushResult]:
+        """Wait until all earlier puts of this client are published or refused."""
+        expect((yield Ask(Flush)), Done)
+        result = FlushResult(**self._unflushed, reasons=dict(self._unflushed_reasons))
+        self._unflushed.clear()
+        self._unflushed_reasons.clear()
+        return result
+
+    # -------------------------------------------------------------- gets
+
+    def get_payloads(self, keys: Sequence[bytes], part: int, request: int | None) -> Steps[list[memoryview | None]]:
+        """Payloads of one part of blocks, views of received frames; None for a miss.
+
+        Raises:
+            Throttled: the daemon would not send more now.
+        """
+        check_part(part)
+        joined = join_keys(keys)
+        access = next(self._accesses) if request is None and len(keys) > 1 else request or 0
+        found: dict[int, memoryview | None] = {}
+        wanted = list(range(len(keys)))
+        while wanted:
+            asked = wanted[:MAX_KEYS_PER_REQUEST]
+            some = joined if len(asked) == len(keys) else b"".join(joined[32 * at : 32 * at + 32] for at in asked)
+            told = yield Ask(Get, (some, part), access)
+            reply = expect(told, GetReply)
+            frames = iter(told.payloads)
+            throttled = []
+            for at, status in zip(asked, reply.statuses, strict=True):
+                if status == GetStatus.THROTTLED:
+                    throttled.append(at)
+                else:
+                    record = next(frames) if status == GetStatus.HIT else None
+                    found[at] = None if record is None else self._payload(record, joined[32 * at : 32 * at + 32], part)
+            if len(throttled) == len(asked):
+                raise Throttled(f"the daemon would not send {len(throttled)} blocks now; read fewer at once, or later")
+            wanted = throttled + wanted[len(asked) :]
+        return [found[at] for at in range(len(keys))]
+
+    def get_into(
+        self, keys: Sequence[bytes], outs: Sequence[object], part: int, request: int | None
+    ) -> Steps[list[int | None]]:
+        """Copy payloads into buffers; their lengths, None for a miss.
+
+        Raises:
+            InvalidArgument: a buffer is read-only, not contiguous or too small.
+        """
+        if len(keys) != len(outs):
+            raise InvalidArgument(f"{len(keys)} keys but {len(outs)} outs")
+        buffers = [buffer_of(out, f"outs[{index}]", writable=True) for index, out in enumerate(outs)]
+        payloads = yield from self.get_payloads(keys, part, request)
+        for index, (payload, out) in enumerate(zip(payloads, buffers, strict=True)):
+            if payload is not None and payload.nbytes > out.nbytes:
+                raise InvalidArgument(f"outs[{index}] has {out.nbytes} bytes, its block has {payload.nbytes}")
+        lengths: list[int | None] = []
+        for payload, out in zip(payloads, buffers, strict=True):
+            if payload is not None:
+                out[: payload.nbytes] = payload
+            lengths.append(None if payload is None else payload.nbytes)
+        return lengths
+
+    def _payload(self, record: memoryview, key: bytes, part: int) -> memoryview | None:
+        """Check a received record; a wrong byte is a miss, never an answer."""
+        try:
+            header, payload = decode_record(record)
+            if header.key != key or header.part != part or header.namespace_digest != self._session.digest:
+                raise CorruptRecord("it is the record of another block")
+        except CorruptRecord as error:
+            self.corrupt += 1
+            _log.error("key %s part %d: %s; treated as a miss", key.hex(), part, error)
+            return None
+        return payload.toreadonly()
+
+    # -------------------------------------------------------------- the rest
+
+    def match(self, keys: Sequence[bytes], lease: float | None) -> Steps[MatchResult]:
+        """Count leading blocks, and lease them."""
+        lease_ms = 0
+        if lease is not None:
+            if not 0 < lease <= MAX_LEASE_MS / 1000:
+                raise InvalidArgument(
+                    f"lease must be more than 0 and at most {MAX_LEASE_MS // 1000} seconds, got {lease}"
+                )
+            lease_ms = max(int(lease * 1000), 1)
+        joined = join_keys(keys)
+        if len(keys) > MAX_KEYS_PER_REQUEST:
+            raise InvalidArgument(f"match takes at most {MAX_KEYS_PER_REQUEST} keys, got {len(keys)}")
+        access = next(self._accesses)
+        reply = expect((yield Ask(Match, (joined, lease_ms), access)), MatchReply)
+        tiers = [_TIER_NAMES[tier] for tier, count in reply.tiers for _ in range(count)]
+        return MatchResult(reply.hits, tiers, access, reply.lease, lease_ms / 1000 if reply.lease else 0.0)
+
+    def exists(self, keys: Sequence[bytes]) -> Steps[list[bool]]:
+        """Whether each block is complete."""
+        present: list[bool] = []
+        for some in _batches(keys):
+            present += map(bool, expect((yield Ask(Exists, (some,))), ExistsReply).tiers)
+        return present
+
+    def remove(self, keys: Sequence[bytes]) -> Steps[int]:
+        """Remove blocks; how many were there."""
+        removed = 0
+        for some in _batches(keys):
+            removed += expect((yield Ask(Remove, (some,))), CountReply).count
+        return removed
+
+    def prefetch(self, keys: Sequence[bytes], tier: str) -> Steps[int]:
+        """Ask to have blocks in a tier; how many are there or on their way."""
+        if tier not in get_args(TierName):
+            raise InvalidArgument(f"unknown tier {tier!r}; there are: {', '.join(get_args(TierName))}")
+        count = 0
+        for some in _batches(keys):
+            count += expect((yield Ask(Prefetch, (some, TierId[tier.upper()]))), CountReply).count
+        return count
+
+    def clear(self) -> Steps[int]:
+        """Remove all blocks of the namespace; how many there were."""
+        return expect((yield Ask(Clear)), CountReply).count
+
+    def release(self, lease: int) -> Steps[bool]:
+        """Give a lease back; whether it still held."""
+        return bool(expect((yield Ask(Release, (lease,))), CountReply).count)
+
+    def invalidate(self) -> Steps[None]:
+        """Move on to the next generation, or join it where another client already moved on."""
+        session = self._session
+        ask = Ask(Invalidate, (session.generation,)) if session.namespace_id else session.attach(session.locked, -1)
+        session.joined(expect((yield ask), Attached))
+
+    def stats(self) -> Steps[DaemonStats]:
+        """The daemon's statistics."""
+        return expect((yield Ask(Stats)), StatsReply).stats
+
+    def verify(self) -> Steps[VerifyReply]:
+        """Have the daemon check its invariants and every record."""
+        return expect((yield Ask(Verify)), VerifyReply)
+
+    def ping(self) -> Steps[None]:
+        """A round trip."""
+        expect((yield Ask(Ping)), Done)
+
+
+def check_part(part: object) -> None:
+    """Refuse a part that no record can have.
+
+    Raises:
+        InvalidArgument: not an integer in 0 to 65535.
+    """
+    if not isinstance(part, int) or isinstance(part, bool) or not 0 <= part < 1 << 16:
+        raise InvalidArgument(f"part must be a whole number from 0 to 65535, got {part!r}")
+
+
+def _batches(keys: Sequence[bytes]) -> list[bytes]:
+    joined = join_keys(keys)
+    step = 32 * MAX_KEYS_PER_REQUEST
+    return [joined[at : at + step] for at in range(0, len(joined), step)]
+
+
+def _reason_name(reason: int) -> str:
+    try:
+        return Reason(reason).name.lower()
+    except ValueError:
+        return f"reason {reason}"

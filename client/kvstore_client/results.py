@@ -1,0 +1,49 @@
+"""What operations give back, where a plain Python type does not say enough."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from kvstore.protocol.messages import TierName
+
+
+@dataclass(frozen=True, slots=True)
+class MatchResult:
+    """Leading blocks that are there.
+
+    Attributes:
+        hits: how many; also ``len()``.
+        tiers: where each of them lies, nearest tier first.
+        request: pass it as ``request=`` to the gets and puts of the same engine request, so that the eviction policy
+            sees one access a block, and its tail leaves before its head.
+        lease: id of the lease, 0 for none.
+        lease_s: how long the lease holds from the answer on.
+    """
+
+    hits: int
+    tiers: list[TierName]
+    request: int
+    lease: int = 0
+    lease_s: float = 0.0
+
+    def __len__(self) -> int:
+        return self.hits
+
+
+@dataclass(frozen=True, slots=True)
+class FlushResult:
+    """What became of the ``wait=False`` puts since the last flush, counted in records.
+
+    Attributes:
+        stored, exists, throttled, rejected: answers.
+        lost: unanswered, because the daemon went away.
+        reasons: why records were throttled or rejected, by name.
+    """
+
+    stored: int = 0
+    exists: int = 0
+    throttled: int = 0
+    rejected: int = 0
+    lost: int = 0
+    reasons: Mapping[str, int] = field(default_factory=dict)

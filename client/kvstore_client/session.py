@@ -1,0 +1,199 @@
+"""A client's session with one life of the daemon: greeting, namespace, lock on the session file, errors.
+
+No waiting here: the greeting is a generator like every operation (see ``kvstore_client.operations``).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import os
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import kvstore
+from kvstore.errors import (
+    CorruptRecord,
+    DaemonUnavailable,
+    ErrorCode,
+    InvalidArgument,
+    ProtocolMismatch,
+    RemoteError,
+    Throttled,
+)
+from kvstore.format.record import Buffer
+from kvstore.mapped.session_file import decode_session_header, lock_request
+from kvstore.protocol.messages import AnyReply, Attach, Attached, ErrorReply, Hello, Reply, Request, Welcome
+from kvstore.protocol.namespace import Namespace
+from kvstore.protocol.version import PROTOCOL_OLDEST, PROTOCOL_VERSION
+
+R = TypeVar("R")
+ReplyT = TypeVar("ReplyT", bound=Reply)
+
+
+@dataclass(slots=True)
+class Ask:
+    """A request to be made: its type, the fields behind the envelope, payload frames.
+
+    ``copy``: the payloads may change as soon as the request is sent.
+    """
+
+    type: type[Request]
+    fields: tuple[Any, ...] = ()
+    access: int = 0
+    payloads: Sequence[Buffer] = ()
+    copy: bool = False
+
+
+class Told(NamedTuple):
+    """A reply and its payload frames."""
+
+    reply: AnyReply
+    payloads: list[memoryview]
+
+
+Steps = Generator[Ask, Told, R]
+"""An operation: yields requests, is sent replies, returns its result."""
+
+
+class SessionLost(Exception):
+    """The daemon does not know this session (any more): greet again."""
+
+
+def _boot_id() -> str:
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
+class Session:
+    """What the daemon told this client about itself and the namespace.
+
+    Attributes:
+        number: of the session, 0 before the greeting.
+        incarnation: of the daemon that was greeted last.
+        namespace_id: 0 where the client's generation is over: reads miss and puts are refused.
+        generation: of the namespace, -1 before the first greeting.
+        digest: 32 bytes, goes into every record.
+        max_record_bytes: largest record the daemon takes, header included.
+    """
+
+    def __init__(self, namespace: Namespace, payload_bytes: Sequence[int]) -> None:
+        self.namespace = namespace
+        self._payload_bytes = tuple(payload_bytes)
+        self._boot_id = _boot_id()
+        self._ids = itertools.count(1)
+        self._same_host = False
+        self._lock_fd = -1
+        self.number = 0
+        self.incarnation = 0
+        self.daemon_version = ""
+        self.namespace_id = 0
+        self.generation = -1
+        self.digest = bytes(32)
+        self.max_record_bytes = 0
+
+    def request(self, ask: Ask, timeout_s: float) -> Request:
+        """The struct of a request in this session."""
+        return ask.type(
+            next(self._ids),
+            self.number,
+            self.namespace_id,
+            time.monotonic_ns() if self._same_host else 0,
+            min(int(timeout_s * 1000) + 1, 1 << 31),
+            0,
+            ask.access,
+            *ask.fields,
+        )
+
+    def greet(self) -> Steps[None]:
+        """Open a session, lock its file, join the namespace in the generation the client was in.
+
+        Raises:
+            ProtocolMismatch: no common version.
+        """
+        self.forget()
+        hello = Ask(Hello, (PROTOCOL_OLDEST, PROTOCOL_VERSION, kvstore.__version__, os.getpid(), self._boot_id))
+        welcome = expect((yield hello), Welcome)
+        self.number = welcome.session
+        self.incarnation = welcome.incarnation
+        self.daemon_version = welcome.daemon_version
+        self.max_record_bytes = welcome.max_record_bytes
+        self._same_host = welcome.same_host
+        locked = bool(welcome.session_file) and welcome.pid != os.getpid() and self._lock(welcome)
+        self.joined(expect((yield self.attach(locked, self.generation)), Attached))
+
+    def attach(self, locked: bool, generation: int) -> Ask:
+        """The request that joins the namespace; generation -1 is whatever is current."""
+        return Ask(Attach, (self.namespace, self._payload_bytes, locked, generation))
+
+    @property
+    def locked(self) -> bool:
+        """Whether this client holds the lock on its session file."""
+        return self._lock_fd >= 0
+
+    def joined(self, attached: Attached) -> None:
+        """Take over a namespace's id; a stale answer keeps the generation this client was in."""
+        self.namespace_id = attached.namespace_id
+        if attached.namespace_id:
+            self.generation = attached.generation
+            self.digest = attached.digest
+
+    def forget(self) -> None:
+        """The session is over; the generation is remembered."""
+        self.number = 0
+        self.namespace_id = 0
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+
+    def _lock(self, welcome: Welcome) -> bool:
+        """Lock the session file; False where this process cannot (another container, another user)."""
+        try:
+            fd = os.open(welcome.session_file, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:
+            return False
+        try:
+            header = decode_session_header(os.pread(fd, 64, 0))
+            if header.session != welcome.session or header.incarnation != welcome.incarnation:
+                raise CorruptRecord("the session file is another client's")
+            fcntl.fcntl(fd, fcntl.F_SETLK, lock_request(fcntl.F_WRLCK))
+        except (OSError, CorruptRecord):
+            os.close(fd)
+            return False
+        self._lock_fd = fd
+        return True
+
+
+def expect(told: Told, kind: type[ReplyT]) -> ReplyT:
+    """The reply as the type it must be, or its error raised.
+
+    Raises:
+        SessionLost: greet again.
+        ProtocolMismatch, Throttled, DaemonUnavailable, InvalidArgument, RemoteError: what the daemon said.
+    """
+    reply = told.reply
+    if isinstance(reply, kind):
+        return reply
+    if not isinstance(reply, ErrorReply):
+        raise RemoteError(ErrorCode.INTERNAL, f"the daemon answered {type(reply).__name__} instead of {kind.__name__}")
+    code = reply.code
+    if code in (ErrorCode.UNKNOWN_SESSION, ErrorCode.UNKNOWN_NAMESPACE):
+        raise SessionLost
+    if code == ErrorCode.PROTOCOL_MISMATCH:
+        raise ProtocolMismatch(reply.message)
+    if code == ErrorCode.THROTTLED:
+        raise Throttled(reply.message)
+    if code == ErrorCode.SHUTTING_DOWN:
+        raise DaemonUnavailable(f"the daemon is stopping: {reply.message}")
+    if code == ErrorCode.BAD_REQUEST:
+        raise InvalidArgument(f"the daemon refused the request: {reply.message}")
+    try:
+        known = ErrorCode(code)
+    except ValueError:
+        known = ErrorCode.INTERNAL
+    raise RemoteError(known, reply.message)

@@ -1,0 +1,1 @@
+"""The ``kvstore`` command: one module a command, heavy imports inside the commands."""

@@ -1,0 +1,90 @@
+"""``kvstore bench``: measurements beside a named baseline in the same run. See ``benchmarks/README.md``."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Annotated, Final
+
+import typer
+
+__all__ = ["app", "control"]
+
+app: Final = typer.Typer(no_args_is_help=True, help="Measure the store beside a baseline in the same run.")
+
+_CAPACITY_BYTES: Final = 64 << 20
+_GRANT_BYTES: Final = 32 << 20
+_IDLE_SECONDS: Final = 60.0
+
+
+@app.callback()
+def bench() -> None:
+    """Measure the store beside a baseline in the same run."""
+
+
+@app.command()
+def control(
+    endpoint: Annotated[
+        str | None, typer.Option(help="A running daemon; without it a private one is started.", metavar="ipc://PATH")
+    ] = None,
+    idle: Annotated[bool, typer.Option("--idle", help="Also measure the cost of 16 idle clients.")] = False,
+    seconds: Annotated[
+        float | None,
+        typer.Option(
+            help="Seconds of the idle measurement (default 60); implies --idle.", min=1, max=86400, metavar="S"
+        ),
+    ] = None,
+    rounds: Annotated[
+        int, typer.Option(help="Turns of echo and daemon; a round is 200 exchanges of each kind.", min=1, max=1000)
+    ] = 20,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure the control path beside a bare ZeroMQ echo.
+
+    Round trips, a window of 32 requests, a match of 1,024 keys, and with --idle the CPU time of idle clients.
+    """
+    import msgspec
+
+    from kvstore.cli import render
+    from kvstore.cli.bench.control import Samples, measure_control
+    from kvstore.cli.bench.idle import measure_idle
+    from kvstore.cli.bench.report import table_of
+    from kvstore.cli.private_daemon import PrivateDaemon
+    from kvstore_client import Client
+
+    idle_seconds = seconds if seconds is not None else _IDLE_SECONDS if idle else None
+    with contextlib.ExitStack() as stack:
+        if endpoint is None:
+            daemon = stack.enter_context(PrivateDaemon(capacity_bytes=_CAPACITY_BYTES, grant_bytes=_GRANT_BYTES))
+            endpoint = daemon.endpoint
+        with _progress(rounds) as on_round:
+            report = measure_control(endpoint, Samples(rounds=rounds), on_round)
+        if idle_seconds is not None:
+            with Client(endpoint) as client:
+                pid = client.stats().pid
+            report.rows.append(measure_idle(endpoint, pid, idle_seconds))
+    if as_json:
+        print(msgspec.json.encode(report).decode())
+    else:
+        render.console().print(table_of(report, "Control path"))
+
+
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[Callable[[], None]]:
+    """A progress bar on stderr where that is a terminal; gives what to call after each round."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    from kvstore.cli import render
+
+    console = render.console(stderr=True)
+    quiet = not console.is_terminal
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    # Drawn between rounds only: a refreshing thread would take the measured process's interpreter lock.
+    with Progress(*columns, console=console, transient=True, auto_refresh=False, disable=quiet) as bar:
+        task = bar.add_task("rounds", total=total)
+
+        def on_round() -> None:
+            bar.advance(task)
+            bar.refresh()
+
+        yield on_round

@@ -1,0 +1,126 @@
+"""What a benchmark reports: rows beside a baseline, as one JSON object or as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+from rich.console import Group, RenderableType
+
+from kvstore.cli import render
+from kvstore.cli.bench.machine import MachineFacts
+
+__all__ = ["Report", "Row", "percentile", "table_of"]
+
+
+class Row(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """One measurement; fields that do not apply are absent from the JSON.
+
+    Attributes:
+        op: what was measured.
+        batch: keys in a request, or clients where clients are what is counted.
+        depth: requests under way at once, where that is more than one.
+        samples: exchanges measured on each side.
+        median_us: median time of an exchange with the daemon.
+        p99_us: 99th percentile of the same.
+        ops_per_s: exchanges a second with the daemon.
+        baseline_median_us: the echo's median.
+        baseline_ops_per_s: the echo's exchanges a second.
+        ratio: the echo's time / the daemon's time; 1.0 is as fast as the echo.
+        limit: what is aimed at: the least ``ratio``, or the most ``core_share``.
+        seconds: length of the measurement, where it was chosen.
+        core_share: CPU time of all processes together / seconds; 1.0 is one busy core.
+    """
+
+    op: str
+    batch: int
+    depth: int | None = None
+    samples: int | None = None
+    median_us: float | None = None
+    p99_us: float | None = None
+    ops_per_s: float | None = None
+    baseline_median_us: float | None = None
+    baseline_ops_per_s: float | None = None
+    ratio: float | None = None
+    limit: float | None = None
+    seconds: float | None = None
+    core_share: float | None = None
+
+    @property
+    def within_limit(self) -> bool:
+        """Whether what is aimed at was reached."""
+        if self.limit is None:
+            return True
+        if self.core_share is not None:
+            return self.core_share <= self.limit
+        return self.ratio is not None and self.ratio >= self.limit
+
+
+class Report(msgspec.Struct, kw_only=True):
+    """All rows of one run on one machine."""
+
+    machine: MachineFacts
+    baseline: str
+    rows: list[Row]
+
+
+def percentile(sorted_values: Sequence[int | float], fraction: float) -> float:
+    """The value that ``fraction`` of the sorted values do not exceed (nearest rank).
+
+    Raises:
+        ValueError: there are no values.
+    """
+    if not sorted_values:
+        raise ValueError("no values, no percentile")
+    return float(sorted_values[min(len(sorted_values) - 1, int(fraction * len(sorted_values)))])
+
+
+def table_of(report: Report, title: str) -> RenderableType:
+    """A report for people."""
+    columns = ["operation", "keys", "depth", "median", "p99", "per second", "baseline", "ratio", "aim", ""]
+    made = render.table(title, [*columns[:-1], render.text_column(columns[-1])])
+    for row in report.rows:
+        if row.core_share is not None:
+            continue
+        latency_row = row.median_us is not None
+        made.add_row(
+            row.op,
+            render.count(row.batch),
+            str(row.depth or 1),
+            _us(row.median_us),
+            _us(row.p99_us),
+            _per_second(row.ops_per_s),
+            _us(row.baseline_median_us) if latency_row else _per_second(row.baseline_ops_per_s),
+            render.NOTHING if row.ratio is None else f"{row.ratio:.2f}",
+            render.NOTHING if row.limit is None else f">= {row.limit:.2f}",
+            "met" if row.within_limit else "MISSED",
+        )
+    machine = report.machine
+    load = " ".join(f"{value:.2f}" for value in machine.load_average)
+    software = f"Python {machine.python}, pyzmq {machine.pyzmq}, libzmq {machine.libzmq}, uvloop {machine.uvloop}"
+    notes = [
+        ("baseline", report.baseline),
+        ("ratio", "the baseline's time / the daemon's time; 1.00 is as fast as the baseline"),
+        *(
+            (
+                row.op,
+                f"{render.percent(row.core_share)} of a core, {row.batch} clients and the daemon over "
+                f"{render.duration(row.seconds or 0)} (aim: <= {render.percent(row.limit or 0)}, "
+                f"{'met' if row.within_limit else 'MISSED'})",
+            )
+            for row in report.rows
+            if row.core_share is not None
+        ),
+        ("machine", f"{machine.cpu}, {machine.cores} cores, {render.size(machine.memory_bytes)}, {machine.kernel}"),
+        ("software", software),
+        ("load average", load),
+    ]
+    return Group(made, "", render.facts("", notes))
+
+
+def _us(value_us: float | None) -> str:
+    return render.NOTHING if value_us is None else render.latency(value_us / 1e6)
+
+
+def _per_second(value: float | None) -> str:
+    return render.NOTHING if value is None else f"{value:,.0f}"

@@ -1,0 +1,106 @@
+"""``kvstore stats``: what the daemon holds and does, once or again and again."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+from typer.core import TyperCommand
+
+from kvstore.errors import ConnectionLost, DaemonUnavailable, DeadlineExceeded, InvalidArgument
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from kvstore.protocol.messages import DaemonStats
+
+__all__ = ["StatsCommand", "stats"]
+
+_WATCH: Final = "--watch"
+_WATCH_SECONDS: Final = "2"
+_FASTEST_WATCH_S: Final = 0.1
+_RETRY_S: Final = 1.0
+
+
+class StatsCommand(TyperCommand):
+    """Lets ``--watch`` stand without its number of seconds."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # the context's class moved between typers
+        """Put the default behind a bare ``--watch``."""
+        filled: list[str] = []
+        for at, word in enumerate(args):
+            filled.append(word)
+            if word == _WATCH and (at + 1 == len(args) or args[at + 1].startswith("-")):
+                filled.append(_WATCH_SECONDS)
+        return super().parse_args(ctx, filled)
+
+
+def stats(
+    endpoint: Annotated[
+        str | None, typer.Option(help="The daemon's endpoint.", metavar="ipc://PATH", envvar="KVSTORE_ENDPOINT")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    watch: Annotated[
+        float | None, typer.Option(_WATCH, help="Show it again every SECONDS, by default 2.", metavar="[SECONDS]")
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for the daemon.", min=0.001, metavar="S")] = 5.0,
+) -> None:
+    """Show what the daemon holds and does."""
+    if watch is not None:
+        if as_json:
+            raise InvalidArgument("--watch and --json do not go together")
+        if not _FASTEST_WATCH_S <= watch <= 86400:
+            raise InvalidArgument(f"--watch must be {_FASTEST_WATCH_S:g} to 86400 seconds, got {watch:g}")
+        _watch(endpoint, watch, timeout)
+        return
+
+    from kvstore_client import Client
+
+    with Client(endpoint, timeout=timeout) as client:
+        snapshot = client.stats()
+    if as_json:
+        import msgspec
+
+        print(msgspec.json.encode(snapshot).decode())
+        return
+
+    from kvstore.cli import render
+    from kvstore.cli.stats_tables import stats_tables
+
+    render.console().print(stats_tables(snapshot))
+
+
+def _watch(endpoint: str | None, seconds: float, timeout: float) -> None:
+    """Redraw until Ctrl+C; a daemon that is away or comes back is a line on the screen, not an end."""
+    from rich.live import Live
+
+    from kvstore.cli import render
+
+    console = render.console()
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        Live(console=console, auto_refresh=False, screen=console.is_terminal) as live,
+    ):
+        for view in _views(endpoint, seconds, timeout):
+            live.update(view, refresh=True)
+
+
+def _views(endpoint: str | None, seconds: float, timeout: float) -> Iterator[RenderableType]:
+    from kvstore.cli.stats_tables import stats_tables, waiting
+    from kvstore_client import Client
+
+    while True:
+        try:
+            with Client(endpoint, timeout=timeout) as client:
+                previous: DaemonStats | None = None
+                while True:
+                    snapshot = client.stats()
+                    yield stats_tables(snapshot, since=previous)
+                    previous = snapshot
+                    time.sleep(seconds)
+        except (DaemonUnavailable, ConnectionLost, DeadlineExceeded) as error:
+            yield waiting(str(error))
+            time.sleep(min(seconds, _RETRY_S))

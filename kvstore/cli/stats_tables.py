@@ -1,0 +1,240 @@
+"""The tables of ``kvstore stats``, at most 80 columns wide for usual names and numbers.
+
+The client that asked is left out of the clients, where it would be noise.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from kvstore.cli import render
+from kvstore.protocol.messages import DaemonStats, DramStats, EvictionStats, NamespaceStats, SessionStats
+
+__all__ = ["stats_tables", "waiting"]
+
+_MOST_ROWS: Final = 16
+_BAR_CELLS: Final = 16
+
+
+def stats_tables(stats: DaemonStats, since: DaemonStats | None = None) -> RenderableType:
+    """All tables of one snapshot.
+
+    Args:
+        stats: the snapshot.
+        since: an earlier one, for rates; of no use if the daemon was restarted in between.
+    """
+    if since is not None and since.incarnation != stats.incarnation:
+        since = None
+    tables = (
+        _daemon(stats),
+        _tiers(stats),
+        _memory(stats.dram),
+        _lookups(stats, since),
+        _puts(stats, since),
+        _evictions(stats.eviction),
+        _slots(stats.dram),
+        _namespaces(stats.namespaces),
+        _clients(stats.sessions),
+    )
+    parts = [part for made in tables if made is not None for part in (made, "")]
+    return Group(*parts[:-1])
+
+
+def waiting(reason: str) -> RenderableType:
+    """What a watch shows while nobody answers."""
+    return Group(Text("waiting for the daemon ...", style="yellow"), Text(reason, style="dim"))
+
+
+def _daemon(stats: DaemonStats) -> Table:
+    return render.facts(
+        f"kvstore {stats.version}",
+        [
+            ("endpoint", stats.endpoint),
+            ("daemon", f"pid {stats.pid}, up {render.duration(stats.uptime_s)}, incarnation {stats.incarnation}"),
+            ("requests", ", ".join(_requests(stats))),
+        ],
+    )
+
+
+def _requests(stats: DaemonStats) -> Iterator[str]:
+    server = stats.server
+    yield f"{render.count(server.requests)}, waiting {render.latency(server.queue_delay_ms / 1000)}"
+    for number, what in (
+        (server.bad_requests, "malformed"),
+        (server.overloaded, "refused for overload"),
+        (server.replies_dropped, "replies dropped"),
+    ):
+        if number:
+            yield f"{render.count(number)} {what}"
+
+
+def _tiers(stats: DaemonStats) -> RenderableType:
+    dram = stats.dram
+    made = render.table("Tiers", ["tier", "used", "capacity", render.text_column(""), "full", "blocks", "records"])
+    full = dram.resident_bytes / dram.capacity_bytes if dram.capacity_bytes else 0.0
+    made.add_row(
+        "dram",
+        render.size(dram.resident_bytes),
+        render.size(dram.capacity_bytes),
+        render.Bar(full, _BAR_CELLS),
+        render.percent(full),
+        render.count(dram.blocks),
+        render.count(dram.records),
+    )
+    return Group(made, Text(f"problem: {dram.problem}", style="bold red")) if dram.problem else made
+
+
+def _memory(dram: DramStats) -> Table:
+    slabs = f"{render.size(dram.slab_bytes)} each, {render.count(dram.free_slabs)} free"
+    arena = render.size(dram.arena_bytes)
+    if dram.populated_bytes < dram.arena_bytes:
+        arena += f", {render.ratio(dram.populated_bytes, dram.arena_bytes)} populated"
+    return render.facts(
+        "DRAM memory",
+        [
+            ("arena", arena),
+            ("payload", f"{render.size(dram.payload_bytes)} ({_share(dram.payload_bytes, dram.resident_bytes)})"),
+            ("granted", f"{render.size(dram.granted_bytes)} lent for writing"),
+            ("limbo", f"{render.size(dram.limbo_bytes)} freed but perhaps still read"),
+            ("slabs", slabs),
+        ],
+    )
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{render.ratio(part, whole)} of used" if whole else "nothing used"
+
+
+def _lookups(stats: DaemonStats, since: DaemonStats | None) -> RenderableType:
+    lookups = stats.lookups
+    columns = ["operation", "requests", "blocks asked", "hits", "hit rate"]
+    made = render.table("Lookups", columns if since is None else [*columns, "now"])
+    for operation in ("match", "get"):
+        requests, keys, hits = (
+            f"{operation}{'es' if operation == 'match' else 's'}",
+            f"{operation}_keys",
+            f"{operation}_hits",
+        )
+        asked = getattr(lookups, keys)
+        cells = [
+            operation,
+            render.count(getattr(lookups, requests)),
+            render.count(asked),
+            render.count(getattr(lookups, hits)),
+            render.ratio(getattr(lookups, hits), asked),
+        ]
+        if since is not None:
+            cells.append(render.rate(asked - getattr(since.lookups, keys), stats.uptime_s - since.uptime_s))
+        made.add_row(*cells)
+    note = f"read {render.size(lookups.bytes_out)}"
+    if since is not None:
+        note += (
+            f", now {render.throughput(lookups.bytes_out - since.lookups.bytes_out, stats.uptime_s - since.uptime_s)}"
+        )
+    if lookups.get_throttled:
+        note += f"; {render.count(lookups.get_throttled)} throttled"
+    return Group(made, Text(note, style="dim"))
+
+
+def _puts(stats: DaemonStats, since: DaemonStats | None) -> RenderableType:
+    puts = stats.puts
+    columns: list[str | render.Column] = ["answer", "records"]
+    if since is not None:
+        columns.append("now")
+    made = render.table("Puts", columns)
+    for status in ("stored", "exists", "throttled", "rejected"):
+        number = getattr(puts, status)
+        cells = [status, render.count(number)]
+        if since is not None:
+            cells.append(render.rate(number - getattr(since.puts, status), stats.uptime_s - since.uptime_s))
+        made.add_row(*cells)
+    parts: list[RenderableType] = [made]
+    note = f"written {render.size(puts.bytes_in)}"
+    if since is not None:
+        note += f", now {render.throughput(puts.bytes_in - since.puts.bytes_in, stats.uptime_s - since.uptime_s)}"
+    parts.append(Text(note, style="dim"))
+    if puts.reasons:
+        reasons = render.table("Refused because", ["reason", "records"])
+        for reason, number in sorted(puts.reasons.items(), key=lambda item: -item[1]):
+            reasons.add_row(reason.lower().replace("_", " "), render.count(number))
+        parts += ["", reasons]
+    return Group(*parts)
+
+
+def _evictions(eviction: EvictionStats) -> Table:
+    return render.facts(
+        "Eviction",
+        [
+            ("policy", eviction.policy),
+            ("evicted", f"{render.count(eviction.evicted_blocks)} blocks, {render.size(eviction.evicted_bytes)}"),
+            ("removed", f"{render.count(eviction.removed_blocks)} blocks, by clients"),
+            ("moved", f"{render.count(eviction.moved_records)} records, to empty slabs"),
+            ("corrupt", f"{render.count(eviction.corrupt_records)} records, turned into misses"),
+        ],
+    )
+
+
+def _slots(dram: DramStats) -> RenderableType | None:
+    if not dram.classes:
+        return None
+    made = render.table("Slots", ["slot", "slabs", "used", "free", render.text_column(""), "in use"])
+    for one in dram.classes[:_MOST_ROWS]:
+        slots = one.used_slots + one.free_slots
+        made.add_row(
+            render.size(one.slot_bytes),
+            render.count(one.slabs),
+            render.count(one.used_slots),
+            render.count(one.free_slots),
+            render.Bar(one.used_slots / slots if slots else 0.0, _BAR_CELLS),
+            render.ratio(one.used_slots, slots),
+        )
+    return _with_more(made, len(dram.classes))
+
+
+def _namespaces(namespaces: Sequence[NamespaceStats]) -> RenderableType | None:
+    if not namespaces:
+        return None
+    made = render.table("Namespaces", ["namespace", "generation", "blocks", "used"])
+    for one in sorted(namespaces, key=lambda one: -one.slot_bytes)[:_MOST_ROWS]:
+        cells = (str(one.generation), render.count(one.blocks), render.size(one.slot_bytes))
+        made.add_row(render.plain(one.name), *cells)
+    return _with_more(made, len(namespaces))
+
+
+def _clients(sessions: Sequence[SessionStats]) -> RenderableType | None:
+    others = sorted((one for one in sessions if one.pid != os.getpid()), key=lambda one: one.idle_s)
+    if not others:
+        return None
+    columns: list[str | render.Column] = [
+        "pid",
+        "idle",
+        "requests",
+        "leases",
+        "granted",
+        "outbound",
+        render.text_column("version"),
+    ]
+    made = render.table("Clients", columns)
+    for one in others[:_MOST_ROWS]:
+        made.add_row(
+            str(one.pid),
+            render.duration(one.idle_s),
+            render.count(one.requests),
+            render.count(one.leases),
+            render.size(one.granted_bytes),
+            render.size(one.outbound_bytes),
+            render.plain(one.version),
+        )
+    return _with_more(made, len(others))
+
+
+def _with_more(made: Table, rows: int) -> RenderableType:
+    if rows <= _MOST_ROWS:
+        return made
+    return Group(made, Text(f"... {render.count(rows - _MOST_ROWS)} more, --json has them all", style="dim"))

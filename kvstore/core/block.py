@@ -1,0 +1,91 @@
+"""A block, its records, and the life of a record as an explicit transition table."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from kvstore.core.namespaces import NamespaceState
+
+
+class RecordState(IntEnum):
+    """Where a record is in its life.
+
+    ``GRANTED``: its slot is lent for writing. ``RESIDENT``: published, readable. ``LIMBO``: withdrawn, the slot waits
+    until nobody can read it any more. ``FREE``: the slot is the allocator's again; the record is over.
+    """
+
+    GRANTED = 1
+    RESIDENT = 2
+    LIMBO = 3
+    FREE = 4
+
+
+TRANSITIONS: Final = frozenset(
+    {
+        (RecordState.GRANTED, RecordState.RESIDENT),  # commit
+        (RecordState.GRANTED, RecordState.FREE),  # returned, refused, or the key existed: never published
+        (RecordState.GRANTED, RecordState.LIMBO),  # its client is gone: it may still be writing
+        (RecordState.RESIDENT, RecordState.LIMBO),  # evicted, removed, moved, or found corrupt
+        (RecordState.LIMBO, RecordState.FREE),  # quiesced
+    }
+)
+"""All changes of state that may happen; anything else is a bug and raises ``InvalidTransition``."""
+
+
+class Record:
+    """One part of a block in one slot.
+
+    Attributes:
+        slot: first page in the arena.
+        slot_bytes, record_bytes: size of the slot, and of header and sections in it.
+        session: who writes it while it is granted, 0 afterwards.
+    """
+
+    __slots__ = ("block", "checksum", "fidelity", "part", "record_bytes", "session", "slot", "slot_bytes", "state")
+
+    def __init__(self, slot: int, slot_bytes: int, session: int) -> None:
+        self.slot = slot
+        self.slot_bytes = slot_bytes
+        self.session = session
+        self.state = RecordState.GRANTED
+        self.block: Block | None = None
+        self.part = 0
+        self.record_bytes = 0
+        self.checksum = 0
+        self.fidelity = 0
+
+
+class Block:
+    """A block with at least one resident record. See ``kvstore.policy.base.Evictable`` for the policy's view."""
+
+    __slots__ = (
+        "access",
+        "children",
+        "depth",
+        "key",
+        "leases",
+        "namespace",
+        "parent",
+        "parent_key",
+        "parts",
+        "slot_bytes",
+    )
+
+    def __init__(self, namespace: NamespaceState, key: bytes, parent_key: bytes) -> None:
+        self.namespace = namespace
+        self.key = key
+        self.parent_key = parent_key
+        self.parent: Block | None = None
+        self.children: set[Block] | None = None
+        self.depth = 0
+        self.parts: dict[int, Record] = {}
+        self.slot_bytes = 0
+        self.leases = 0
+        self.access = -1
+
+    @property
+    def complete(self) -> bool:
+        """Whether every part of the namespace is there."""
+        return len(self.parts) == self.namespace.parts

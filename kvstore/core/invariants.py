@@ -1,0 +1,143 @@
+"""``validate_state``: everything that must hold between two events."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from kvstore.core.block import Block, RecordState
+from kvstore.core.namespaces import NamespaceState
+from kvstore.core.store import Store
+from kvstore.errors import InvariantViolation
+from kvstore.protocol.keys import ROOT_KEY
+
+
+def validate_state(store: Store) -> None:
+    """Check the whole state; O(blocks + slots).
+
+    Raises:
+        InvariantViolation: naming the first thing that does not hold.
+    """
+    _check_accounting(store)
+    _check_slabs(store)
+    blocks: set[Block] = set()
+    for namespace in store.namespaces.by_id.values():
+        _check_tree(namespace)
+        blocks.update(namespace.blocks.values())
+    _require(len(blocks) == store.block_count, f"{store.block_count} blocks counted, {len(blocks)} found")
+    _require(store.policy.held() == len(blocks), f"policy holds {store.policy.held()} of {len(blocks)} blocks")
+    _check_leases(store)
+    for block in blocks:
+        for part, record in block.parts.items():
+            _require(record.block is block and record.part == part, f"record of slot {record.slot} is of no block")
+            _require(record.state is RecordState.RESIDENT, f"slot {record.slot} of a block is {record.state.name}")
+            _require(store.records.get(record.slot) is record, f"slot {record.slot} has two records")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InvariantViolation(message)
+
+
+def _check_accounting(store: Store) -> None:
+    sums: Counter[RecordState] = Counter()
+    counts: Counter[RecordState] = Counter()
+    record_bytes = 0
+    for slot, record in store.records.items():
+        _require(slot == record.slot, f"record of slot {record.slot} is filed under slot {slot}")
+        sums[record.state] += record.slot_bytes
+        counts[record.state] += 1
+        if record.state is RecordState.RESIDENT:
+            record_bytes += record.record_bytes
+            _require(
+                0 < record.record_bytes <= record.slot_bytes,
+                f"{record.record_bytes} bytes in a slot of {record.slot_bytes}",
+            )
+    expected = {
+        RecordState.RESIDENT: store.resident_bytes,
+        RecordState.GRANTED: store.granted_bytes,
+        RecordState.LIMBO: store.limbo_bytes,
+    }
+    for state, value in expected.items():
+        _require(sums[state] == value, f"{state.name} bytes are {sums[state]}, accounted are {value}")
+    _require(not counts[RecordState.FREE], "a free record is still filed")
+    _require(counts[RecordState.RESIDENT] == store.record_count, "resident records are miscounted")
+    _require(record_bytes == store.resident_record_bytes, "resident record bytes are miscounted")
+    limits = store.limits
+    _require(store.resident_bytes <= limits.capacity_bytes, f"{store.resident_bytes} resident bytes, over capacity")
+    _require(store.granted_bytes <= limits.grant_bytes, f"{store.granted_bytes} granted bytes, over the limit")
+    granted = 0
+    for session in store.sessions.values():
+        held = sum(record.slot_bytes for record in session.grants.values())
+        _require(held == session.granted_bytes, f"session {session.id} holds {held}, not {session.granted_bytes}")
+        _require(held <= limits.grant_bytes_per_session, f"session {session.id} holds {held} granted bytes")
+        for slot, record in session.grants.items():
+            _require(
+                store.records.get(slot) is record and record.state is RecordState.GRANTED,
+                f"session {session.id} holds slot {slot}, which is no grant",
+            )
+        granted += held
+    _require(granted == store.granted_bytes, f"sessions hold {granted} granted bytes, accounted {store.granted_bytes}")
+
+
+def _check_slabs(store: Store) -> None:
+    used: Counter[int] = Counter()
+    for slot, record in store.records.items():
+        slab = store.slabs.slab_of(slot)
+        used[slab.index] += 1
+        _require(slab.usable and slab.slot_pages * 4096 == record.slot_bytes, f"slot {slot} is not of its slab's class")
+        _require((slot - slab.first_page) % slab.slot_pages == 0, f"slot {slot} is not on a slot's border")
+        _require(slot not in slab.free, f"slot {slot} is used and free")
+    free_slabs = 0
+    for slab in store.slabs.slabs:
+        _require(slab.used == used[slab.index], f"slab {slab.index} counts {slab.used} slots, {used[slab.index]} found")
+        _require(slab.cut == slab.used + len(slab.free), f"slab {slab.index} lost a slot")
+        _require(len(set(slab.free)) == len(slab.free), f"slab {slab.index} has a slot free twice")
+        free_slabs += slab.usable and not slab.slot_pages
+    _require(free_slabs == store.slabs.free_slabs, "empty slabs are miscounted")
+    for slots in store.slabs.classes.values():
+        slabs = slots.slabs.values()
+        _require(sum(slab.used for slab in slabs) == slots.used_slots, f"class {slots.slot_pages}: used slots")
+        free = sum(slab.slots - slab.used for slab in slabs if not slab.draining)
+        _require(
+            free == slots.free_slots, f"class {slots.slot_pages} counts {slots.free_slots} free slots, {free} found"
+        )
+        gives = {slab.index for slab in slabs if not slab.draining and slab.used < slab.slots}
+        _require(gives == set(slots.open), f"class {slots.slot_pages}: slabs that can give a slot")
+
+
+def _check_tree(namespace: NamespaceState) -> None:
+    _require(namespace.current or not namespace.blocks, f"invalidated namespace {namespace.id} holds blocks")
+    slot_bytes = 0
+    for key, block in namespace.blocks.items():
+        name = key.hex()[:12]
+        _require(block.key == key and block.namespace is namespace, f"block {name} is filed wrongly")
+        _require(bool(block.parts), f"block {name} has no parts")
+        _require(len(block.parts) <= namespace.parts, f"block {name} has too many parts")
+        held = sum(record.slot_bytes for record in block.parts.values())
+        _require(held == block.slot_bytes, f"block {name} accounts {block.slot_bytes}, holds {held}")
+        slot_bytes += held
+        parent = namespace.blocks.get(block.parent_key)
+        _require(block.parent is parent, f"block {name} is not linked to its parent")
+        if parent is not None:
+            _require(block in (parent.children or ()), f"block {name} is not its parent's child")
+            _require(block.depth == parent.depth + 1, f"block {name} has depth {block.depth}")
+        elif block.parent_key != ROOT_KEY:
+            _require(block in namespace.orphans.get(block.parent_key, ()), f"orphan {name} is not noted")
+        for child in block.children or ():
+            _require(namespace.blocks.get(child.key) is child, f"a child of {name} is gone")
+    _require(slot_bytes == namespace.slot_bytes, f"namespace {namespace.id} slot bytes are miscounted")
+    for key, waiting in namespace.orphans.items():
+        _require(key not in namespace.blocks, "orphans wait for a parent that is there")
+        _require(bool(waiting), "an empty set of orphans is kept")
+        for block in waiting:
+            _require(namespace.blocks.get(block.key) is block, "an orphan is gone")
+
+
+def _check_leases(store: Store) -> None:
+    held: Counter[Block] = Counter()
+    for lease in store.leases.all():
+        _require(lease.session in store.sessions, f"lease {lease.id} belongs to no session")
+        held.update(lease.blocks)
+    for namespace in store.namespaces.by_id.values():
+        for block in namespace.blocks.values():
+            _require(block.leases == held[block], f"block {block.key.hex()[:12]} counts {block.leases} leases")

@@ -1,0 +1,95 @@
+"""Leases: blocks that must not be evicted until a client releases them, or a time, or the client's end."""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+
+from kvstore.core.block import Block
+
+
+@dataclass(slots=True)
+class Lease:
+    """Blocks held for a session until ``expires_ns``."""
+
+    id: int
+    session: int
+    blocks: list[Block]
+    expires_ns: int
+
+
+class Leases:
+    """All leases. Only the ends of parent-child runs are marked: a leaf-first policy keeps what is above them."""
+
+    def __init__(self) -> None:
+        self._leases: dict[int, Lease] = {}
+        self._expiry: list[tuple[int, int]] = []
+        self._of_session: dict[int, set[int]] = {}
+        self._next = 1
+
+    def __len__(self) -> int:
+        return len(self._leases)
+
+    def count_of(self, session: int) -> int:
+        """Leases that a session holds."""
+        return len(self._of_session.get(session, ()))
+
+    def all(self) -> list[Lease]:
+        """Every lease, for ``validate_state()``."""
+        return list(self._leases.values())
+
+    def take(self, session: int, blocks: list[Block] | tuple[Block, ...], expires_ns: int) -> int:
+        """Lease a run of blocks; returns the lease's id."""
+        ends = [
+            block
+            for index, block in enumerate(blocks)
+            if index + 1 == len(blocks) or blocks[index + 1].parent is not block
+        ]
+        for block in ends:
+            block.leases += 1
+        lease = Lease(self._next, session, ends, expires_ns)
+        self._next += 1
+        self._leases[lease.id] = lease
+        self._of_session.setdefault(session, set()).add(lease.id)
+        heapq.heappush(self._expiry, (expires_ns, lease.id))
+        return lease.id
+
+    def end(self, identity: int, session: int) -> list[Block] | None:
+        """End one lease of a session; the blocks that no lease holds any more, or None if there is no such lease."""
+        lease = self._leases.get(identity)
+        if lease is None or lease.session != session:
+            return None
+        return self._end(lease)
+
+    def end_session(self, session: int) -> list[Block]:
+        """End all leases of a session; the blocks that no lease holds any more."""
+        freed: list[Block] = []
+        for identity in list(self._of_session.get(session, ())):
+            freed += self._end(self._leases[identity])
+        return freed
+
+    def expire(self, now_ns: int) -> list[Block]:
+        """End all leases whose time is over; the blocks that no lease holds any more."""
+        freed: list[Block] = []
+        while self._expiry and self._expiry[0][0] <= now_ns:
+            _, identity = heapq.heappop(self._expiry)
+            lease = self._leases.get(identity)
+            if lease is not None:
+                freed += self._end(lease)
+        return freed
+
+    def _end(self, lease: Lease) -> list[Block]:
+        del self._leases[lease.id]
+        held = self._of_session[lease.session]
+        held.discard(lease.id)
+        if not held:
+            del self._of_session[lease.session]
+        if len(self._expiry) > 64 and len(self._expiry) > 4 * len(self._leases):
+            self._expiry = [entry for entry in self._expiry if entry[1] in self._leases]
+            heapq.heapify(self._expiry)
+        freed = []
+        for block in lease.blocks:
+            block.leases -= 1
+            if not block.leases and block.parts:
+                freed.append(block)
+        return freed

@@ -1,0 +1,179 @@
+"""Slabs and slots: who owns which 4 KiB pages of the arena. Bookkeeping only; the memory is the DRAM tier's.
+
+The arena is cut into slabs of equal size; a slab belongs to one slot class (one slot size) or to none. A slot is named
+by its first page: ``offset = slot * 4096``. Slot 0 is the arena's header and never given out. Exact classes exist for
+record sizes that namespaces declare; other records go into classes whose sizes grow by at most 12.5 %.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from kvstore.format.constants import PAGE_BYTES
+
+
+@dataclass(slots=True, eq=False)
+class Slab:
+    """One slab. ``slot_pages`` 0: in no class; ``draining``: takes no new slots until it is empty."""
+
+    index: int
+    first_page: int
+    pages: int
+    usable: bool = False
+    slot_pages: int = 0
+    slots: int = 0
+    cut: int = 0
+    used: int = 0
+    draining: bool = False
+    free: list[int] = field(default_factory=list)
+
+    def cut_slots(self) -> range:
+        """First pages of all slots that were ever given out since the slab got its class."""
+        return range(self.first_page, self.first_page + self.cut * self.slot_pages, max(self.slot_pages, 1))
+
+
+@dataclass(slots=True, eq=False)
+class SlotClass:
+    """All slabs of one slot size. ``open``: those that can give a slot, the last one first."""
+
+    slot_pages: int
+    slabs: dict[int, Slab] = field(default_factory=dict)
+    open: dict[int, Slab] = field(default_factory=dict)
+    used_slots: int = 0
+    free_slots: int = 0
+
+
+def geometric_pages(pages: int) -> int:
+    """Pages of the smallest class of at least ``pages`` among m * 2**e with m in 8..15: steps of at most 12.5 %."""
+    if pages <= 16:
+        return pages
+    shift = pages.bit_length() - 4
+    return -(-pages >> shift) << shift
+
+
+class SlabAllocator:
+    """Gives out and takes back slots.
+
+    Args:
+        slab_count: slabs in the arena.
+        slab_bytes: bytes a slab, a multiple of 4096.
+        first_page: page of the first slab (pages before it are the arena's header).
+    """
+
+    def __init__(self, slab_count: int, slab_bytes: int, first_page: int) -> None:
+        self.slab_bytes = slab_bytes
+        self._pages = slab_bytes // PAGE_BYTES
+        self._first_page = first_page
+        self.slabs = [Slab(index, first_page + index * self._pages, self._pages) for index in range(slab_count)]
+        self.classes: dict[int, SlotClass] = {}
+        self._empty: list[Slab] = []
+        self._exact: set[int] = set()
+        self.usable_slabs = 0
+
+    @property
+    def free_slabs(self) -> int:
+        """Usable slabs in no class."""
+        return len(self._empty)
+
+    def make_usable(self, index: int) -> None:
+        """A slab's memory is populated; until then nothing is cut from it."""
+        slab = self.slabs[index]
+        if not slab.usable:
+            slab.usable = True
+            self.usable_slabs += 1
+            self._empty.append(slab)
+
+    def declare(self, record_bytes: int) -> None:
+        """Give records of this size slots of their exact size (rounded up to pages)."""
+        self._exact.add(-(-record_bytes // PAGE_BYTES))
+
+    def slot_bytes_for(self, record_bytes: int) -> int | None:
+        """Slot size for a record; None when it is larger than a slab."""
+        pages = -(-record_bytes // PAGE_BYTES)
+        if pages > self._pages:
+            return None
+        if pages not in self._exact:
+            pages = min(geometric_pages(pages), self._pages)
+        return pages * PAGE_BYTES
+
+    def allocate(self, slot_bytes: int) -> int | None:
+        """A free slot of exactly this size, cutting an empty slab when needed; None where there is none."""
+        pages = slot_bytes // PAGE_BYTES
+        slots = self.classes.get(pages)
+        if slots is None or not slots.open:
+            if not self._empty:
+                return None
+            slots = self._cut(pages)
+        slab = slots.open[next(reversed(slots.open))]
+        if slab.free:
+            slot = slab.free.pop()
+        else:
+            slot = slab.first_page + slab.cut * pages
+            slab.cut += 1
+        slab.used += 1
+        slots.used_slots += 1
+        slots.free_slots -= 1
+        if slab.used == slab.slots:
+            del slots.open[slab.index]
+        return slot
+
+    def _cut(self, pages: int) -> SlotClass:
+        slab = self._empty.pop()
+        slots = self.classes.get(pages)
+        if slots is None:
+            slots = self.classes[pages] = SlotClass(pages)
+        slab.slot_pages = pages
+        slab.slots = self._pages // pages
+        slab.cut = 0
+        slots.slabs[slab.index] = slots.open[slab.index] = slab
+        slots.free_slots += slab.slots
+        return slots
+
+    def slab_of(self, slot: int) -> Slab:
+        """The slab that a slot lies in."""
+        return self.slabs[(slot - self._first_page) // self._pages]
+
+    def free(self, slot: int) -> None:
+        """Take a slot back. A slab without used slots leaves its class at once."""
+        slab = self.slab_of(slot)
+        slots = self.classes[slab.slot_pages]
+        slab.used -= 1
+        slots.used_slots -= 1
+        slab.free.append(slot)
+        if not slab.draining:
+            slots.free_slots += 1
+            slots.open.setdefault(slab.index, slab)
+        if not slab.used:
+            self._dissolve(slab, slots)
+
+    def _dissolve(self, slab: Slab, slots: SlotClass) -> None:
+        if not slab.draining:
+            slots.free_slots -= slab.slots
+        slots.open.pop(slab.index, None)
+        del slots.slabs[slab.index]
+        if not slots.slabs:
+            del self.classes[slab.slot_pages]
+        slab.slot_pages = slab.slots = slab.cut = 0
+        slab.draining = False
+        slab.free.clear()
+        self._empty.append(slab)
+
+    def vacatable(self, slot_bytes: int) -> list[Slab]:
+        """Slabs of other classes whose used slots would fit into the rest of their class, emptiest first."""
+        pages = slot_bytes // PAGE_BYTES
+        found = [
+            slab
+            for slots in self.classes.values()
+            if slots.slot_pages != pages
+            for slab in slots.slabs.values()
+            if not slab.draining and slab.used <= slots.free_slots - (slab.slots - slab.used)
+        ]
+        found.sort(key=lambda slab: slab.used * slab.slot_pages)
+        return found
+
+    def drain(self, slab: Slab) -> None:
+        """Give out no more slots of a slab, so that it becomes empty when those in use are freed."""
+        slots = self.classes[slab.slot_pages]
+        slab.draining = True
+        slots.free_slots -= slab.slots - slab.used
+        slots.open.pop(slab.index, None)

@@ -1,0 +1,537 @@
+"""The store's state machine: every change of the DRAM tier's contents is decided here, without I/O.
+
+``Store.handle(event, now_ns)`` takes one (batched) event and gives the instructions that carry it out, in order.
+Reads (``find``, ``leading``) change nothing; that a client read something comes back as an ``Accessed`` event.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from kvstore.core.block import TRANSITIONS, Block, Record, RecordState
+from kvstore.core.events import (
+    Accessed,
+    ClearWanted,
+    Committed,
+    CommittedRecord,
+    Event,
+    FoundCorrupt,
+    GrantsReturned,
+    InvalidateWanted,
+    Joined,
+    LeaseReleased,
+    LeaseWanted,
+    PopulationEnded,
+    Quiesced,
+    RemoveWanted,
+    SessionClosed,
+    SessionOpened,
+    SlabPopulated,
+    SlotWanted,
+    Ticked,
+)
+from kvstore.core.instructions import (
+    Answer,
+    Count,
+    Grant,
+    Instruction,
+    Leased,
+    Move,
+    Namespaced,
+    Refuse,
+    TryAgain,
+    Withdraw,
+)
+from kvstore.core.leases import Leases
+from kvstore.core.namespaces import Namespaces, NamespaceState, descendants
+from kvstore.core.slabs import Slab, SlabAllocator
+from kvstore.core.story import Chapter, Story
+from kvstore.errors import InvalidTransition
+from kvstore.policy.base import EvictionPolicy
+from kvstore.protocol.messages import PutStatus, Reason
+
+ACCESS_IDS: Final = 65_536
+"""Engine requests remembered so that their match, gets and puts count as one access a key."""
+
+EVICTION_BATCH: Final = 64
+"""Victims chosen at once when room must be made for a slot size."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreLimits:
+    """Hard limits, all in bytes of slots unless named otherwise.
+
+    Attributes:
+        capacity_bytes: what resident records may occupy together.
+        grant_bytes: what granted slots may occupy together, outside the capacity.
+        grant_bytes_per_session: of these, what one client may hold.
+        leases_per_session: leases that one client may hold.
+    """
+
+    capacity_bytes: int
+    grant_bytes: int
+    grant_bytes_per_session: int
+    leases_per_session: int = 4096
+
+
+@dataclass(slots=True)
+class StoreCounters:
+    """Counts since the start."""
+
+    evicted_blocks: int = 0
+    evicted_bytes: int = 0
+    removed_blocks: int = 0
+    moved_records: int = 0
+    corrupt_records: int = 0
+
+
+@dataclass(slots=True)
+class SessionState:
+    """What a client holds."""
+
+    id: int
+    grants: dict[int, Record] = field(default_factory=dict)
+    granted_bytes: int = 0
+
+
+class Store:
+    """The state of the DRAM tier.
+
+    Args:
+        limits: hard limits.
+        slabs: the arena's slots; the store alone allocates from it.
+        policy: chooses what leaves.
+    """
+
+    def __init__(self, limits: StoreLimits, slabs: SlabAllocator, policy: EvictionPolicy) -> None:
+        self.limits = limits
+        self.slabs = slabs
+        self.policy = policy
+        self.namespaces = Namespaces()
+        self.leases = Leases()
+        self.sessions: dict[int, SessionState] = {}
+        self.records: dict[int, Record] = {}
+        self.counters = StoreCounters()
+        self.story = Story()
+        self.resident_bytes = 0
+        self.resident_record_bytes = 0
+        self.granted_bytes = 0
+        self.limbo_bytes = 0
+        self.block_count = 0
+        self.record_count = 0
+        self.populating = True
+        self._limbo_slots: Counter[int] = Counter()
+        self._accesses: OrderedDict[tuple[int, int], int] = OrderedDict()
+        self._access = 0
+        self._now_ns = 0
+        self._handlers: dict[type, Callable[[Any], list[Instruction]]] = {
+            SlabPopulated: self._slab_populated,
+            PopulationEnded: self._population_ended,
+            SessionOpened: self._session_opened,
+            SessionClosed: self._session_closed,
+            Joined: self._joined,
+            SlotWanted: self._slot_wanted,
+            Committed: self._committed,
+            GrantsReturned: self._grants_returned,
+            Accessed: self._accessed,
+            LeaseWanted: self._lease_wanted,
+            LeaseReleased: self._lease_released,
+            RemoveWanted: self._remove_wanted,
+            ClearWanted: self._clear_wanted,
+            InvalidateWanted: self._invalidate_wanted,
+            FoundCorrupt: self._found_corrupt,
+            Quiesced: self._quiesced,
+            Ticked: self._ticked,
+        }
+
+    # -------------------------------------------------------------- reading
+
+    @property
+    def max_record_bytes(self) -> int:
+        """The largest record that can ever be stored."""
+        limits = self.limits
+        return min(self.slabs.slab_bytes, limits.capacity_bytes, limits.grant_bytes, limits.grant_bytes_per_session)
+
+    def find(self, namespace_id: int, key: bytes, part: int) -> Record | None:
+        """The resident record of one part of a block, or None."""
+        namespace = self.namespaces.by_id.get(namespace_id)
+        block = None if namespace is None else namespace.blocks.get(key)
+        return None if block is None else block.parts.get(part)
+
+    def leading(self, namespace_id: int, keys: list[bytes]) -> list[Block]:
+        """The longest run of complete blocks from the first key on."""
+        namespace = self.namespaces.by_id.get(namespace_id)
+        return [] if namespace is None else namespace.leading(keys)
+
+    # -------------------------------------------------------------- events
+
+    def handle(self, event: Event, now_ns: int) -> list[Instruction]:
+        """Take one event; the instructions must be carried out in order.
+
+        Raises:
+            InvalidTransition: a bug; the message carries the story of the key.
+        """
+        self._now_ns = now_ns
+        return self._handlers[type(event)](event)
+
+    def _slab_populated(self, event: SlabPopulated) -> list[Instruction]:
+        self.slabs.make_usable(event.index)
+        return []
+
+    def _population_ended(self, event: PopulationEnded) -> list[Instruction]:
+        self.populating = False
+        return []
+
+    def _session_opened(self, event: SessionOpened) -> list[Instruction]:
+        self.sessions[event.session] = SessionState(event.session)
+        return []
+
+    def _session_closed(self, event: SessionClosed) -> list[Instruction]:
+        session = self.sessions.pop(event.session)
+        for block in self.leases.end_session(event.session):
+            self.policy.released(block)
+        slots = list(session.grants)
+        for record in session.grants.values():
+            self._to_limbo(record, b"", "its client is gone")
+        return [Withdraw(slots)] if slots else []
+
+    def _joined(self, event: Joined) -> list[Instruction]:
+        for record_bytes in event.record_bytes:
+            self.slabs.declare(record_bytes)
+        namespace = self.namespaces.join(event.description)
+        if event.generation < 0 or event.generation == namespace.generation:
+            return [Namespaced(namespace)]
+        if event.generation < namespace.generation:
+            return [Namespaced(namespace, stale=True)]
+        return self._advance(namespace, event.generation)
+
+    def _invalidate_wanted(self, event: InvalidateWanted) -> list[Instruction]:
+        namespace = self.namespaces.by_id[event.namespace_id]
+        if not namespace.current:
+            return [Namespaced(self.namespaces.current_of(namespace))]
+        return self._advance(namespace, namespace.generation + 1)
+
+    def _advance(self, namespace: NamespaceState, generation: int) -> list[Instruction]:
+        instructions = self._withdraw_all(list(namespace.blocks.values()))
+        return [*instructions, Namespaced(self.namespaces.advance(namespace, generation))]
+
+    def _slot_wanted(self, event: SlotWanted) -> list[Instruction]:
+        slot_bytes = self.slabs.slot_bytes_for(event.record_bytes)
+        if slot_bytes is None or slot_bytes > self.max_record_bytes:
+            return [Refuse(PutStatus.REJECTED, Reason.TOO_LARGE)]
+        session = self.sessions[event.session]
+        if session.granted_bytes + slot_bytes > self.limits.grant_bytes_per_session:
+            return [Refuse(PutStatus.THROTTLED, Reason.GRANT_LIMIT)]
+        if self.granted_bytes + slot_bytes > self.limits.grant_bytes:
+            return [Refuse(PutStatus.THROTTLED, Reason.GRANT_LIMIT)]
+        slot = self.slabs.allocate(slot_bytes)
+        if slot is None:
+            return self._make_room(slot_bytes)
+        record = Record(slot, slot_bytes, event.session)
+        self.records[slot] = record
+        session.grants[slot] = record
+        session.granted_bytes += slot_bytes
+        self.granted_bytes += slot_bytes
+        return [Grant(record)]
+
+    def _make_room(self, slot_bytes: int) -> list[Instruction]:
+        """Get a slab or a slot of this size: move records together, or evict in the policy's order."""
+        if self.populating:
+            return [Refuse(PutStatus.THROTTLED, Reason.POPULATING)]
+        if self._limbo_slots[slot_bytes]:
+            # A slot of this size comes back by itself: evicting more would only empty the tier meanwhile.
+            return [Refuse(PutStatus.THROTTLED, Reason.ALL_HELD)]
+        for slab in self.slabs.vacatable(slot_bytes):
+            instructions = self._vacate(slab)
+            if instructions:
+                return [*instructions, TryAgain()]
+        victims: list[Block] = []
+        instructions = []
+        while len(victims) < EVICTION_BATCH:
+            victim = self._next_victim()
+            if victim is None:
+                break
+            victims.append(victim)
+            fits = any(record.slot_bytes == slot_bytes for record in victim.parts.values())
+            instructions += self._evict(victim)
+            if fits:
+                break
+        if victims:
+            return [*instructions, TryAgain()]
+        if self.limbo_bytes or self.leases:
+            return [Refuse(PutStatus.THROTTLED, Reason.ALL_HELD)]
+        return [Refuse(PutStatus.THROTTLED, Reason.GRANT_LIMIT)]
+
+    def _vacate(self, slab: Slab) -> list[Instruction]:
+        """Move all records out of a slab into the rest of its class; [] if one of them cannot be moved."""
+        held = [self.records[slot] for slot in slab.cut_slots() if slot in self.records]
+        if any(record.state is not RecordState.RESIDENT for record in held):
+            return []
+        self.slabs.drain(slab)
+        moves: list[Instruction] = []
+        for record in held:
+            target = self.slabs.allocate(record.slot_bytes)
+            assert target is not None
+            copy = Record(target, record.slot_bytes, 0)
+            copy.block, copy.part, copy.record_bytes = record.block, record.part, record.record_bytes
+            copy.checksum, copy.fidelity, copy.state = record.checksum, record.fidelity, RecordState.RESIDENT
+            self.records[target] = copy
+            assert record.block is not None
+            record.block.parts[record.part] = copy
+            self._note(record.block.key, copy, RecordState.GRANTED, RecordState.RESIDENT, "moved here")
+            moves.append(Move(record.slot, target, record.slot_bytes))
+            self.resident_bytes += record.slot_bytes
+            self.resident_record_bytes += record.record_bytes
+            self.record_count += 1
+            self._to_limbo(record, record.block.key, "moved away")
+        self.counters.moved_records += len(held)
+        return [*moves, Withdraw([record.slot for record in held])]
+
+    def _committed(self, event: Committed) -> list[Instruction]:
+        session = self.sessions[event.session]
+        namespace = self.namespaces.by_id.get(event.namespace_id)
+        access = self._access_number(event.session, event.access)
+        statuses: list[PutStatus] = []
+        reasons: list[Reason] = []
+        touched: list[Block] = []
+        placed: dict[Block, list[int]] = {}
+        for index, commit in enumerate(event.records):
+            record = session.grants.pop(commit.slot, None)
+            if record is None:
+                status, reason = PutStatus.REJECTED, Reason.BAD_RECORD
+            else:
+                session.granted_bytes -= record.slot_bytes
+                status, reason = self._place(record, commit, namespace, access, touched, placed, index)
+                if status is not PutStatus.STORED:
+                    self._to_free(record, commit.key, status.name)
+            statuses.append(status)
+            reasons.append(reason)
+        if touched:
+            self.policy.touch(touched, access)
+        instructions: list[Instruction] = []
+        if self.resident_bytes > self.limits.capacity_bytes:
+            instructions = self._fit_capacity(placed, statuses, reasons)
+        instructions.append(Answer(statuses, reasons))
+        return instructions
+
+    def _place(
+        self,
+        record: Record,
+        commit: CommittedRecord,
+        namespace: NamespaceState | None,
+        access: int,
+        touched: list[Block],
+        placed: dict[Block, list[int]],
+        index: int,
+    ) -> tuple[PutStatus, Reason]:
+        """Publish one committed record, or say why not."""
+        if namespace is None or not namespace.current:
+            return PutStatus.REJECTED, Reason.STALE_NAMESPACE
+        if commit.namespace_digest != namespace.digest or commit.record_bytes > record.slot_bytes:
+            return PutStatus.REJECTED, Reason.BAD_RECORD
+        if commit.part >= namespace.parts:
+            return PutStatus.REJECTED, Reason.BAD_PART
+        block = namespace.blocks.get(commit.key)
+        if block is None:
+            if namespace.closes_circle(commit.key, commit.parent_key):
+                return PutStatus.REJECTED, Reason.BAD_PARENT
+            block = Block(namespace, commit.key, commit.parent_key)
+            namespace.insert(block)
+            self.policy.insert(block, access)
+            self.block_count += 1
+        else:
+            touched.append(block)
+            if commit.part in block.parts:
+                return PutStatus.EXISTS, Reason.NONE
+            if commit.parent_key != block.parent_key:
+                return PutStatus.REJECTED, Reason.BAD_PARENT
+        record.block, record.part, record.session = block, commit.part, 0
+        record.record_bytes, record.checksum, record.fidelity = commit.record_bytes, commit.checksum, commit.fidelity
+        self._change(record, RecordState.RESIDENT, commit.key, "committed")
+        block.parts[commit.part] = record
+        block.slot_bytes += record.slot_bytes
+        namespace.slot_bytes += record.slot_bytes
+        self.granted_bytes -= record.slot_bytes
+        self.resident_bytes += record.slot_bytes
+        self.resident_record_bytes += record.record_bytes
+        self.record_count += 1
+        placed.setdefault(block, []).append(index)
+        return PutStatus.STORED, Reason.NONE
+
+    def _fit_capacity(
+        self, placed: dict[Block, list[int]], statuses: list[PutStatus], reasons: list[Reason]
+    ) -> list[Instruction]:
+        """Evict until resident records fit; where nothing else can leave, what was just placed must."""
+        withdrawn: list[int] = []
+        while self.resident_bytes > self.limits.capacity_bytes:
+            victim = self._next_victim()
+            if victim is None:
+                victim = next(block for block in reversed(placed) if block.parts)
+            if victim in placed:
+                held = bool(self.leases)
+                for index in placed[victim]:
+                    statuses[index] = PutStatus.THROTTLED if held else PutStatus.REJECTED
+                    reasons[index] = Reason.ALL_HELD if held else Reason.NO_ROOM
+            for instruction in self._evict(victim):
+                assert isinstance(instruction, Withdraw)
+                withdrawn += instruction.slots
+        return [Withdraw(withdrawn)]
+
+    def _grants_returned(self, event: GrantsReturned) -> list[Instruction]:
+        session = self.sessions[event.session]
+        for slot in event.slots:
+            record = session.grants.pop(slot, None)
+            if record is not None:
+                session.granted_bytes -= record.slot_bytes
+                self._to_free(record, b"", "returned")
+        return []
+
+    def _accessed(self, event: Accessed) -> list[Instruction]:
+        number = self._access_number(event.session, event.access)
+        blocks = [block for block in event.blocks if block.parts]
+        if blocks:
+            self.policy.touch(blocks, number)
+        return []
+
+    def _access_number(self, session: int, access: int) -> int:
+        """One number for all events of one engine request; numbers only grow."""
+        if access:
+            number = self._accesses.get((session, access))
+            if number is not None:
+                return number
+        self._access += 1
+        if access:
+            self._accesses[session, access] = self._access
+            if len(self._accesses) > ACCESS_IDS:
+                self._accesses.popitem(last=False)
+        return self._access
+
+    def _lease_wanted(self, event: LeaseWanted) -> list[Instruction]:
+        blocks = [block for block in event.blocks if block.parts]
+        if not blocks:
+            return [Leased(0)]
+        if self.leases.count_of(event.session) >= self.limits.leases_per_session:
+            return [Refuse(PutStatus.THROTTLED, Reason.ALL_HELD)]
+        return [Leased(self.leases.take(event.session, blocks, self._now_ns + event.duration_ns))]
+
+    def _lease_released(self, event: LeaseReleased) -> list[Instruction]:
+        freed = self.leases.end(event.lease, event.session)
+        for block in freed or ():
+            self.policy.released(block)
+        return [Count(0 if freed is None else 1)]
+
+    def _remove_wanted(self, event: RemoveWanted) -> list[Instruction]:
+        namespace = self.namespaces.by_id.get(event.namespace_id)
+        if namespace is None:
+            return [Count(0)]
+        instructions: list[Instruction] = []
+        condemned: set[Block] = set()
+        removed = 0
+        for key in event.keys:
+            block = namespace.blocks.get(key)
+            if block is not None:
+                condemned.update(descendants(block))
+                instructions += self._drop(block, "removed")
+                condemned.discard(block)
+                removed += 1
+        if condemned:
+            self.policy.condemn(sorted(condemned, key=lambda block: block.depth))
+        self.counters.removed_blocks += removed
+        return [*instructions, Count(removed)]
+
+    def _clear_wanted(self, event: ClearWanted) -> list[Instruction]:
+        namespace = self.namespaces.by_id.get(event.namespace_id)
+        blocks = [] if namespace is None else list(namespace.blocks.values())
+        return [*self._withdraw_all(blocks), Count(len(blocks))]
+
+    def _found_corrupt(self, event: FoundCorrupt) -> list[Instruction]:
+        record = self.records.get(event.slot)
+        if record is None or record.state is not RecordState.RESIDENT or record.block is None:
+            return []
+        self.counters.corrupt_records += 1
+        return self._drop(record.block, f"corrupt: {event.why}")
+
+    def _quiesced(self, event: Quiesced) -> list[Instruction]:
+        for slot in event.slots:
+            record = self.records[slot]
+            self._change(record, RecordState.FREE, b"", "quiesced")
+            self.limbo_bytes -= record.slot_bytes
+            self._limbo_slots[record.slot_bytes] -= 1
+            del self.records[slot]
+            self.slabs.free(slot)
+        return []
+
+    def _ticked(self, event: Ticked) -> list[Instruction]:
+        for block in self.leases.expire(self._now_ns):
+            self.policy.released(block)
+        return []
+
+    # -------------------------------------------------------------- changes of state
+
+    def _next_victim(self) -> Block | None:
+        victim = self.policy.next_victim()
+        assert victim is None or isinstance(victim, Block)
+        return victim
+
+    def _evict(self, block: Block) -> list[Instruction]:
+        self.counters.evicted_blocks += 1
+        self.counters.evicted_bytes += block.slot_bytes
+        return self._drop(block, "evicted")
+
+    def _withdraw_all(self, blocks: list[Block]) -> list[Instruction]:
+        slots = [slot for block in blocks for slot in self._unlink(block, "cleared")]
+        self.counters.removed_blocks += len(blocks)
+        return [Withdraw(slots)] if slots else []
+
+    def _drop(self, block: Block, cause: str) -> list[Instruction]:
+        return [Withdraw(self._unlink(block, cause))]
+
+    def _unlink(self, block: Block, cause: str) -> list[int]:
+        """Take a block out of the tree and the policy, its records into limbo; their slots."""
+        self.policy.discard(block)
+        namespace = block.namespace
+        namespace.remove(block)
+        namespace.slot_bytes -= block.slot_bytes
+        self.block_count -= 1
+        slots = []
+        for record in block.parts.values():
+            self._to_limbo(record, block.key, cause)
+            slots.append(record.slot)
+        block.parts = {}
+        block.slot_bytes = 0
+        return slots
+
+    def _to_limbo(self, record: Record, key: bytes, cause: str) -> None:
+        if record.state is RecordState.RESIDENT:
+            self.resident_bytes -= record.slot_bytes
+            self.resident_record_bytes -= record.record_bytes
+            self.record_count -= 1
+        else:
+            self.granted_bytes -= record.slot_bytes
+        self._change(record, RecordState.LIMBO, key, cause)
+        self.limbo_bytes += record.slot_bytes
+        self._limbo_slots[record.slot_bytes] += 1
+        record.block = None
+
+    def _to_free(self, record: Record, key: bytes, cause: str) -> None:
+        """A grant that was never published: its slot can be used again at once."""
+        self._change(record, RecordState.FREE, key, cause)
+        self.granted_bytes -= record.slot_bytes
+        del self.records[record.slot]
+        self.slabs.free(record.slot)
+
+    def _change(self, record: Record, after: RecordState, key: bytes, cause: str) -> None:
+        before = record.state
+        if (before, after) not in TRANSITIONS:
+            raise InvalidTransition(
+                f"slot {record.slot} of key {key.hex() or '?'}: {before.name} -> {after.name} ({cause}) must never "
+                f"happen; its story: {self.story.tell(key, record.slot) or 'nothing remembered'}"
+            )
+        record.state = after
+        self._note(key, record, before, after, cause)
+
+    def _note(self, key: bytes, record: Record, before: RecordState, after: RecordState, cause: str) -> None:
+        self.story.add(Chapter(self._now_ns, key, record.part, record.slot, before, after, cause))

@@ -1,0 +1,1 @@
+"""Layouts of the files that daemon and clients share in memory. Pure functions; ``docs/mapped-files.md``."""

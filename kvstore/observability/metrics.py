@@ -1,0 +1,172 @@
+"""Prometheus metrics: the daemon's statistics, read when somebody scrapes and not before.
+
+Covers: names, units and labels of everything under ``/metrics``. Does not cover counting, see ``kvstore.server``.
+Labels are bounded: no keys, no sessions, and at most 64 namespaces by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Final
+
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from kvstore.protocol.messages import (
+    DaemonStats,
+    DramStats,
+    EvictionStats,
+    LookupStats,
+    NamespaceStats,
+    PutStats,
+    Reason,
+    ServerStats,
+)
+
+__all__ = ["CONTENT_TYPE", "MAX_NAMESPACE_LABELS", "StatsCollector", "make_registry", "render_metrics"]
+
+CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+MAX_NAMESPACE_LABELS: Final = 64
+OTHER: Final = "other"
+"""Label of all namespaces but the first 64 seen; one that really has this name is counted with them."""
+
+
+class StatsCollector(Collector):
+    """Turns a snapshot of the statistics into metric families.
+
+    Args:
+        snapshot: called at each scrape, on the scraper's thread.
+    """
+
+    def __init__(self, snapshot: Callable[[], DaemonStats]) -> None:
+        self._snapshot = snapshot
+        self._namespace_labels: set[str] = set()
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: registration must not take a snapshot before the daemon runs."""
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        """All families of one snapshot."""
+        stats = self._snapshot()
+        yield _gauges("kvstore_build_info", "1, with the daemon's version.", "version", {stats.version: 1})
+        yield _gauge("kvstore_uptime_seconds", "Time since the daemon started.", stats.uptime_s)
+        yield from _tier(stats.dram)
+        yield from _lookups(stats.lookups)
+        yield from _puts(stats.puts)
+        yield from _evictions(stats.eviction)
+        yield from _server(stats.server)
+        yield _gauge("kvstore_sessions", "Clients connected.", len(stats.sessions))
+        yield _gauge("kvstore_leases", "Leases held by clients.", stats.leases)
+        yield from self._namespaces(stats.namespaces)
+
+    def _namespaces(self, namespaces: Iterable[NamespaceStats]) -> Iterator[Metric]:
+        # Once given, a label stays: over the daemon's life there are never more than 64 and OTHER.
+        blocks: dict[str, int] = {}
+        slot_bytes: dict[str, int] = {}
+        for namespace in namespaces:
+            label = namespace.name
+            if label not in self._namespace_labels:
+                if len(self._namespace_labels) < MAX_NAMESPACE_LABELS:
+                    self._namespace_labels.add(label)
+                else:
+                    label = OTHER
+            blocks[label] = blocks.get(label, 0) + namespace.blocks
+            slot_bytes[label] = slot_bytes.get(label, 0) + namespace.slot_bytes
+        yield _gauges("kvstore_namespace_blocks", "Resident blocks.", "namespace", blocks)
+        yield _gauges("kvstore_namespace_resident_bytes", "Bytes of slots of resident blocks.", "namespace", slot_bytes)
+
+
+def make_registry(snapshot: Callable[[], DaemonStats]) -> CollectorRegistry:
+    """A registry of its own with the daemon's and its process's metrics."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(StatsCollector(snapshot))
+    ProcessCollector(registry=registry)
+    return registry
+
+
+def render_metrics(registry: CollectorRegistry) -> bytes:
+    """All metrics in the Prometheus text format (``CONTENT_TYPE``)."""
+    return generate_latest(registry)
+
+
+def _gauge(name: str, documentation: str, value: float) -> Metric:
+    return GaugeMetricFamily(name, documentation, value=value)
+
+
+def _counter(name: str, documentation: str, value: float) -> Metric:
+    return CounterMetricFamily(name, documentation, value=value)
+
+
+def _gauges(name: str, documentation: str, label: str, values: Mapping[str, float]) -> Metric:
+    family = GaugeMetricFamily(name, documentation, labels=(label,))
+    for key, value in values.items():
+        family.add_metric((key,), value)
+    return family
+
+
+def _counters(name: str, documentation: str, label: str, values: Mapping[str, float]) -> Metric:
+    family = CounterMetricFamily(name, documentation, labels=(label,))
+    for key, value in values.items():
+        family.add_metric((key,), value)
+    return family
+
+
+def _tier(dram: DramStats) -> Iterator[Metric]:
+    for name, documentation, value in (
+        ("capacity_bytes", "Most bytes of slots that may hold blocks.", dram.capacity_bytes),
+        ("resident_bytes", "Bytes of slots that hold blocks.", dram.resident_bytes),
+        ("payload_bytes", "Bytes of payload in resident blocks, without headers and padding.", dram.payload_bytes),
+        ("arena_bytes", "Bytes of the arena, grants included.", dram.arena_bytes),
+        ("populated_bytes", "Bytes of the arena whose pages exist.", dram.populated_bytes),
+        ("granted_bytes", "Bytes of slots lent to clients for writing.", dram.granted_bytes),
+        ("limbo_bytes", "Bytes of freed slots that may still be read.", dram.limbo_bytes),
+        ("slab_bytes", "Bytes of one slab.", dram.slab_bytes),
+        ("free_slabs", "Slabs that no slot size uses.", dram.free_slabs),
+        ("blocks", "Resident blocks.", dram.blocks),
+        ("records", "Resident records.", dram.records),
+        ("degraded", "1 while the tier has a problem, which the logs explain.", 1 if dram.problem else 0),
+    ):
+        yield _gauges(f"kvstore_tier_{name}", documentation, "tier", {"dram": value})
+
+
+def _lookups(lookups: LookupStats) -> Iterator[Metric]:
+    requests = {"match": lookups.matches, "get": lookups.gets}
+    keys = {"match": lookups.match_keys, "get": lookups.get_keys}
+    hits = {"match": lookups.match_hits, "get": lookups.get_hits}
+    yield _counters("kvstore_lookups", "Lookups.", "operation", requests)
+    yield _counters("kvstore_lookup_keys", "Keys asked for.", "operation", keys)
+    yield _counters("kvstore_lookup_hits", "Keys that were hits.", "operation", hits)
+    yield _counter("kvstore_get_throttled", "Keys of gets answered throttled.", lookups.get_throttled)
+    yield _counter("kvstore_read_bytes", "Bytes of records given to clients.", lookups.bytes_out)
+
+
+def _puts(puts: PutStats) -> Iterator[Metric]:
+    statuses = {status: getattr(puts, status) for status in ("stored", "exists", "throttled", "rejected")}
+    reasons = {reason.name.lower(): 0 for reason in Reason if reason is not Reason.NONE}
+    reasons |= {reason.lower(): number for reason, number in puts.reasons.items()}
+    yield _counters("kvstore_puts", "Puts by answer.", "status", statuses)
+    yield _counters("kvstore_put_refusals", "Puts throttled or rejected, by reason.", "reason", reasons)
+    yield _counter("kvstore_written_bytes", "Bytes of records taken from clients.", puts.bytes_in)
+
+
+def _evictions(eviction: EvictionStats) -> Iterator[Metric]:
+    blocks, size_bytes = {eviction.policy: eviction.evicted_blocks}, {eviction.policy: eviction.evicted_bytes}
+    yield _counters("kvstore_evicted_blocks", "Blocks that had to leave for others.", "policy", blocks)
+    yield _counters("kvstore_evicted_bytes", "Slot bytes of evicted blocks.", "policy", size_bytes)
+    yield _counter("kvstore_removed_blocks", "Blocks removed by clients.", eviction.removed_blocks)
+    yield _counter("kvstore_moved_records", "Records moved to empty a slab.", eviction.moved_records)
+    yield _counter("kvstore_corrupt_records", "Records whose checksum was wrong.", eviction.corrupt_records)
+
+
+def _server(server: ServerStats) -> Iterator[Metric]:
+    yield _counter("kvstore_requests", "Requests taken from the socket.", server.requests)
+    yield _counter("kvstore_bad_requests", "Requests that could not be understood.", server.bad_requests)
+    yield _counter("kvstore_overloaded_requests", "Requests refused for overload.", server.overloaded)
+    yield _counter("kvstore_dropped_replies", "Replies that no client took.", server.replies_dropped)
+    yield _gauge("kvstore_outbound_bytes", "Reply bytes on their way to clients.", server.outbound_bytes)
+    yield _gauge("kvstore_queue_delay_seconds", "Wait of requests for their turn.", server.queue_delay_ms / 1000)
+    yield _counter("kvstore_sessions_opened", "Clients that connected.", server.sessions_opened)
+    lost = {"died": server.sessions_died, "expired": server.sessions_expired}
+    yield _counters("kvstore_sessions_lost", "Clients that went without a word.", "cause", lost)

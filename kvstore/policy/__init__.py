@@ -1,0 +1,1 @@
+"""Decisions only: which block leaves next. One algorithm a file, one small interface, a registry."""

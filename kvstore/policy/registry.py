@@ -1,0 +1,24 @@
+"""Eviction policies by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from kvstore.errors import InvalidArgument
+from kvstore.policy.base import EvictionPolicy
+from kvstore.policy.lru import Lru
+
+POLICIES: Final[dict[str, Callable[[], EvictionPolicy]]] = {"lru": Lru}
+
+
+def make_policy(name: str) -> EvictionPolicy:
+    """A new policy.
+
+    Raises:
+        InvalidArgument: no policy has that name; the message lists those there are.
+    """
+    try:
+        return POLICIES[name]()
+    except KeyError:
+        raise InvalidArgument(f"unknown eviction policy {name!r}; there are: {', '.join(sorted(POLICIES))}") from None

@@ -1,0 +1,477 @@
+"""Requests and replies: one struct each, a tagged union in each direction.
+
+A message is one header frame (a MessagePack array whose first element is the tag) and payload frames.
+Evolution: fields are only appended, with defaults; types and tags never change; tags are never reused. Bounds
+in the types are checked when a message is decoded, not when it is made.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Annotated, Literal
+
+import msgspec
+
+from kvstore.protocol.keys import KEY_BYTES
+from kvstore.protocol.namespace import Namespace
+from kvstore.protocol.version import (
+    MAX_DECLARED_SIZES,
+    MAX_GENERATION,
+    MAX_IDENT_CHARACTERS,
+    MAX_KEYS_PER_REQUEST,
+)
+
+Unsigned = Annotated[int, msgspec.Meta(ge=0)]
+"""An integer from 0 to 2**64 - 1."""
+
+Keys = Annotated[bytes, msgspec.Meta(max_length=KEY_BYTES * MAX_KEYS_PER_REQUEST)]
+"""Block keys, 32 bytes each, without anything between them."""
+
+Ident = Annotated[str, msgspec.Meta(max_length=MAX_IDENT_CHARACTERS)]
+"""A version or an id in a greeting."""
+
+
+class PutStatus(IntEnum):
+    """Answer to one put. Persisted on the wire.
+
+    ``STORED``: it is published. ``EXISTS``: the key was present and its record was kept. ``THROTTLED``: not
+    now, try again. ``REJECTED``: never like this. ``PENDING``: given by ``put(wait=False)`` only, ``flush()``
+    knows more.
+    """
+
+    STORED = 1
+    EXISTS = 2
+    THROTTLED = 3
+    REJECTED = 4
+    PENDING = 5
+
+
+class Reason(IntEnum):
+    """Why a put was throttled or rejected. Persisted on the wire."""
+
+    NONE = 0
+    TOO_LARGE = 1
+    """The record is larger than the largest slot, or than the tier."""
+    NO_ROOM = 2
+    """The blocks before it in its own chain fill the tier."""
+    ALL_HELD = 3
+    """Everything that could leave is leased."""
+    POPULATING = 4
+    """Memory is still being populated after the start."""
+    OVERLOADED = 5
+    """The request waited too long, or too many bytes are in flight."""
+    STALE_NAMESPACE = 6
+    """The namespace was invalidated after this client joined it."""
+    BAD_RECORD = 7
+    """The record's header or checksum is wrong, or it is of another namespace."""
+    BAD_PARENT = 8
+    """Parts disagree about the parent, or the parents form a circle."""
+    BAD_PART = 9
+    """The part is not one of the namespace's."""
+    GRANT_LIMIT = 10
+    """This client holds as many granted bytes as it may."""
+    MEMORY_LIMIT = 11
+    """The memory file system is full; the tier stays smaller than configured."""
+
+
+class GetStatus(IntEnum):
+    """Answer to one key of a get. Persisted on the wire."""
+
+    MISS = 0
+    HIT = 1
+    THROTTLED = 2
+
+
+class TierId(IntEnum):
+    """Tiers by id, nearest first; 0 is none. Persisted on the wire."""
+
+    NONE = 0
+    HBM = 1
+    DRAM = 2
+    SSD = 3
+    REMOTE = 4
+
+
+# ------------------------------------------------------------------ requests
+
+
+class Request(msgspec.Struct, array_like=True):
+    """Fields of every request.
+
+    Attributes:
+        id: correlates the reply; unique among a client's outstanding requests.
+        session: from ``Welcome``; 0 in ``Hello`` only.
+        namespace_id: from ``Attached``; 0 where the request concerns no namespace.
+        sent_ns: the client's CLOCK_MONOTONIC when it sent, 0 if it is not on the daemon's host.
+        timeout_ms: how long the client will wait.
+        ring_head: head of the client's ring, which the daemon drains to first; 0 without a ring.
+        access: id of the engine request this belongs to, 0 for none: one id is one access a key, however many
+            requests carry it.
+    """
+
+    id: Unsigned
+    session: Unsigned
+    namespace_id: Unsigned
+    sent_ns: Unsigned
+    timeout_ms: Unsigned
+    ring_head: Unsigned
+    access: Unsigned
+
+
+class Hello(Request, tag=1):
+    """Opens a session. Its place and the meaning of its fields never change."""
+
+    protocol_oldest: Unsigned
+    protocol_newest: Unsigned
+    client_version: Ident = ""
+    pid: Unsigned = 0
+    boot_id: Ident = ""
+
+
+class Attach(Request, tag=2):
+    """Joins a namespace.
+
+    Attributes:
+        namespace: its description.
+        payload_bytes: payload sizes the client is going to put, which get slots of their exact size.
+        locked: the client holds the lock on its session file.
+        generation: -1 joins the current generation. A client that comes back (the daemon restarted, its
+            session expired) names the generation it was in: a later one here makes it stale, an earlier one
+            here moves on to the client's.
+    """
+
+    namespace: Namespace
+    payload_bytes: Annotated[tuple[Unsigned, ...], msgspec.Meta(max_length=MAX_DECLARED_SIZES)] = ()
+    locked: bool = False
+    generation: Annotated[int, msgspec.Meta(ge=-1, le=MAX_GENERATION)] = -1
+
+
+class Put(Request, tag=3):
+    """Stores records; two payload frames each: 256 bytes of header, then the sections."""
+
+    count: Unsigned
+
+
+class Get(Request, tag=4):
+    """Fetches records of one part; ``keys`` is 32 bytes a key."""
+
+    keys: Keys
+    part: Unsigned = 0
+
+
+class Match(Request, tag=5):
+    """Counts leading complete blocks; takes a lease on them when ``lease_ms`` is not 0."""
+
+    keys: Keys
+    lease_ms: Unsigned = 0
+
+
+class Exists(Request, tag=6):
+    """Asks for each block whether it is complete, and where. Counts as no access."""
+
+    keys: Keys
+
+
+class Remove(Request, tag=7):
+    """Removes blocks; descendants stay and are evicted first."""
+
+    keys: Keys
+
+
+class Clear(Request, tag=8):
+    """Removes all blocks of the namespace."""
+
+
+class Flush(Request, tag=9):
+    """Answered when this session's earlier puts are published or refused."""
+
+
+class Invalidate(Request, tag=10):
+    """What this client computes from now differs from what it computed in ``generation``."""
+
+    generation: Unsigned
+
+
+class Prefetch(Request, tag=11):
+    """Asks to have blocks in a tier soon."""
+
+    keys: Keys
+    tier: TierId = TierId.DRAM
+
+
+class Release(Request, tag=12):
+    """Gives a lease back early."""
+
+    lease: Unsigned
+
+
+class Stats(Request, tag=13):
+    """Asks for the daemon's statistics."""
+
+
+class Verify(Request, tag=14):
+    """Asks the daemon to check its invariants and the checksum of every resident record."""
+
+
+class Ping(Request, tag=15):
+    """Asks for nothing."""
+
+
+class Bye(Request, tag=16):
+    """Ends the session; there is no reply."""
+
+
+AnyRequest = (
+    Hello
+    | Attach
+    | Put
+    | Get
+    | Match
+    | Exists
+    | Remove
+    | Clear
+    | Flush
+    | Invalidate
+    | Prefetch
+    | Release
+    | Stats
+    | Verify
+    | Ping
+    | Bye
+)
+
+# ------------------------------------------------------------------ replies
+
+
+class Reply(msgspec.Struct, array_like=True):
+    """Fields of every reply: the request's id, and which life of the daemon answers."""
+
+    id: Unsigned
+    incarnation: Unsigned
+
+
+class ErrorReply(Reply, tag=101):
+    """The request was not carried out; ``code`` is an ``ErrorCode``."""
+
+    code: Unsigned
+    message: str
+
+
+class Welcome(Reply, tag=102):
+    """Answer to ``Hello``.
+
+    Attributes:
+        protocol: the version agreed on.
+        session: to be put into every request.
+        daemon_version: of the distribution.
+        max_record_bytes: largest record, header included.
+        session_file: path that the client locks to show that it lives, "" where there is none.
+        same_host: whether client and daemon share a kernel, so that ``sent_ns`` means something.
+        pid: the daemon's; a client of the same process does not lock (its lock would not show its death).
+    """
+
+    protocol: Unsigned
+    session: Unsigned
+    daemon_version: str
+    max_record_bytes: Unsigned
+    session_file: str = ""
+    same_host: bool = False
+    pid: Unsigned = 0
+
+
+class Attached(Reply, tag=103):
+    """The namespace's id and digest in this incarnation and generation; id 0: the client is stale.
+
+    A stale client reads misses and its puts are rejected until it invalidates or is made anew.
+    """
+
+    namespace_id: Unsigned
+    generation: Unsigned
+    digest: bytes
+
+
+class PutReply(Reply, tag=104):
+    """One ``PutStatus`` and one ``Reason`` byte a record."""
+
+    statuses: bytes
+    reasons: bytes
+    retry_after_ms: Unsigned = 0
+
+
+class GetReply(Reply, tag=105):
+    """One ``GetStatus`` byte a key; one payload frame (the whole record) for each hit, in order."""
+
+    statuses: bytes
+
+
+class MatchReply(Reply, tag=106):
+    """``hits`` leading blocks; their tiers as (TierId, count) runs; the lease, 0 for none."""
+
+    hits: Unsigned
+    tiers: tuple[tuple[Unsigned, Unsigned], ...] = ()
+    lease: Unsigned = 0
+
+
+class ExistsReply(Reply, tag=107):
+    """One ``TierId`` byte a key, 0 where the block is not complete."""
+
+    tiers: bytes
+
+
+class CountReply(Reply, tag=108):
+    """Answer to remove, clear and prefetch: how many blocks; to release: 1 where the lease still held, else 0."""
+
+    count: Unsigned
+
+
+class Done(Reply, tag=109):
+    """Answer to flush and ping."""
+
+
+class NamespaceStats(msgspec.Struct, kw_only=True):
+    """One namespace: its name, generation, resident blocks and slot bytes."""
+
+    name: str
+    generation: Unsigned
+    blocks: Unsigned
+    slot_bytes: Unsigned
+
+
+class SlotClassStats(msgspec.Struct, kw_only=True):
+    """One slot size: slabs cut for it, and slots by state."""
+
+    slot_bytes: Unsigned
+    slabs: Unsigned
+    used_slots: Unsigned
+    free_slots: Unsigned
+
+
+class DramStats(msgspec.Struct, kw_only=True):
+    """The DRAM tier; all values in bytes unless they say otherwise."""
+
+    capacity_bytes: Unsigned
+    arena_bytes: Unsigned
+    populated_bytes: Unsigned
+    resident_bytes: Unsigned
+    payload_bytes: Unsigned
+    granted_bytes: Unsigned
+    limbo_bytes: Unsigned
+    blocks: Unsigned
+    records: Unsigned
+    slab_bytes: Unsigned
+    free_slabs: Unsigned
+    problem: str
+    classes: list[SlotClassStats]
+
+
+class LookupStats(msgspec.Struct, kw_only=True):
+    """Lookups since the start. A request's match, gets and puts with one access id count each once."""
+
+    matches: Unsigned
+    match_keys: Unsigned
+    match_hits: Unsigned
+    gets: Unsigned
+    get_keys: Unsigned
+    get_hits: Unsigned
+    get_throttled: Unsigned
+    bytes_out: Unsigned
+
+
+class PutStats(msgspec.Struct, kw_only=True):
+    """Puts since the start."""
+
+    stored: Unsigned
+    exists: Unsigned
+    throttled: Unsigned
+    rejected: Unsigned
+    bytes_in: Unsigned
+    reasons: dict[str, int]
+
+
+class EvictionStats(msgspec.Struct, kw_only=True):
+    """Blocks that left the tier since the start."""
+
+    policy: str
+    evicted_blocks: Unsigned
+    evicted_bytes: Unsigned
+    removed_blocks: Unsigned
+    moved_records: Unsigned
+    corrupt_records: Unsigned
+
+
+class SessionStats(msgspec.Struct, kw_only=True):
+    """One client."""
+
+    session: Unsigned
+    pid: Unsigned
+    idle_s: float
+    requests: Unsigned
+    leases: Unsigned
+    granted_bytes: Unsigned
+    outbound_bytes: Unsigned
+    version: str
+
+
+class ServerStats(msgspec.Struct, kw_only=True):
+    """The request path."""
+
+    requests: Unsigned
+    bad_requests: Unsigned
+    overloaded: Unsigned
+    replies_dropped: Unsigned
+    sessions_opened: Unsigned
+    sessions_died: Unsigned
+    sessions_expired: Unsigned
+    outbound_bytes: Unsigned
+    queue_delay_ms: float
+
+
+class DaemonStats(msgspec.Struct, kw_only=True):
+    """Everything ``kvstore stats`` shows."""
+
+    version: str
+    pid: Unsigned
+    incarnation: str
+    uptime_s: float
+    endpoint: str
+    dram: DramStats
+    lookups: LookupStats
+    puts: PutStats
+    eviction: EvictionStats
+    server: ServerStats
+    namespaces: list[NamespaceStats]
+    sessions: list[SessionStats]
+    leases: Unsigned
+
+
+class StatsReply(Reply, tag=110):
+    """Statistics at one moment."""
+
+    stats: DaemonStats
+
+
+class VerifyReply(Reply, tag=111):
+    """Outcome of a verification; ``problems`` is empty when all is well."""
+
+    records: Unsigned
+    bytes: Unsigned
+    seconds: float
+    problems: list[str]
+
+
+AnyReply = (
+    ErrorReply
+    | Welcome
+    | Attached
+    | PutReply
+    | GetReply
+    | MatchReply
+    | ExistsReply
+    | CountReply
+    | Done
+    | StatsReply
+    | VerifyReply
+)
+
+TierName = Literal["hbm", "dram", "ssd", "remote"]
+"""Tiers by name, as the SDK and the CLI say them."""

@@ -1,0 +1,1 @@
+"""The daemon: sockets, executing the store's instructions, client sessions, overload."""

@@ -1,0 +1,291 @@
+"""The daemon's life: start in an order that leaves nothing behind on failure, serve, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import os
+import secrets
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import uvloop
+
+import kvstore
+from kvstore.core.events import PopulationEnded, SlabPopulated, Ticked
+from kvstore.core.slabs import SlabAllocator
+from kvstore.core.store import Store, StoreLimits
+from kvstore.errors import InvalidArgument, SettingsError
+from kvstore.mapped.arena import FIRST_SLAB_PAGE, STATE_OFFSET, ArenaHeader, ArenaState
+from kvstore.observability.logs import Log, RepeatedLog, configure_logs, get_log
+from kvstore.policy.registry import make_policy
+from kvstore.protocol.endpoint import default_arena_directory, default_directory, ipc_path
+from kvstore.server.counters import RequestCounters
+from kvstore.server.executor import Executor
+from kvstore.server.gets import Reads
+from kvstore.server.http import start_http
+from kvstore.server.outbound import Outbound
+from kvstore.server.overload import Overload
+from kvstore.server.population import Population, populate_first
+from kvstore.server.puts import Puts
+from kvstore.server.requests import Requests
+from kvstore.server.sessions import Sessions
+from kvstore.server.statistics import Statistics
+from kvstore.server.transport import RouterTransport
+from kvstore.settings import Settings
+from kvstore.tiers.dram import Arena, automatic_slab_bytes, slab_count
+from kvstore.tiers.files import OwnerLock, make_directory, read_text, remove_stale
+from kvstore.tiers.memory import check_arena_fits
+
+_TICK_S: Final = 1.0
+_FRAME_SLACK_BYTES: Final = 8 << 20
+_DIRECTORY_MODES: Final = {0o600: 0o700, 0o660: 0o750, 0o666: 0o755}
+"""Whoever may open the files must be able to enter their directory; only the daemon writes into it."""
+
+
+class Daemon:
+    """One incarnation of the daemon on the running event loop.
+
+    Everything that ``start`` acquires is released by ``stop``, in reverse order, also where ``start`` fails half-way.
+    """
+
+    def __init__(self, settings: Settings, clock: Callable[[], int] = time.monotonic_ns) -> None:
+        self.settings = settings
+        self._clock = clock
+        self._log: Log = get_log()
+        self._undo = contextlib.AsyncExitStack()
+        self._ticker: asyncio.Task[None] | None = None
+        self.ready = False
+        self.problem = ""
+
+    async def start(self) -> None:
+        """Begin to serve.
+
+        Raises:
+            SettingsError, ResourceTaken, InsufficientMemory, PermissionRefused: why it cannot; nothing is left behind.
+        """
+        try:
+            await self._start()
+        except BaseException:
+            await self._undo.aclose()
+            raise
+
+    async def _start(self) -> None:
+        settings = self.settings
+        loop = asyncio.get_running_loop()
+        gid = settings.access.group_id if settings.access.group_id is not None else -1
+        mode = settings.access.mode
+        directory_mode = _DIRECTORY_MODES[mode]
+        socket_path = ipc_path(settings.endpoint)
+        if socket_path.parent == default_directory():
+            make_directory(socket_path.parent, directory_mode, gid)
+        elif not socket_path.parent.is_dir():
+            raise SettingsError(
+                f"endpoint {settings.endpoint}: the directory {socket_path.parent} does not exist; make it"
+            )
+        socket_lock = OwnerLock(
+            Path(f"{socket_path}.lock"), f"the socket {socket_path}", "stop it, or choose another --endpoint"
+        )
+        self._undo.callback(socket_lock.release)
+        directory = settings.dram.directory or default_arena_directory(settings.endpoint)
+        existed = directory.is_dir()
+        make_directory(directory, directory_mode, gid)
+        if not existed:
+            self._undo.callback(_remove_directory, directory)
+        arena_lock = OwnerLock(
+            directory / "owner.lock", f"the arena directory {directory}", "stop it, or choose another --arena-dir"
+        )
+        self._undo.callback(arena_lock.release)
+        stale = remove_stale(directory, "arena-", (STATE_OFFSET, int(ArenaState.DEAD).to_bytes(4, "little")))
+        remove_stale(directory, "client-")
+        if stale:
+            self._log.warning("removed_stale_arena", directory=str(directory), why="a daemon did not stop cleanly")
+
+        incarnation = secrets.randbits(62) | 1
+        store, arena = self._make_store(directory, incarnation, mode, gid)
+        executor = Executor(store, arena, self._clock)
+        executor.apply(SlabPopulated(0))
+        sessions = Sessions(
+            directory,
+            incarnation,
+            settings.limits.max_sessions,
+            int(settings.limits.session_idle_s * 1e9),
+            mode,
+            gid,
+        )
+        self._undo.callback(_close_session_files, sessions)
+        counters = RequestCounters()
+        outbound = Outbound(executor, settings.limits.outbound_bytes_per_session, loop.call_later)
+        overload = Overload(settings.limits.max_queue_delay_ms)
+        verify_every = {"always": 1, "sampled": settings.dram.verify_every, "off": 0}[settings.dram.verify]
+        requests = Requests(
+            executor=executor,
+            sessions=sessions,
+            outbound=outbound,
+            overload=overload,
+            reads=Reads(executor, outbound, counters, verify_every, RepeatedLog(self._log)),
+            puts=Puts(executor, counters),
+            counters=counters,
+            incarnation=incarnation,
+            boot_id=read_text("/proc/sys/kernel/random/boot_id").strip(),
+            max_lease_s=settings.limits.max_lease_s,
+            pid=os.getpid(),
+            clock=self._clock,
+            log=self._log,
+        )
+        transport = RouterTransport(
+            settings.endpoint,
+            max_frame_bytes=store.max_record_bytes + _FRAME_SLACK_BYTES,
+            mode=mode,
+            gid=gid,
+            on_message=requests.on_message,
+        )
+        self._undo.callback(transport.close)
+        self._undo.push_async_callback(requests.stop)
+        self._statistics = Statistics(
+            endpoint=settings.endpoint,
+            incarnation=incarnation,
+            started_ns=self._clock(),
+            store=store,
+            arena=arena,
+            sessions=sessions,
+            outbound=outbound,
+            overload=overload,
+            transport=transport,
+            counters=counters,
+        )
+        requests.transport, requests.statistics = transport, self._statistics
+        self._requests, self._executor, self._sessions = requests, executor, sessions
+
+        http_address = "off"
+        if settings.http != "off":
+            http = await start_http(settings.http, lambda: self._statistics.snapshot(self._clock()), self._readiness)
+            self._undo.push_async_callback(http.stop)
+            http_address = http.address
+        transport.start(loop)
+        self._ticker = asyncio.create_task(self._tick())
+        self._undo.push_async_callback(self._end_ticker)
+        population = Population(arena, loop, self._slab_populated, self._population_ended)
+        population.start()
+        self._undo.callback(population.stop)
+        self.ready = True
+        self._log.info(
+            "ready",
+            endpoint=settings.endpoint,
+            http=http_address,
+            capacity_bytes=settings.dram.capacity_bytes,
+            arena=str(arena.path),
+            policy=store.policy.name,
+            version=kvstore.__version__,
+            hbm="none: this version has no GPU tier",
+        )
+
+    def _make_store(self, directory: Path, incarnation: int, mode: int, gid: int) -> tuple[Store, Arena]:
+        settings = self.settings
+        dram, limits = settings.dram, settings.limits
+        try:
+            policy = make_policy(settings.eviction.policy)
+        except InvalidArgument as error:
+            raise SettingsError(f"eviction.policy: {error}") from None
+        slab_bytes = dram.slab_bytes or automatic_slab_bytes(dram.capacity_bytes, dram.grant_bytes)
+        slabs = slab_count(dram.capacity_bytes, dram.grant_bytes, slab_bytes)
+        header = ArenaHeader(incarnation, slab_bytes, slabs, os.getpid())
+        check_arena_fits(directory, header.arena_bytes)
+        arena = Arena(directory / f"arena-{incarnation:016x}", header, mode, gid)
+        self._undo.callback(arena.close)
+        populate_first(arena)
+        store = Store(
+            StoreLimits(
+                capacity_bytes=dram.capacity_bytes,
+                grant_bytes=dram.grant_bytes,
+                grant_bytes_per_session=min(limits.grant_bytes_per_session, dram.grant_bytes),
+            ),
+            SlabAllocator(slabs, slab_bytes, FIRST_SLAB_PAGE),
+            policy,
+        )
+        return store, arena
+
+    async def stop(self) -> None:
+        """Stop serving and leave nothing behind."""
+        self.ready = False
+        await self._undo.aclose()
+
+    def _readiness(self) -> tuple[bool, str]:
+        if not self.ready:
+            return False, "starting or stopping"
+        return True, self.problem or "ready"
+
+    def _slab_populated(self, slab: int) -> None:
+        self._executor.apply(SlabPopulated(slab))
+
+    def _population_ended(self, problem: str) -> None:
+        self._executor.apply(PopulationEnded())
+        if problem:
+            self.problem = self._statistics.problem = f"the DRAM tier stays smaller than configured: {problem}"
+            self._log.error("population_stopped", why=problem)
+        else:
+            self._log.info("populated", arena_bytes=self._executor.arena.header.arena_bytes)
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(_TICK_S)
+            self._executor.apply(Ticked())
+            for session in self._sessions.gone(self._clock()):
+                self._log.info("client_gone", pid=session.pid, locked=session.locked, requests=session.requests)
+                self._requests.close_session(session)
+
+    async def _end_ticker(self) -> None:
+        if self._ticker is not None:
+            self._ticker.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._ticker
+
+
+def _remove_directory(directory: Path) -> None:
+    with contextlib.suppress(OSError):
+        directory.rmdir()
+
+
+def _close_session_files(sessions: Sessions) -> None:
+    for session in sessions.all():
+        if session.file is not None:
+            session.file.close()
+
+
+async def _serve(settings: Settings) -> int:
+    daemon = Daemon(settings)
+    loop = asyncio.get_running_loop()
+    stopped = asyncio.Event()
+    log = get_log()
+
+    def stop(number: signal.Signals) -> None:
+        if stopped.is_set():
+            log.warning("forced_stop", signal=number.name)
+            os._exit(128 + number)
+        log.info("stopping", signal=number.name)
+        stopped.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop, number)
+    await daemon.start()
+    gc.collect()
+    gc.freeze()
+    await stopped.wait()
+    await daemon.stop()
+    log.info("stopped")
+    return 0
+
+
+def run(settings: Settings) -> int:
+    """Run a daemon until SIGTERM or SIGINT (a second one ends it at once); the exit status.
+
+    Raises:
+        SettingsError, ResourceTaken, InsufficientMemory, PermissionRefused: why it cannot start.
+    """
+    configure_logs(settings.log_level, settings.log_format)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_serve(settings))

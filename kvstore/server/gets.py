@@ -1,0 +1,92 @@
+"""Gets over ZeroMQ: records go out from where they lie; their slots stay pinned until libzmq is done with them."""
+
+from __future__ import annotations
+
+from kvstore.core.block import Record
+from kvstore.core.events import Accessed, FoundCorrupt
+from kvstore.errors import CorruptRecord
+from kvstore.observability.logs import RepeatedLog
+from kvstore.protocol.keys import split_keys
+from kvstore.protocol.messages import Get, GetReply, GetStatus
+from kvstore.server.counters import RequestCounters
+from kvstore.server.executor import Executor
+from kvstore.server.outbound import Outbound
+from kvstore.server.sessions import Session
+
+
+class Reads:
+    """The read path of clients that receive their payloads.
+
+    Args:
+        verify_every: check the checksum of every n-th record read; 0 for none.
+    """
+
+    def __init__(
+        self, executor: Executor, outbound: Outbound, counters: RequestCounters, verify_every: int, log: RepeatedLog
+    ) -> None:
+        self._executor = executor
+        self._outbound = outbound
+        self._counters = counters
+        self._verify_every = verify_every
+        self._reads = 0
+        self._log = log
+
+    def get(
+        self, session: Session, request: Get, incarnation: int
+    ) -> tuple[GetReply, list[memoryview], list[int], int, Accessed]:
+        """Look records up.
+
+        Returns:
+            The reply; one payload frame for each hit; their slots, which are pinned; their bytes; the access report.
+        """
+        store = self._executor.store
+        keys = split_keys(request.keys)
+        statuses = bytearray(len(keys))
+        payloads: list[memoryview] = []
+        slots: list[int] = []
+        blocks = []
+        missing = []
+        room = self._outbound.room(session.id)
+        total = 0
+        for index, key in enumerate(keys):
+            record = store.find(request.namespace_id, key, request.part)
+            if record is None or not self._sound(record):
+                missing.append(key)
+                continue
+            if total + record.record_bytes > room and (total or self._outbound.bytes_of(session.id)):
+                statuses[index] = GetStatus.THROTTLED
+                continue
+            total += record.record_bytes
+            statuses[index] = GetStatus.HIT
+            payloads.append(self._executor.arena.record(record.slot, record.record_bytes))
+            slots.append(record.slot)
+            assert record.block is not None
+            blocks.append(record.block)
+        self._executor.pin(slots)
+        counters = self._counters
+        counters.gets += 1
+        counters.get_keys += len(keys)
+        counters.get_hits += len(payloads)
+        counters.get_throttled += statuses.count(GetStatus.THROTTLED)
+        counters.bytes_out += total
+        report = Accessed(session.id, request.access, blocks, len(keys), tuple(missing[:16]))
+        return GetReply(request.id, incarnation, bytes(statuses)), payloads, slots, total, report
+
+    def _sound(self, record: Record) -> bool:
+        """Verify by policy; a record that is not what was committed leaves the store and is a miss."""
+        if not self._verify_every:
+            return True
+        self._reads += 1
+        if self._reads % self._verify_every:
+            return True
+        block = record.block
+        assert block is not None
+        try:
+            self._executor.arena.verify(record.slot, record.slot_bytes, record.record_bytes, block.key, record.part)
+        except CorruptRecord as error:
+            self._log.log_every(
+                1, "corrupt_record", "error", "corrupt_record", block=block.key.hex(), part=record.part, why=str(error)
+            )
+            self._executor.apply(FoundCorrupt(record.slot, str(error)))
+            return False
+        return True

@@ -1,0 +1,419 @@
+"""One request in, one reply out: decoding, the session's right to ask, and what each request does."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, Final
+
+import zmq
+
+import kvstore
+from kvstore.core.events import (
+    Accessed,
+    ClearWanted,
+    InvalidateWanted,
+    Joined,
+    LeaseReleased,
+    LeaseWanted,
+    RemoveWanted,
+    SessionClosed,
+    SessionOpened,
+)
+from kvstore.core.instructions import Count, Leased, Namespaced, Refuse
+from kvstore.errors import ErrorCode, InvalidArgument
+from kvstore.format.constants import RECORD_HEADER_BYTES
+from kvstore.observability.logs import Log, RepeatedLog
+from kvstore.protocol.framing import decode_request, encode, request_id
+from kvstore.protocol.keys import KEY_BYTES, split_keys
+from kvstore.protocol.messages import (
+    AnyReply,
+    AnyRequest,
+    Attach,
+    Attached,
+    Bye,
+    Clear,
+    CountReply,
+    Done,
+    ErrorReply,
+    Exists,
+    ExistsReply,
+    Flush,
+    Get,
+    GetReply,
+    GetStatus,
+    Hello,
+    Invalidate,
+    Match,
+    MatchReply,
+    Ping,
+    Prefetch,
+    Put,
+    Release,
+    Remove,
+    Reply,
+    Stats,
+    StatsReply,
+    TierId,
+    Verify,
+    VerifyReply,
+    Welcome,
+)
+from kvstore.protocol.version import MAX_KEYS_PER_REQUEST, PROTOCOL_OLDEST, PROTOCOL_VERSION, negotiate
+from kvstore.server.counters import RequestCounters
+from kvstore.server.executor import Executor
+from kvstore.server.gets import Reads
+from kvstore.server.outbound import Outbound
+from kvstore.server.overload import Overload
+from kvstore.server.puts import Puts, refused
+from kvstore.server.sessions import Session, Sessions, TooManySessions
+from kvstore.server.statistics import Statistics
+from kvstore.server.transport import RouterTransport
+from kvstore.server.verification import Verified, verify
+
+_MAX_DECLARED_SIZES: Final = 64
+
+
+class Refused(Exception):
+    """A request that gets an ``ErrorReply``; the connection and the session go on."""
+
+    def __init__(self, code: ErrorCode, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Requests:
+    """Serves requests as they come out of the transport. Memory answers come from inside the drain.
+
+    Args:
+        parts: the daemon's other rooms, as named.
+        boot_id: of this kernel, to know clients whose clock is ours.
+        clock: nanoseconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        *,
+        executor: Executor,
+        sessions: Sessions,
+        outbound: Outbound,
+        overload: Overload,
+        reads: Reads,
+        puts: Puts,
+        counters: RequestCounters,
+        incarnation: int,
+        boot_id: str,
+        max_lease_s: float,
+        pid: int,
+        clock: Callable[[], int],
+        log: Log,
+    ) -> None:
+        self._executor = executor
+        self._store = executor.store
+        self._sessions = sessions
+        self._outbound = outbound
+        self._overload = overload
+        self._reads = reads
+        self._puts = puts
+        self._counters = counters
+        self._incarnation = incarnation
+        self._boot_id = boot_id
+        self._max_lease_s = max_lease_s
+        self._pid = pid
+        self._clock = clock
+        self._log = RepeatedLog(log)
+        self._verification: asyncio.Task[Verified] | None = None
+        self._waiting: set[asyncio.Task[None]] = set()
+        self.transport: RouterTransport | None = None
+        self.statistics: Statistics | None = None
+        self.stopping = False
+        self._simple: dict[type, Callable[[Session, Any], Reply]] = {
+            Attach: self._attach,
+            Exists: self._exists,
+            Remove: self._remove,
+            Clear: self._clear,
+            Flush: self._done,
+            Ping: self._done,
+            Invalidate: self._invalidate,
+            Prefetch: self._prefetch,
+            Release: self._release,
+            Stats: self._stats,
+        }
+
+    # -------------------------------------------------------------- dispatch
+
+    def on_message(self, identity: bytes, header: bytes, payloads: list[zmq.Frame]) -> None:
+        """Serve one message. Never raises: whatever a peer sends, the daemon goes on."""
+        self._counters.requests += 1
+        try:
+            request = decode_request(header)
+        except InvalidArgument as error:
+            self._counters.bad_requests += 1
+            number = request_id(header)
+            if number is not None:
+                self._send(identity, ErrorReply(number, self._incarnation, ErrorCode.BAD_REQUEST, str(error)))
+            return
+        try:
+            self._serve(identity, request, payloads)
+        except Refused as error:
+            self._counters.bad_requests += 1
+            self._send(identity, ErrorReply(request.id, self._incarnation, error.code, str(error)))
+        except Exception as error:
+            # A defect of ours must not end the service of other clients; it is loud in the log.
+            self._log.log_every(
+                1,
+                type(error).__name__,
+                "error",
+                "request_failed",
+                request=type(request).__name__,
+                error=repr(error),
+                exc_info=error,
+            )
+            message = f"the daemon failed on this request: {error!r}; see its log"
+            self._send(identity, ErrorReply(request.id, self._incarnation, ErrorCode.INTERNAL, message))
+
+    def _serve(self, identity: bytes, request: AnyRequest, payloads: list[zmq.Frame]) -> None:
+        if not 0 <= request.id < 1 << 64:
+            raise Refused(ErrorCode.BAD_REQUEST, "a request's id is an unsigned 64-bit number")
+        if self.stopping:
+            raise Refused(ErrorCode.SHUTTING_DOWN, "the daemon is stopping")
+        if isinstance(request, Hello):
+            self._hello(identity, request)
+            return
+        session = self._sessions.of(identity, request.session)
+        if session is None:
+            raise Refused(ErrorCode.UNKNOWN_SESSION, "no session of this connection has that number; greet again")
+        now_ns = self._clock()
+        session.last_ns = now_ns
+        session.requests += 1
+        if len(payloads) != (2 * request.count if isinstance(request, Put) else 0):
+            raise Refused(ErrorCode.BAD_REQUEST, f"{len(payloads)} payload frames do not belong to this request")
+        if request.namespace_id and request.namespace_id not in self._store.namespaces.by_id:
+            raise Refused(ErrorCode.UNKNOWN_NAMESPACE, f"namespace id {request.namespace_id} was never given out")
+        late = self._overload.refuses(request, now_ns, session.same_host)
+        if isinstance(request, Match):
+            self._match(session, request)
+        elif isinstance(request, Get):
+            self._get(session, request, late)
+        elif isinstance(request, Put):
+            reply = (
+                refused(request, self._incarnation)
+                if late
+                else self._puts.put(session, request, payloads, self._incarnation)
+            )
+            self._send(identity, reply)
+        elif isinstance(request, Bye):
+            self.close_session(session)
+        elif isinstance(request, Verify):
+            self._verify(identity, request)
+        else:
+            self._send(identity, self._simple[type(request)](session, request))
+
+    def _send(self, identity: bytes, reply: Reply) -> None:
+        assert self.transport is not None
+        self.transport.send(identity, encode(reply))
+
+    # -------------------------------------------------------------- sessions
+
+    def _hello(self, identity: bytes, request: Hello) -> None:
+        version = negotiate(request.protocol_oldest, request.protocol_newest)
+        if version is None:
+            raise Refused(
+                ErrorCode.PROTOCOL_MISMATCH,
+                f"the daemon (kvstored {kvstore.__version__}) speaks protocol {PROTOCOL_OLDEST} to {PROTOCOL_VERSION}, "
+                f"the client (kvstored {request.client_version or 'unknown'}) {request.protocol_oldest} to "
+                f"{request.protocol_newest}; install the same version on both sides",
+            )
+        before = self._sessions.of_connection(identity)
+        if before is not None:
+            self.close_session(before)
+        same_host = bool(request.boot_id) and request.boot_id == self._boot_id
+        try:
+            session = self._sessions.open(identity, request.pid, request.client_version[:64], same_host, self._clock())
+        except TooManySessions as error:
+            raise Refused(ErrorCode.LIMIT, str(error)) from None
+        except OSError as error:
+            raise Refused(ErrorCode.LIMIT, f"the daemon cannot make a session file: {error.strerror}") from None
+        self._executor.apply(SessionOpened(session.id))
+        self._send(
+            identity,
+            Welcome(
+                request.id,
+                self._incarnation,
+                version,
+                session.id,
+                kvstore.__version__,
+                self._store.max_record_bytes,
+                str(session.file.path) if session.file is not None else "",
+                same_host,
+                self._pid,
+            ),
+        )
+
+    def close_session(self, session: Session) -> None:
+        """End a session: what the client held is free again."""
+        self._sessions.close(session)
+        self._executor.apply(SessionClosed(session.id))
+
+    def _attach(self, session: Session, request: Attach) -> Reply:
+        sizes = request.payload_bytes
+        if len(sizes) > _MAX_DECLARED_SIZES or any(size <= 0 for size in sizes):
+            raise Refused(ErrorCode.BAD_REQUEST, f"payload_bytes takes up to {_MAX_DECLARED_SIZES} positive sizes")
+        if request.generation >= 1 << 63:
+            raise Refused(ErrorCode.BAD_REQUEST, "a generation is a number below 2**63")
+        session.locked = request.locked and session.file is not None and session.file.locked()
+        # A size that can never be stored is refused when it is put, by its own reason.
+        fitting = tuple(
+            RECORD_HEADER_BYTES + size for size in sizes if RECORD_HEADER_BYTES + size <= self._store.max_record_bytes
+        )
+        try:
+            answer = self._executor.apply(Joined(request.namespace, fitting, request.generation))
+        except InvalidArgument as error:
+            raise Refused(ErrorCode.LIMIT, str(error)) from None
+        return self._attached(request.id, answer)
+
+    def _attached(self, number: int, answer: object) -> Attached:
+        assert isinstance(answer, Namespaced)
+        state = answer.namespace
+        identity = 0 if answer.stale else state.id
+        return Attached(number, self._incarnation, identity, state.generation, state.digest)
+
+    # -------------------------------------------------------------- reading and writing
+
+    def _match(self, session: Session, request: Match) -> None:
+        keys = _keys(request.keys)
+        if not 0 <= request.lease_ms <= self._max_lease_s * 1000:
+            raise Refused(
+                ErrorCode.BAD_REQUEST,
+                f"a lease lasts at most {self._max_lease_s:g} s (limits.max_lease_s), "
+                f"{request.lease_ms / 1000:g} s were asked for",
+            )
+        blocks = self._store.leading(request.namespace_id, keys)
+        lease = 0
+        if request.lease_ms and blocks:
+            answer = self._executor.apply(LeaseWanted(session.id, blocks, request.lease_ms * 1_000_000))
+            if isinstance(answer, Refuse):
+                raise Refused(ErrorCode.THROTTLED, "this client holds too many leases; release some")
+            assert isinstance(answer, Leased)
+            lease = answer.lease
+        hits = len(blocks)
+        tiers = ((int(TierId.DRAM), hits),) if hits else ()
+        self._send(session.identity, MatchReply(request.id, self._incarnation, hits, tiers, lease))
+        # The client waits for the answer, not for the policy's bookkeeping.
+        self._executor.apply(Accessed(session.id, request.access, blocks, len(keys), tuple(keys[hits : hits + 16])))
+        counters = self._counters
+        counters.matches += 1
+        counters.match_keys += len(keys)
+        counters.match_hits += hits
+
+    def _get(self, session: Session, request: Get, late: bool) -> None:
+        count = len(_keys(request.keys))
+        if late:
+            self._counters.get_throttled += count
+            statuses = bytes([GetStatus.THROTTLED]) * count
+            self._send(session.identity, GetReply(request.id, self._incarnation, statuses))
+            return
+        if not 0 <= request.part < 1 << 16:
+            raise Refused(ErrorCode.BAD_REQUEST, f"part {request.part} is not in 0 to 65535")
+        assert self.transport is not None
+        reply, payloads, slots, payload_bytes, report = self._reads.get(session, request, self._incarnation)
+        tracker = self.transport.send(session.identity, encode(reply), payloads)
+        if tracker is not None:
+            self._outbound.add(tracker, session.id, slots, payload_bytes)
+        else:
+            self._executor.unpin(slots)
+        self._executor.apply(report)
+
+    def _exists(self, session: Session, request: Exists) -> Reply:
+        namespace = self._store.namespaces.by_id.get(request.namespace_id)
+        keys = _keys(request.keys)
+        tiers = bytearray(len(keys))
+        if namespace is not None:
+            for index, key in enumerate(keys):
+                block = namespace.blocks.get(key)
+                if block is not None and block.complete:
+                    tiers[index] = TierId.DRAM
+        return ExistsReply(request.id, self._incarnation, bytes(tiers))
+
+    def _prefetch(self, session: Session, request: Prefetch) -> Reply:
+        # With one tier nothing lies below it: what is there is where it was asked to be.
+        if request.tier is not TierId.DRAM:
+            raise Refused(
+                ErrorCode.BAD_REQUEST, f"this daemon has no {request.tier.name.lower()} tier to prefetch into"
+            )
+        namespace = self._store.namespaces.by_id.get(request.namespace_id)
+        blocks = [] if namespace is None else [namespace.blocks.get(key) for key in _keys(request.keys)]
+        there = sum(block is not None and block.complete for block in blocks)
+        return CountReply(request.id, self._incarnation, there)
+
+    def _remove(self, session: Session, request: Remove) -> Reply:
+        return self._count(request.id, RemoveWanted(request.namespace_id, _keys(request.keys)))
+
+    def _clear(self, session: Session, request: Clear) -> Reply:
+        return self._count(request.id, ClearWanted(request.namespace_id))
+
+    def _release(self, session: Session, request: Release) -> Reply:
+        return self._count(request.id, LeaseReleased(session.id, request.lease))
+
+    def _count(self, number: int, event: RemoveWanted | ClearWanted | LeaseReleased) -> Reply:
+        answer = self._executor.apply(event)
+        assert isinstance(answer, Count)
+        return CountReply(number, self._incarnation, answer.count)
+
+    def _invalidate(self, session: Session, request: Invalidate) -> Reply:
+        if not request.namespace_id:
+            raise Refused(ErrorCode.UNKNOWN_NAMESPACE, "no namespace was joined")
+        try:
+            answer = self._executor.apply(InvalidateWanted(request.namespace_id))
+        except InvalidArgument as error:
+            raise Refused(ErrorCode.LIMIT, str(error)) from None
+        return self._attached(request.id, answer)
+
+    def _done(self, session: Session, request: Flush | Ping) -> Reply:
+        # Requests of a connection are served in order, so earlier puts are published or refused by now.
+        return Done(request.id, self._incarnation)
+
+    def _stats(self, session: Session, request: Stats) -> Reply:
+        assert self.statistics is not None
+        return StatsReply(request.id, self._incarnation, self.statistics.snapshot(self._clock()))
+
+    # -------------------------------------------------------------- work that waits
+
+    def _verify(self, identity: bytes, request: Verify) -> None:
+        if self._verification is None or self._verification.done():
+            self._verification = asyncio.ensure_future(verify(self._executor))
+        waiting = asyncio.ensure_future(self._answer_verified(identity, request.id, self._verification))
+        self._waiting.add(waiting)
+        waiting.add_done_callback(self._waiting.discard)
+
+    async def _answer_verified(self, identity: bytes, number: int, verification: asyncio.Task[Verified]) -> None:
+        reply: AnyReply
+        try:
+            found = await asyncio.shield(verification)
+        except asyncio.CancelledError:
+            reply = ErrorReply(number, self._incarnation, ErrorCode.SHUTTING_DOWN, "the daemon is stopping")
+        except Exception as error:
+            self._log.log_every(1, "verify", "error", "verification_failed", error=repr(error), exc_info=error)
+            reply = ErrorReply(number, self._incarnation, ErrorCode.INTERNAL, f"the verification failed: {error!r}")
+        else:
+            reply = VerifyReply(
+                number, self._incarnation, found.records, found.record_bytes, found.seconds, found.problems
+            )
+        self._send(identity, reply)
+
+    async def stop(self) -> None:
+        """Refuse new requests and answer those that wait."""
+        self.stopping = True
+        if self._verification is not None:
+            self._verification.cancel()
+        if self._waiting:
+            await asyncio.wait(self._waiting, timeout=1.0)
+
+
+def _keys(joined: bytes) -> list[bytes]:
+    if len(joined) > MAX_KEYS_PER_REQUEST * KEY_BYTES:
+        raise Refused(ErrorCode.BAD_REQUEST, f"a request takes at most {MAX_KEYS_PER_REQUEST} keys")
+    try:
+        return split_keys(joined)
+    except InvalidArgument as error:
+        raise Refused(ErrorCode.BAD_REQUEST, str(error)) from None

@@ -1,0 +1,124 @@
+"""Client sessions: who is there, and who is gone.
+
+A client that can, locks its session file: the kernel frees the lock when it dies, and the daemon sees that within a
+second. Any other client's session ends when nothing was heard from it for ``session_idle_s``.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kvstore.errors import KVStoreError
+from kvstore.mapped.session_file import SESSION_FILE_BYTES, SessionHeader, encode_session_header
+from kvstore.tiers.files import SessionFile
+
+
+class TooManySessions(KVStoreError):
+    """The limit of clients is reached."""
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """One client.
+
+    Attributes:
+        identity: its connection at the ROUTER; a session is used from no other.
+        same_host: whether its clock is ours.
+        locked: whether it holds the lock on its file.
+        last_ns: when it was last heard.
+    """
+
+    id: int
+    identity: bytes
+    pid: int
+    version: str
+    same_host: bool
+    last_ns: int
+    file: SessionFile | None
+    locked: bool = False
+    requests: int = 0
+    private_accesses: int = field(default=0)
+
+
+class Sessions:
+    """All sessions.
+
+    Args:
+        directory: where session files are made.
+        incarnation: of this daemon.
+        limit: most sessions at once.
+        idle_ns: after how long an unlocked session ends.
+        mode, gid: of session files.
+    """
+
+    def __init__(self, directory: Path, incarnation: int, limit: int, idle_ns: int, mode: int, gid: int) -> None:
+        self._directory = directory
+        self._incarnation = incarnation
+        self._limit = limit
+        self._idle_ns = idle_ns
+        self._mode = mode
+        self._gid = gid
+        self._by_id: dict[int, Session] = {}
+        self._by_identity: dict[bytes, Session] = {}
+        self.opened = 0
+        self.died = 0
+        self.expired = 0
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def all(self) -> list[Session]:
+        """Every session, oldest first."""
+        return list(self._by_id.values())
+
+    def open(self, identity: bytes, pid: int, version: str, same_host: bool, now_ns: int) -> Session:
+        """A new session for a connection; the caller has closed the connection's last one.
+
+        Raises:
+            TooManySessions: the limit is reached.
+        """
+        if len(self._by_id) >= self._limit:
+            raise TooManySessions(
+                f"{self._limit} clients are connected, the limit; close some or raise limits.max_sessions"
+            )
+        number = secrets.randbits(62) | 1
+        header = encode_session_header(SessionHeader(self._incarnation, number))
+        file = None
+        if same_host:
+            path = self._directory / f"client-{number:016x}"
+            file = SessionFile(path, header, SESSION_FILE_BYTES, self._mode, self._gid)
+        session = Session(number, identity, pid, version, same_host, now_ns, file)
+        self._by_id[number] = self._by_identity[identity] = session
+        self.opened += 1
+        return session
+
+    def of(self, identity: bytes, number: int) -> Session | None:
+        """The session of that number, if it is this connection's."""
+        session = self._by_id.get(number)
+        return session if session is not None and session.identity == identity else None
+
+    def of_connection(self, identity: bytes) -> Session | None:
+        """The session of a connection."""
+        return self._by_identity.get(identity)
+
+    def close(self, session: Session) -> None:
+        """Forget a session and remove its file."""
+        del self._by_id[session.id]
+        del self._by_identity[session.identity]
+        if session.file is not None:
+            session.file.close()
+
+    def gone(self, now_ns: int) -> list[Session]:
+        """Sessions whose client died or was not heard of for too long; counted, not closed."""
+        gone = []
+        for session in self._by_id.values():
+            if session.locked:
+                if session.file is not None and not session.file.locked():
+                    self.died += 1
+                    gone.append(session)
+            elif now_ns - session.last_ns > self._idle_ns:
+                self.expired += 1
+                gone.append(session)
+        return gone

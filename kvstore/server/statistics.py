@@ -1,0 +1,154 @@
+"""Everything ``kvstore stats`` and ``/metrics`` show, taken at one moment."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import kvstore
+from kvstore.core.store import Store
+from kvstore.format.constants import PAGE_BYTES
+from kvstore.protocol.messages import (
+    DaemonStats,
+    DramStats,
+    EvictionStats,
+    LookupStats,
+    NamespaceStats,
+    PutStats,
+    ServerStats,
+    SessionStats,
+    SlotClassStats,
+)
+from kvstore.server.counters import RequestCounters
+from kvstore.server.outbound import Outbound
+from kvstore.server.overload import Overload
+from kvstore.server.sessions import Sessions
+from kvstore.server.transport import RouterTransport
+from kvstore.tiers.dram import Arena
+
+
+@dataclass(slots=True)
+class Statistics:
+    """Where the numbers are."""
+
+    endpoint: str
+    incarnation: int
+    started_ns: int
+    store: Store
+    arena: Arena
+    sessions: Sessions
+    outbound: Outbound
+    overload: Overload
+    transport: RouterTransport
+    counters: RequestCounters
+    problem: str = ""
+
+    def snapshot(self, now_ns: int) -> DaemonStats:
+        """All statistics; costs microseconds and changes nothing."""
+        counters = self.counters
+        return DaemonStats(
+            version=kvstore.__version__,
+            pid=os.getpid(),
+            incarnation=f"{self.incarnation:016x}",
+            uptime_s=(now_ns - self.started_ns) / 1e9,
+            endpoint=self.endpoint,
+            dram=self._dram(),
+            lookups=LookupStats(
+                matches=counters.matches,
+                match_keys=counters.match_keys,
+                match_hits=counters.match_hits,
+                gets=counters.gets,
+                get_keys=counters.get_keys,
+                get_hits=counters.get_hits,
+                get_throttled=counters.get_throttled,
+                bytes_out=counters.bytes_out,
+            ),
+            puts=PutStats(
+                stored=counters.stored,
+                exists=counters.exists,
+                throttled=counters.throttled,
+                rejected=counters.rejected,
+                bytes_in=counters.bytes_in,
+                reasons=dict(counters.reasons),
+            ),
+            eviction=self._eviction(),
+            server=self._server(),
+            namespaces=[
+                NamespaceStats(
+                    name=state.description.name,
+                    generation=state.generation,
+                    blocks=len(state.blocks),
+                    slot_bytes=state.slot_bytes,
+                )
+                for state in self.store.namespaces.by_id.values()
+                if state.current
+            ],
+            sessions=self._sessions(now_ns),
+            leases=len(self.store.leases),
+        )
+
+    def _dram(self) -> DramStats:
+        store, slabs = self.store, self.store.slabs
+        return DramStats(
+            capacity_bytes=store.limits.capacity_bytes,
+            arena_bytes=slabs.slab_bytes * len(slabs.slabs),
+            populated_bytes=slabs.slab_bytes * slabs.usable_slabs,
+            resident_bytes=store.resident_bytes,
+            payload_bytes=store.resident_record_bytes,
+            granted_bytes=store.granted_bytes,
+            limbo_bytes=store.limbo_bytes,
+            blocks=store.block_count,
+            records=store.record_count,
+            slab_bytes=slabs.slab_bytes,
+            free_slabs=slabs.free_slabs,
+            problem=self.problem,
+            classes=[
+                SlotClassStats(
+                    slot_bytes=slots.slot_pages * PAGE_BYTES,
+                    slabs=len(slots.slabs),
+                    used_slots=slots.used_slots,
+                    free_slots=slots.free_slots,
+                )
+                for slots in sorted(slabs.classes.values(), key=lambda slots: slots.slot_pages)
+            ],
+        )
+
+    def _eviction(self) -> EvictionStats:
+        counters = self.store.counters
+        return EvictionStats(
+            policy=self.store.policy.name,
+            evicted_blocks=counters.evicted_blocks,
+            evicted_bytes=counters.evicted_bytes,
+            removed_blocks=counters.removed_blocks,
+            moved_records=counters.moved_records,
+            corrupt_records=counters.corrupt_records,
+        )
+
+    def _server(self) -> ServerStats:
+        return ServerStats(
+            requests=self.counters.requests,
+            bad_requests=self.counters.bad_requests + self.transport.malformed,
+            overloaded=self.overload.throttled,
+            replies_dropped=self.transport.dropped_replies,
+            sessions_opened=self.sessions.opened,
+            sessions_died=self.sessions.died,
+            sessions_expired=self.sessions.expired,
+            outbound_bytes=self.outbound.total_bytes,
+            queue_delay_ms=self.overload.delay_ns / 1e6,
+        )
+
+    def _sessions(self, now_ns: int) -> list[SessionStats]:
+        store = self.store
+        return [
+            SessionStats(
+                session=session.id,
+                pid=session.pid,
+                idle_s=(now_ns - session.last_ns) / 1e9,
+                requests=session.requests,
+                leases=store.leases.count_of(session.id),
+                granted_bytes=store.sessions[session.id].granted_bytes,
+                outbound_bytes=self.outbound.bytes_of(session.id),
+                version=session.version,
+            )
+            for session in self.sessions.all()
+        ]

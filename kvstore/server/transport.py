@@ -1,0 +1,156 @@
+"""The ROUTER socket on the event loop, driven by its own file descriptor.
+
+libzmq's descriptor is edge-triggered: it becomes readable when the socket's EVENTS *may* have changed, once. So after
+every receive or send outside the drain EVENTS must be read again, and a drain scheduled if there is input; otherwise
+replies stall until the next message happens to arrive. The drain takes a bounded number of messages and then lets
+other callbacks run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+import zmq
+
+from kvstore.errors import PermissionRefused
+from kvstore.format.record import Buffer
+from kvstore.protocol.version import MAX_OUTSTANDING_REQUESTS, MAX_PAYLOAD_FRAMES
+
+DRAIN_MESSAGES: Final = 64
+_LINGER_MS: Final = 200
+
+OnMessage = Callable[[bytes, bytes, list[zmq.Frame]], None]
+"""Called with the sender's identity, the header frame, and the payload frames."""
+
+
+class RouterTransport:
+    """One bound ROUTER socket.
+
+    Args:
+        endpoint: checked ``ipc://`` endpoint; the caller owns its lock.
+        max_frame_bytes: larger frames end the sender's connection.
+        mode: permissions of the socket file.
+        gid: its group, -1 for the user's.
+        on_message: called for each whole message; must not raise.
+
+    Raises:
+        PermissionRefused: the socket cannot be made.
+    """
+
+    def __init__(self, endpoint: str, *, max_frame_bytes: int, mode: int, gid: int, on_message: OnMessage) -> None:
+        self._on_message = on_message
+        self._context = zmq.Context(io_threads=1)
+        self._context.set(zmq.MAX_SOCKETS, 4096)
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, max_frame_bytes)
+        self._socket.setsockopt(zmq.SNDHWM, 2 * MAX_OUTSTANDING_REQUESTS)
+        self._socket.setsockopt(zmq.RCVHWM, 2 * MAX_OUTSTANDING_REQUESTS)
+        self._socket.setsockopt(zmq.LINGER, _LINGER_MS)
+        self._path = Path(endpoint.removeprefix("ipc://"))
+        umask = os.umask(0o177)
+        try:
+            self._socket.bind(endpoint)
+            os.chmod(self._path, mode)
+            if gid >= 0:
+                os.chown(self._path, -1, gid)
+        except (zmq.ZMQError, OSError) as error:
+            self._socket.close(0)
+            self._context.term()
+            raise PermissionRefused(f"cannot make the socket {self._path}: {error.strerror}") from None
+        finally:
+            os.umask(umask)
+        self._fd = int(self._socket.getsockopt(zmq.FD))
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._scheduled = False
+        self.backlog_turns = 0
+        self.dropped_replies = 0
+        self.malformed = 0
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Begin to serve on a loop; all other calls must come from it."""
+        self._loop = loop
+        loop.add_reader(self._fd, self._drain)
+        self._schedule()
+
+    def _schedule(self) -> None:
+        if not self._scheduled and self._loop is not None:
+            self._scheduled = True
+            self._loop.call_soon(self._scheduled_drain)
+
+    def _scheduled_drain(self) -> None:
+        self._scheduled = False
+        self._drain()
+
+    def _drain(self) -> None:
+        if self._socket.closed:
+            return
+        socket = self._socket
+        for _ in range(DRAIN_MESSAGES):
+            try:
+                identity = socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                self.backlog_turns = 0
+                return
+            except zmq.ZMQError:
+                return
+            if not socket.getsockopt(zmq.RCVMORE):
+                self.malformed += 1
+                continue
+            header = socket.recv()
+            payloads: list[zmq.Frame] = []
+            while socket.getsockopt(zmq.RCVMORE):
+                payloads.append(socket.recv(copy=False))
+                if len(payloads) > MAX_PAYLOAD_FRAMES:
+                    payloads.pop()
+                    self.malformed += 1
+            self._on_message(identity, header, payloads)
+        self.backlog_turns += 1
+        self._schedule()
+
+    def send(self, identity: bytes, header: bytes, payloads: Sequence[memoryview] = ()) -> zmq.MessageTracker | None:
+        """Send a reply.
+
+        Args:
+            identity: the peer.
+            header: header frame.
+            payloads: payload frames, sent from where they lie: they must not change before the tracker is done.
+
+        Returns:
+            A tracker for the payloads, None where there are none or the reply was dropped because the peer is gone
+            or does not read its replies.
+        """
+        tracker: zmq.MessageTracker | None = None
+        try:
+            if payloads:
+                tracker = self._socket.send_multipart(
+                    [identity, header, *payloads], zmq.NOBLOCK, copy=False, track=True
+                )
+            else:
+                self._socket.send(identity, zmq.SNDMORE | zmq.NOBLOCK)
+                self._socket.send(header, zmq.NOBLOCK)
+        except zmq.ZMQError:
+            self.dropped_replies += 1
+        if int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            self._schedule()
+        return tracker
+
+    def close(self) -> None:
+        """Stop serving, give queued replies a moment to leave, remove the socket file."""
+        if self._loop is not None:
+            self._loop.remove_reader(self._fd)
+            self._loop = None
+        self._socket.close(_LINGER_MS)
+        self._context.term()
+        with contextlib.suppress(FileNotFoundError):
+            self._path.unlink()
+
+
+def frame_buffer(frame: zmq.Frame) -> Buffer:
+    """A received frame's bytes without a copy; valid as long as the frame."""
+    return memoryview(frame.buffer)

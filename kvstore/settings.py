@@ -1,0 +1,294 @@
+"""The daemon's settings: what there is to set, with units and defaults, and where values come from.
+
+Covers: flags, environment, TOML file and defaults; every refusal as one line that names source, value and cause. Does
+not cover: whether the sizes fit this machine, which the daemon finds out when it starts.
+
+Sources, strongest first: flags (``overrides``), ``KVSTORE_*`` variables with ``__`` between levels
+(``KVSTORE_DRAM__CAPACITY_BYTES=8GiB``), the TOML file, the defaults below.
+"""
+
+from __future__ import annotations
+
+import grp
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from kvstore.errors import InvalidArgument
+from kvstore.protocol.endpoint import check_endpoint, default_arena_directory, default_endpoint
+from kvstore.protocol.version import MAX_LEASE_MS
+from kvstore.settings_sources import load_settings
+from kvstore.sizes import format_size, parse_size
+
+__all__ = [
+    "AccessSettings",
+    "DramSettings",
+    "EvictionSettings",
+    "LimitSettings",
+    "Settings",
+    "format_size",
+    "parse_http",
+    "parse_size",
+]
+
+_PAGE_BYTES: Final = 4096
+_SMALLEST_CAPACITY_BYTES: Final = 1 << 20
+_GRANT_BYTES_PER_SESSION: Final = 32 << 20
+_MODES: Final = {0o600: "0600", 0o660: "0660", 0o666: "0666"}
+
+
+def parse_http(address: str) -> tuple[str, int] | None:
+    """Host and port of an ``http`` setting; None for ``"off"``.
+
+    IPv6 hosts stand in brackets: ``[::1]:9477``. Port 0 takes any free port.
+
+    Raises:
+        InvalidArgument: neither ``HOST:PORT`` nor ``off``.
+    """
+    if address == "off":
+        return None
+    host, colon, port = address.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    name = host[1:-1] if bracketed else host
+    plain = name and not any(character in "/[]@ \t" for character in name) and (bracketed or ":" not in name)
+    if not colon or not plain or not (port.isascii() and port.isdigit() and int(port) <= 65535):
+        raise InvalidArgument(f"{address!r} must be HOST:PORT, for example 127.0.0.1:9477, or off")
+    return name, int(port)
+
+
+def _check_http(address: str) -> str:
+    parse_http(address)
+    return address
+
+
+def _no_bool(value: object) -> object:
+    if isinstance(value, bool):
+        raise InvalidArgument(f"must be a number, got {str(value).lower()}")
+    return value
+
+
+def _parse_mode(value: object) -> int:
+    mode: object = value
+    if isinstance(value, str):
+        try:
+            mode = int(value.removeprefix("0o"), 8)
+        except ValueError:
+            mode = None
+    if isinstance(mode, bool) or not isinstance(mode, int) or mode not in _MODES:
+        allowed = ", ".join(f'"{text}"' for text in _MODES.values())
+        raise InvalidArgument(f"mode must be one of {allowed}, got {value!r}")
+    return mode
+
+
+def _check_directory(directory: Path) -> Path:
+    expanded = directory.expanduser()
+    if not expanded.is_absolute():
+        raise InvalidArgument(f"'{directory}' must be an absolute path")
+    return expanded
+
+
+def _check_group(group: str) -> str:
+    if group:
+        _group_id(group)
+    return group
+
+
+def _group_id(group: str) -> int:
+    if group.isascii() and group.isdigit():
+        return int(group)
+    try:
+        return grp.getgrnam(group).gr_gid
+    except KeyError:
+        raise InvalidArgument(f"there is no group {group!r} on this machine; give a group's name or number") from None
+
+
+def _conflict(message: str, *keys: str) -> PydanticCustomError:
+    """An error between settings; the keys are attributed to their sources."""
+    return PydanticCustomError("conflict", "{message}", {"message": message, "keys": keys})
+
+
+SizeBytes = Annotated[int, BeforeValidator(parse_size)]
+Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1, le=2**31 - 1)]
+Seconds = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, allow_inf_nan=False)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class DramSettings(_Section):
+    """The DRAM tier."""
+
+    directory: Annotated[Path, AfterValidator(_check_directory)] | None = None
+    """Memory-backed directory of the arena; None: one under ``/dev/shm`` for this user and endpoint."""
+
+    capacity_bytes: SizeBytes = 1 << 30
+    """Most bytes of slots that hold blocks."""
+
+    grant_bytes: SizeBytes = 64 << 20
+    """Bytes of slots lent to clients for writing or not yet safe to use again; outside the capacity."""
+
+    slab_bytes: SizeBytes | None = None
+    """Unit in which memory moves between slot sizes, a multiple of 4096; None: chosen from the capacity."""
+
+    verify: Literal["always", "sampled", "off"] = "sampled"
+    """When a read checks the record's checksum. ``always`` costs about one more pass over the bytes."""
+
+    verify_every: Count = 64
+    """With ``sampled``: one read in this many is checked."""
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> Self:
+        capacity = format_size(self.capacity_bytes)
+        if self.slab_bytes is not None and self.slab_bytes % _PAGE_BYTES:
+            raise _conflict(
+                f"dram.slab_bytes must be a multiple of {_PAGE_BYTES} bytes, got {self.slab_bytes}",
+                "dram.slab_bytes",
+            )
+        if self.slab_bytes is not None and self.slab_bytes > self.capacity_bytes:
+            raise _conflict(
+                f"dram.slab_bytes ({format_size(self.slab_bytes)}) must not be more than dram.capacity_bytes "
+                f"({capacity})",
+                "dram.slab_bytes",
+                "dram.capacity_bytes",
+            )
+        if self.slab_bytes is None and self.capacity_bytes < _SMALLEST_CAPACITY_BYTES:
+            raise _conflict(
+                f"dram.capacity_bytes must be at least {format_size(_SMALLEST_CAPACITY_BYTES)}, got {capacity}, "
+                "unless dram.slab_bytes is set",
+                "dram.capacity_bytes",
+            )
+        return self
+
+
+class AccessSettings(_Section):
+    """Who may use the socket, the arena and the session files: one trust domain."""
+
+    mode: Annotated[int, BeforeValidator(_parse_mode)] = 0o600
+    """Permission bits, written "0600" (this user), "0660" (a group) or "0666" (everybody)."""
+
+    group: Annotated[str, AfterValidator(_check_group)] = ""
+    """Group that owns them, by name or number; needs mode "0660"."""
+
+    @property
+    def group_id(self) -> int | None:
+        """Number of the group, None where none is set."""
+        return _group_id(self.group) if self.group else None
+
+    @model_validator(mode="after")
+    def _check_mode(self) -> Self:
+        if self.group and self.mode != 0o660:
+            raise _conflict(
+                f'access.group {self.group!r} needs access.mode = "0660", got "{_MODES[self.mode]}"',
+                "access.group",
+                "access.mode",
+            )
+        return self
+
+
+class LimitSettings(_Section):
+    """Bounds that keep one client from harming others."""
+
+    max_sessions: Annotated[Count, Field(le=65536)] = 1024
+    """Clients at one time."""
+
+    outbound_bytes_per_session: SizeBytes = 256 << 20
+    """Reply bytes on their way to one client before its gets are throttled."""
+
+    max_queue_delay_ms: Count = 1000
+    """A request older than this when its turn comes is answered ``throttled``."""
+
+    session_idle_s: Seconds = 300.0
+    """A client silent for this long, and not known to live, is given up."""
+
+    max_lease_s: Annotated[Seconds, Field(le=MAX_LEASE_MS / 1000)] = 60.0
+    """Longest lease that a client gets."""
+
+    grant_bytes_per_session: SizeBytes = _GRANT_BYTES_PER_SESSION
+    """Granted bytes that one client may hold; by default at most ``dram.grant_bytes``."""
+
+
+class EvictionSettings(_Section):
+    """What leaves a full tier first."""
+
+    policy: Annotated[str, Field(min_length=1)] = "lru"
+    """Name of the policy."""
+
+
+class Settings(BaseSettings):
+    """All settings of a daemon; immutable. ``Settings.load`` reads them, the constructor takes explicit values."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    endpoint: Annotated[str, BeforeValidator(check_endpoint)] = Field(default_factory=default_endpoint)
+    """Where clients reach the daemon."""
+
+    http: Annotated[str, AfterValidator(_check_http)] = "127.0.0.1:9477"
+    """HOST:PORT of ``/metrics``, ``/healthz`` and ``/readyz``, or ``off``."""
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = "text"
+    dram: DramSettings = DramSettings()
+    access: AccessSettings = AccessSettings()
+    limits: LimitSettings = LimitSettings()
+    eviction: EvictionSettings = EvictionSettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The constructor reads no environment; ``load`` combines the sources, so that it can name them."""
+        return (init_settings,)
+
+    @classmethod
+    def load(
+        cls,
+        config: Path | None = None,
+        overrides: Mapping[str, object] | None = None,
+        *,
+        flags: Mapping[str, str] | None = None,
+        environ: Mapping[str, str] | None = None,
+    ) -> Self:
+        """Combine all sources.
+
+        Args:
+            config: TOML file; None reads the one that ``KVSTORE_CONFIG`` names, if any.
+            overrides: the strongest values, by dotted key: ``{"dram.capacity_bytes": "8GiB"}``.
+            flags: what to call overrides in errors, by dotted key: ``{"dram.capacity_bytes": "--capacity"}``.
+            environ: environment, by default this process's.
+
+        Raises:
+            SettingsError: one line with the source, the value and what is wrong with it.
+        """
+        return load_settings(cls, config, overrides or {}, flags or {}, os.environ if environ is None else environ)
+
+    @property
+    def arena_directory(self) -> Path:
+        """Directory of the arena, derived from the endpoint unless it is set."""
+        return self.dram.directory or default_arena_directory(self.endpoint)
+
+    @model_validator(mode="after")
+    def _check_grants(self) -> Self:
+        limits, grant_bytes = self.limits, self.dram.grant_bytes
+        if limits.grant_bytes_per_session <= grant_bytes:
+            return self
+        if "grant_bytes_per_session" in limits.model_fields_set:
+            raise _conflict(
+                f"limits.grant_bytes_per_session ({format_size(limits.grant_bytes_per_session)}) must not be more "
+                f"than dram.grant_bytes ({format_size(grant_bytes)})",
+                "limits.grant_bytes_per_session",
+                "dram.grant_bytes",
+            )
+        lowered: dict[str, Any] = {"grant_bytes_per_session": grant_bytes}
+        object.__setattr__(self, "limits", limits.model_copy(update=lowered))  # frozen, and not shared yet
+        return self

@@ -1,0 +1,212 @@
+"""The only module of the daemon that opens, maps, locks and removes files.
+
+Nothing above it calls ``os.open``; tests put a fault-injecting twin in its place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import mmap
+import os
+import stat
+from pathlib import Path
+from typing import Final
+
+from kvstore.errors import InsufficientMemory, PermissionRefused, ResourceTaken
+from kvstore.mapped.session_file import lock_kind, lock_request
+
+_MADV_POPULATE_WRITE: Final = 23
+
+
+def make_directory(path: Path, mode: int, gid: int = -1) -> None:
+    """Make a directory that belongs to this user, or accept one that does.
+
+    Args:
+        path: its parents must exist or be makeable.
+        mode: permissions for a new directory.
+        gid: group for a new directory, -1 to leave it.
+
+    Raises:
+        PermissionRefused: it cannot be made, is a link, or belongs to another user.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(mode=0o700)
+        except FileExistsError:
+            made = False
+        else:
+            made = True
+            path.chmod(mode)
+            if gid >= 0:
+                os.chown(path, -1, gid)
+        status = path.lstat()
+    except OSError as error:
+        raise PermissionRefused(
+            f"cannot make the directory {path}: {error.strerror}; choose another place or fix its permissions"
+        ) from None
+    if not stat.S_ISDIR(status.st_mode):
+        raise PermissionRefused(f"{path} is no directory; remove it or choose another place")
+    if not made and status.st_uid not in (os.geteuid(), 0) and os.geteuid() != 0:
+        raise PermissionRefused(f"{path} belongs to user {status.st_uid}; choose another place")
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise PermissionRefused(f"cannot write into {path}; choose another place or fix its permissions")
+
+
+class OwnerLock:
+    """Exclusive lock on a file that says who owns something; freed by the kernel when the process ends.
+
+    Raises:
+        ResourceTaken: another process holds it; the message names its pid and ``what``.
+        PermissionRefused: the lock file cannot be opened.
+    """
+
+    def __init__(self, path: Path, what: str, remedy: str) -> None:
+        self._path = path
+        self._fd = self._locked_fd(what, remedy)
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+
+    def _locked_fd(self, what: str, remedy: str) -> int:
+        while True:
+            try:
+                fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            except OSError as error:
+                raise PermissionRefused(f"cannot open the lock file {self._path}: {error.strerror}") from None
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                owner = os.pread(fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
+                os.close(fd)
+                raise ResourceTaken(f"{what} is in use by another daemon (pid {owner}); {remedy}") from None
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(fd), os.stat(self._path)):
+                    return fd
+            # The last owner removed the file between our open and our lock: ours is not the one others see.
+            os.close(fd)
+
+    def release(self) -> None:
+        """Remove the file and give the lock back; whoever opened it meanwhile sees that it is not the one any more."""
+        if self._fd >= 0:
+            self._path.unlink(missing_ok=True)
+            os.close(self._fd)
+            self._fd = -1
+
+
+class SharedFile:
+    """A new file in shared memory, mapped readable and writable. Never opens or truncates an existing one."""
+
+    def __init__(self, path: Path, size_bytes: int, mode: int, gid: int = -1) -> None:
+        self.path = path
+        self.size_bytes = size_bytes
+        try:
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                os.fchmod(self._fd, mode)
+                if gid >= 0:
+                    os.fchown(self._fd, -1, gid)
+                os.ftruncate(self._fd, size_bytes)
+                self.map = mmap.mmap(self._fd, size_bytes)
+            except BaseException:
+                os.close(self._fd)
+                path.unlink(missing_ok=True)
+                raise
+        except OSError as error:
+            if error.errno == errno.ENOMEM:
+                raise InsufficientMemory(f"cannot map {size_bytes} bytes of {path}: {error.strerror}") from None
+            raise PermissionRefused(f"cannot make {path}: {error.strerror}") from None
+
+    def allocate(self, offset: int, length: int) -> None:
+        """Give a range its memory, so that touching it can never fail (SIGBUS).
+
+        Raises:
+            InsufficientMemory: the file system or its quota is full.
+        """
+        try:
+            os.posix_fallocate(self._fd, offset, length)
+        except OSError as error:
+            raise InsufficientMemory(
+                f"{self.path.parent} has no room for {length} bytes more: {error.strerror}"
+            ) from None
+
+    def populate(self, offset: int, length: int) -> None:
+        """Fill the page tables of an allocated range. Kernels before 5.14 cannot; pages then fault in one by one."""
+        with contextlib.suppress(OSError):
+            self.map.madvise(_MADV_POPULATE_WRITE, offset, length)
+
+    def close(self) -> None:
+        """Remove the name and unmap; other processes that mapped it keep their memory."""
+        self.path.unlink(missing_ok=True)
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        # A transfer that still holds a view keeps the mapping until it ends: unmapping under it would crash.
+        with contextlib.suppress(BufferError):
+            self.map.close()
+
+
+class SessionFile:
+    """A client's file as the daemon sees it: made here, locked by the client."""
+
+    def __init__(self, path: Path, content: bytes, size_bytes: int, mode: int, gid: int = -1) -> None:
+        self.path = path
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        os.fchmod(self._fd, mode)
+        if gid >= 0:
+            os.fchown(self._fd, -1, gid)
+        os.ftruncate(self._fd, size_bytes)
+        os.pwrite(self._fd, content, 0)
+
+    def locked(self) -> bool:
+        """Whether some process holds the lock."""
+        answer = fcntl.fcntl(self._fd, fcntl.F_GETLK, lock_request(fcntl.F_WRLCK))
+        return lock_kind(answer) != fcntl.F_UNLCK
+
+    def close(self) -> None:
+        """Remove it."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+            self.path.unlink(missing_ok=True)
+
+
+def remove_stale(directory: Path, prefix: str, state: tuple[int, bytes] | None = None) -> int:
+    """Remove files of a daemon that died, marking each first so that clients that still map it see it is over.
+
+    Args:
+        directory: locked by the caller.
+        prefix: of the files' names.
+        state: offset and bytes to write into each file before it goes, or None.
+
+    Returns:
+        How many were removed.
+    """
+    removed = 0
+    for path in directory.glob(prefix + "*"):
+        if state is not None:
+            with contextlib.suppress(OSError):
+                fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+                try:
+                    os.pwrite(fd, state[1], state[0])
+                finally:
+                    os.close(fd)
+        path.unlink(missing_ok=True)
+        removed += 1
+    return removed
+
+
+def free_bytes(directory: Path) -> int:
+    """Bytes that a file system can still take from this user."""
+    status = os.statvfs(directory)
+    return status.f_bavail * status.f_frsize
+
+
+def read_text(path: str) -> str:
+    """A small text file of the kernel's, "" where it is not there."""
+    try:
+        with open(path, encoding="ascii", errors="replace") as file:
+            return file.read()
+    except OSError:
+        return ""

@@ -1,0 +1,265 @@
+"""Released bytes: each golden file decodes to what it always meant, and that encodes to the same bytes.
+
+The messages tell one story: a client greets, joins a namespace, stores two blocks, and reads them.
+"""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import msgspec
+import pytest
+from golden_files import golden, golden_names, parse_hex
+
+from kvstore.errors import ErrorCode
+from kvstore.format.constants import RECORD_HEADER_BYTES, CodecId
+from kvstore.format.record import RecordHeader, decode_header, decode_record, encode_header
+from kvstore.protocol.framing import decode_reply, decode_request, encode
+from kvstore.protocol.keys import ROOT_KEY, chain_keys
+from kvstore.protocol.messages import (
+    AnyReply,
+    AnyRequest,
+    Attach,
+    Attached,
+    Bye,
+    Clear,
+    CountReply,
+    DaemonStats,
+    Done,
+    DramStats,
+    ErrorReply,
+    EvictionStats,
+    Exists,
+    ExistsReply,
+    Flush,
+    Get,
+    GetReply,
+    GetStatus,
+    Hello,
+    Invalidate,
+    LookupStats,
+    Match,
+    MatchReply,
+    NamespaceStats,
+    Ping,
+    Prefetch,
+    Put,
+    PutReply,
+    PutStats,
+    PutStatus,
+    Reason,
+    Release,
+    Remove,
+    ServerStats,
+    SessionStats,
+    SlotClassStats,
+    Stats,
+    StatsReply,
+    TierId,
+    Verify,
+    VerifyReply,
+    Welcome,
+)
+from kvstore.protocol.namespace import Namespace
+
+SESSION, INCARNATION = 0x0807060504030201, 0x1817161514131211
+BOOT_ID = "1b4e28ba-2fa1-11d2-883f-0016d3cca427"
+NAMESPACE = Namespace(name="chat", model="llama", revision="r1", dtype="bfloat16", block_tokens=4, tenant_salt=b"acme")
+DIGEST = NAMESPACE.digest(0)
+FIRST, SECOND = chain_keys(range(8), 4, salt=b"golden")
+PAYLOADS = [bytes(range(64)), bytes(range(64, 160))]
+
+
+def request(number: int, namespace_id: int = 1, access: int = 0) -> tuple[int, int, int, int, int, int, int]:
+    """The envelope: asked a second after boot, with five seconds of patience."""
+    return number, SESSION, namespace_id, 1_000_000_000 + number, 5000, 0, access
+
+
+def reply(number: int) -> tuple[int, int]:
+    return number, INCARNATION
+
+
+def header(key: bytes, parent: bytes, payload: bytes, checksum: int) -> RecordHeader:
+    return RecordHeader(
+        key=key,
+        parent_key=parent,
+        namespace_digest=DIGEST,
+        part=0,
+        codec=CodecId.RAW,
+        codec_parameters=bytes(16),
+        fidelity=255,
+        dtype="uint8",
+        shape=(len(payload),),
+        token_count=0,
+        section_bytes=(len(payload),),
+        payload_checksum=checksum,
+    )
+
+
+HEADERS = [
+    header(FIRST, ROOT_KEY, PAYLOADS[0], 0x6187EB9089B0ED55),
+    header(SECOND, FIRST, PAYLOADS[1], 0xCC0A3D421743D962),
+]
+TYPED = RecordHeader(
+    key=SECOND,
+    parent_key=FIRST,
+    namespace_digest=DIGEST,
+    part=5,
+    codec=CodecId.RAW,
+    codec_parameters=bytes(16),
+    fidelity=255,
+    dtype="bfloat16",
+    shape=(2, 3, 4, 2),
+    token_count=4,
+    section_bytes=(96,),
+    payload_checksum=0xCC0A3D421743D962,
+)
+
+STATS = DaemonStats(
+    version="0.1.0",
+    pid=4242,
+    incarnation="1817161514131211",
+    uptime_s=12.5,
+    endpoint="ipc:///run/user/1000/kvstore/default.sock",
+    dram=DramStats(
+        capacity_bytes=1 << 30,
+        arena_bytes=1 << 31,
+        populated_bytes=1 << 29,
+        resident_bytes=8192,
+        payload_bytes=672,
+        granted_bytes=4096,
+        limbo_bytes=0,
+        blocks=2,
+        records=2,
+        slab_bytes=1 << 22,
+        free_slabs=100,
+        problem="",
+        classes=[SlotClassStats(slot_bytes=4096, slabs=1, used_slots=3, free_slots=1021)],
+    ),
+    lookups=LookupStats(
+        matches=1, match_keys=3, match_hits=2, gets=1, get_keys=3, get_hits=2, get_throttled=0, bytes_out=672
+    ),
+    puts=PutStats(stored=2, exists=1, throttled=0, rejected=1, bytes_in=160, reasons={"too_large": 1}),
+    eviction=EvictionStats(
+        policy="lru", evicted_blocks=3, evicted_bytes=12288, removed_blocks=1, moved_records=0, corrupt_records=0
+    ),
+    server=ServerStats(
+        requests=9,
+        bad_requests=1,
+        overloaded=0,
+        replies_dropped=0,
+        sessions_opened=1,
+        sessions_died=0,
+        sessions_expired=0,
+        outbound_bytes=0,
+        queue_delay_ms=0.25,
+    ),
+    namespaces=[NamespaceStats(name="chat", generation=0, blocks=2, slot_bytes=8192)],
+    sessions=[
+        SessionStats(
+            session=SESSION,
+            pid=4711,
+            idle_s=0.5,
+            requests=9,
+            leases=1,
+            granted_bytes=0,
+            outbound_bytes=0,
+            version="0.1.0",
+        )
+    ],
+    leases=1,
+)
+
+REQUESTS: dict[str, AnyRequest] = {
+    "hello": Hello(1, 0, 0, 0, 5000, 0, 0, 1, 1, "0.1.0", 4711, BOOT_ID),
+    "attach": Attach(*request(2, 0), NAMESPACE, (64, 96), True, -1),
+    "put": Put(*request(3, access=1), 2),
+    "match": Match(*request(4, access=2), FIRST + SECOND + bytes([7] * 32), 1500),
+    "get": Get(*request(5, access=2), FIRST + bytes([7] * 32) + SECOND, 0),
+    "exists": Exists(*request(6), FIRST + bytes([7] * 32)),
+    "prefetch": Prefetch(*request(7), FIRST + SECOND, TierId.DRAM),
+    "release": Release(*request(8), 9),
+    "remove": Remove(*request(9), SECOND),
+    "flush": Flush(*request(10)),
+    "clear": Clear(*request(11)),
+    "invalidate": Invalidate(*request(12), 0),
+    "stats": Stats(*request(13, 0)),
+    "verify": Verify(*request(14, 0)),
+    "ping": Ping(*request(15, 0)),
+    "bye": Bye(*request(16, 0)),
+}
+REPLIES: dict[str, AnyReply] = {
+    "error-reply": ErrorReply(*reply(4), ErrorCode.UNKNOWN_SESSION, "greet again"),
+    "welcome": Welcome(
+        *reply(1),
+        1,
+        SESSION,
+        "0.1.0",
+        4 << 20,
+        "/dev/shm/kvstore-1000-0123456789ab/client-0807060504030201",
+        True,
+        4242,
+    ),
+    "attached": Attached(*reply(2), 1, 0, DIGEST),
+    "put-reply": PutReply(
+        *reply(3), bytes([PutStatus.STORED, PutStatus.THROTTLED]), bytes([Reason.NONE, Reason.ALL_HELD]), 20
+    ),
+    "match-reply": MatchReply(*reply(4), 2, ((TierId.DRAM, 2),), 9),
+    "get-reply": GetReply(*reply(5), bytes([GetStatus.HIT, GetStatus.MISS, GetStatus.HIT])),
+    "exists-reply": ExistsReply(*reply(6), bytes([TierId.DRAM, TierId.NONE])),
+    "count-reply": CountReply(*reply(9), 1),
+    "done": Done(*reply(10)),
+    "stats-reply": StatsReply(*reply(13), STATS),
+    "verify-reply": VerifyReply(*reply(14), 2, 672, 0.5, ["slot 17: the payload's checksum is wrong"]),
+}
+PAYLOAD_FRAMES = {
+    "put": [encode_header(HEADERS[0]), PAYLOADS[0], encode_header(HEADERS[1]), PAYLOADS[1]],
+    "get-reply": [encode_header(HEADERS[0]) + PAYLOADS[0], encode_header(HEADERS[1]) + PAYLOADS[1]],
+}
+RECORDS = {
+    "raw-opaque": (HEADERS[0], PAYLOADS[0]),
+    "raw-bfloat16": (TYPED, PAYLOADS[1]),
+}
+
+
+@pytest.mark.parametrize(("name", "message"), [*REQUESTS.items(), *REPLIES.items()], ids=[*REQUESTS, *REPLIES])
+def test_message_golden_bytes_decode_and_encode_identically(name: str, message: msgspec.Struct):
+    frame, *payloads = golden(f"protocol-1/{name}")
+    decoded = decode_request(frame) if name in REQUESTS else decode_reply(frame)
+    assert decoded == message
+    assert encode(decoded) == encode(message) == frame
+    assert payloads == PAYLOAD_FRAMES.get(name, [])
+
+
+def test_put_golden_frames_are_headers_and_payloads_of_records():
+    _, *frames = golden("protocol-1/put")
+    for expected, encoded, payload in zip(HEADERS, frames[::2], frames[1::2], strict=True):
+        assert len(encoded) == RECORD_HEADER_BYTES
+        assert decode_header(encoded) == expected
+        assert decode_record(encoded + payload) == (expected, payload)
+
+
+def test_get_reply_golden_frames_are_whole_records():
+    _, *frames = golden("protocol-1/get-reply")
+    assert [decode_record(frame)[0] for frame in frames] == HEADERS
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_record_golden_bytes_decode_and_encode_identically(name: str):
+    (record,) = golden(f"record-1/{name}")
+    expected, payload = RECORDS[name]
+    decoded, view = decode_record(record)
+    assert decoded == expected
+    assert view == payload
+    assert encode_header(decoded) + bytes(view) == record
+
+
+def test_golden_files_every_message_type_has_one_and_each_is_tested():
+    assert golden_names("protocol-1") == {f"protocol-1/{name}" for name in REQUESTS | REPLIES}
+    assert golden_names("record-1") == {f"record-1/{name}" for name in RECORDS}
+    assert {type(message) for message in REQUESTS.values()} == set(get_args(AnyRequest))
+    assert {type(message) for message in REPLIES.values()} == set(get_args(AnyReply))
+
+
+def test_parse_hex_frames_are_parted_by_blank_lines_only():
+    assert parse_hex("# a\n0102 03\n# inside\n04 # behind\n\n# b\n05\n\n\n# c\n06\n") == [b"\1\2\3\4", b"\5", b"\6"]

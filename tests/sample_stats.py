@@ -1,0 +1,99 @@
+"""Statistics of a daemon that does not exist, for tests of what shows them."""
+
+from __future__ import annotations
+
+from kvstore.protocol.messages import (
+    DaemonStats,
+    DramStats,
+    EvictionStats,
+    LookupStats,
+    NamespaceStats,
+    PutStats,
+    ServerStats,
+    SessionStats,
+    SlotClassStats,
+)
+
+MIB = 1 << 20
+
+
+def sample_stats(*, namespaces: int = 2, sessions: int = 1, problem: str = "", fresh: bool = False) -> DaemonStats:
+    """A busy daemon's statistics, or with ``fresh`` those of one that nobody has asked anything."""
+    used = 0 if fresh else 1
+    return DaemonStats(
+        version="0.1.0",
+        pid=4242,
+        incarnation="5f3a9c0012345678",
+        uptime_s=11_220.5,
+        endpoint="ipc:///run/user/1000/kvstore/default.sock",
+        dram=DramStats(
+            capacity_bytes=8192 * MIB,
+            arena_bytes=8256 * MIB,
+            populated_bytes=8256 * MIB,
+            resident_bytes=used * 3000 * MIB,
+            payload_bytes=used * 2990 * MIB,
+            granted_bytes=used * 3 * MIB,
+            limbo_bytes=0,
+            blocks=used * 12_000,
+            records=used * 24_000,
+            slab_bytes=4 * MIB,
+            free_slabs=1234,
+            problem=problem,
+            classes=[SlotClassStats(slot_bytes=266_240, slabs=750, used_slots=11_000, free_slots=250)] * used,
+        ),
+        lookups=LookupStats(
+            matches=used * 1000,
+            match_keys=used * 64_000,
+            match_hits=used * 32_000,
+            gets=used * 2000,
+            get_keys=used * 32_000,
+            get_hits=used * 31_999,
+            get_throttled=used * 7,
+            bytes_out=used * 7_812 * MIB,
+        ),
+        puts=PutStats(
+            stored=used * 24_000,
+            exists=used * 100,
+            throttled=used * 5,
+            rejected=used * 2,
+            bytes_in=used * 6_000 * MIB,
+            reasons={"overloaded": 5, "too_large": 2} if used else {},
+        ),
+        eviction=EvictionStats(
+            policy="lru",
+            evicted_blocks=used * 300,
+            evicted_bytes=used * 75 * MIB,
+            removed_blocks=used * 4,
+            moved_records=used * 12,
+            corrupt_records=0,
+        ),
+        server=ServerStats(
+            requests=used * 29_000,
+            bad_requests=used * 3,
+            overloaded=used * 5,
+            replies_dropped=0,
+            sessions_opened=used * 9,
+            sessions_died=used * 2,
+            sessions_expired=0,
+            outbound_bytes=used * 2 * MIB,
+            queue_delay_ms=0.25,
+        ),
+        namespaces=[
+            NamespaceStats(name=f"model-{index}", generation=index, blocks=index + 1, slot_bytes=(index + 1) * MIB)
+            for index in range(namespaces)
+        ],
+        sessions=[
+            SessionStats(
+                session=index + 1,
+                pid=5000 + index,
+                idle_s=0.4,
+                requests=12_000,
+                leases=1,
+                granted_bytes=3 * MIB,
+                outbound_bytes=2 * MIB,
+                version="0.1.0",
+            )
+            for index in range(sessions)
+        ],
+        leases=used * 1,
+    )

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from sample_stats import MIB, sample_stats
+
+from kvstore.observability.metrics import MAX_NAMESPACE_LABELS, make_registry, render_metrics
+from kvstore.protocol.messages import DaemonStats
+
+
+def scrape(stats: DaemonStats) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    text = render_metrics(make_registry(lambda: stats)).decode()
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def test_metrics_of_a_busy_daemon_hold_its_numbers() -> None:
+    samples = scrape(sample_stats())
+    assert samples["kvstore_tier_resident_bytes", (("tier", "dram"),)] == 3000 * MIB
+    assert samples["kvstore_lookup_hits_total", (("operation", "match"),)] == 32_000
+    assert samples["kvstore_puts_total", (("status", "stored"),)] == 24_000
+    assert samples["kvstore_put_refusals_total", (("reason", "too_large"),)] == 2
+    assert samples["kvstore_evicted_blocks_total", (("policy", "lru"),)] == 300
+    assert samples["kvstore_queue_delay_seconds", ()] == 0.00025
+    assert samples["kvstore_namespace_blocks", (("namespace", "model-1"),)] == 2
+    assert samples["kvstore_build_info", (("version", "0.1.0"),)] == 1
+
+
+def test_metrics_include_the_process() -> None:
+    samples = scrape(sample_stats())
+    assert samples["process_resident_memory_bytes", ()] > 0
+    assert samples["process_open_fds", ()] > 0
+
+
+def test_metrics_of_a_fresh_daemon_are_complete_zeros() -> None:
+    samples = scrape(sample_stats(fresh=True, namespaces=0, sessions=0))
+    assert samples["kvstore_puts_total", (("status", "rejected"),)] == 0
+    assert samples["kvstore_tier_degraded", (("tier", "dram"),)] == 0
+
+
+def test_metrics_of_a_tier_with_a_problem_say_degraded() -> None:
+    assert scrape(sample_stats(problem="/dev/shm is full"))["kvstore_tier_degraded", (("tier", "dram"),)] == 1
+
+
+def test_metrics_names_carry_the_prefix_and_a_help_text() -> None:
+    text = render_metrics(make_registry(sample_stats)).decode()
+    names = re.findall(r"^# TYPE (\S+) (counter|gauge)$", text, re.MULTILINE)
+    assert all(name.startswith(("kvstore_", "process_")) for name, _ in names)
+    assert all(name.endswith("_total") for name, kind in names if kind == "counter")
+    assert all(re.search(rf"^# HELP {name} \S.*\.$", text, re.MULTILINE) for name, _ in names)
+
+
+def test_metrics_of_many_namespaces_are_bounded_and_lose_nothing() -> None:
+    count = MAX_NAMESPACE_LABELS + 36
+    stats = sample_stats(namespaces=count)
+    blocks = {labels: value for (name, labels), value in scrape(stats).items() if name == "kvstore_namespace_blocks"}
+    assert len(blocks) == MAX_NAMESPACE_LABELS + 1
+    assert sum(blocks.values()) == sum(namespace.blocks for namespace in stats.namespaces)
+    assert blocks[(("namespace", "other"),)] == sum(range(MAX_NAMESPACE_LABELS + 1, count + 1))
+
+
+def test_metrics_of_namespaces_that_come_and_go_stay_bounded() -> None:
+    current = sample_stats(namespaces=0)
+    registry = make_registry(lambda: current)
+    seen: set[str] = set()
+    for start in range(0, 300, 50):
+        current = sample_stats(namespaces=start + 50)
+        del current.namespaces[:start]
+        seen |= set(re.findall(r'kvstore_namespace_blocks\{namespace="(\S+)"\}', render_metrics(registry).decode()))
+    assert len(seen) == MAX_NAMESPACE_LABELS + 1
+
+
+@pytest.mark.parametrize("sessions", [0, 50])
+def test_metrics_do_not_grow_with_sessions(sessions: int) -> None:
+    assert len(scrape(sample_stats(sessions=sessions))) == len(scrape(sample_stats(sessions=1)))
+
+
+def test_metrics_with_awkward_namespace_names_still_parse() -> None:
+    stats = sample_stats(namespaces=1)
+    stats.namespaces[0].name = 'a"b\\c\nd'
+    assert scrape(stats)["kvstore_namespace_blocks", (("namespace", 'a"b\\c\nd'),)] == 1
+
+
+def test_registry_made_takes_no_snapshot() -> None:
+    def snapshot() -> DaemonStats:
+        raise AssertionError("too early")
+
+    make_registry(snapshot)
