@@ -1,6 +1,6 @@
 """The ``kvstore`` command: its subcommands, and errors as one line.
 
-Exit status: 0 done; 1 failed, or problems found; 2 wrong usage or settings.
+Exit status: 0 done; 1 failed, or problems found; 2 wrong usage or settings; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ __all__ = ["app", "main"]
 
 _FAILED: Final = 1
 _USAGE: Final = 2
+_INTERRUPTED: Final = 130
 
 app: Final = typer.Typer(
     name="kvstore",
@@ -82,18 +83,20 @@ def _run(arguments: list[str], *, debug: bool) -> int:
         status = app(arguments, prog_name="kvstore", standalone_mode=False)
         sys.stdout.flush()
     except typer.Exit as end:
-        return end.exit_code
+        status = end.exit_code
     except BrokenPipeError:
         # Whoever read stdout has enough; nothing more may be written to it, at exit neither.
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _FAILED
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted", _FAILED)
+        status = _INTERRUPTED
     except Exception as error:
         if debug:
             raise
         return _fail(*_described(error))
+    if status == _INTERRUPTED:
+        return _fail("interrupted", _INTERRUPTED)
     return status if isinstance(status, int) else 0
 
 

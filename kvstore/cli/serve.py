@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -90,6 +91,7 @@ def serve(
 
     Settings come from flags, else KVSTORE_* variables, else the file, else the defaults.
     """
+    from kvstore.protocol.endpoint import ipc_path
     from kvstore.settings import Settings
 
     given: dict[str, object] = {
@@ -116,7 +118,13 @@ def serve(
 
     from kvstore.server.app import run
 
-    raise typer.Exit(run(settings))
+    try:
+        status = run(settings)
+    finally:
+        if parent_pid is not None:  # the socket's directory was made for this daemon alone
+            with contextlib.suppress(OSError):
+                ipc_path(settings.endpoint).parent.rmdir()
+    raise typer.Exit(status)
 
 
 def _assignments(texts: Sequence[str]) -> dict[str, object]:

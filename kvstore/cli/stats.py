@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -80,12 +81,15 @@ def _watch(endpoint: str | None, seconds: float, timeout: float) -> None:
     from kvstore.cli import render
 
     console = render.console()
-    with (
-        contextlib.suppress(KeyboardInterrupt),
-        Live(console=console, auto_refresh=False, screen=console.is_terminal) as live,
-    ):
-        for view in _views(endpoint, seconds, timeout):
-            live.update(view, refresh=True)
+    views = _views(endpoint, seconds, timeout)
+    with contextlib.suppress(KeyboardInterrupt):
+        if not console.is_terminal:
+            for view in views:
+                console.print(view, "", sep="\n")
+                sys.stdout.flush()
+        with Live(console=console, auto_refresh=False, screen=True) as live:
+            for view in views:
+                live.update(view, refresh=True)
 
 
 def _views(endpoint: str | None, seconds: float, timeout: float) -> Iterator[RenderableType]:

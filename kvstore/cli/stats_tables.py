@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvstore.cli import render
-from kvstore.protocol.messages import DaemonStats, DramStats, EvictionStats, NamespaceStats, SessionStats
+from kvstore.protocol.messages import DaemonStats, DramStats, EvictionStats, NamespaceStats, PutStats, SessionStats
 
 __all__ = ["stats_tables", "waiting"]
 
@@ -34,10 +34,10 @@ def stats_tables(stats: DaemonStats, since: DaemonStats | None = None) -> Render
     tables = (
         _daemon(stats),
         _tiers(stats),
-        _memory(stats.dram),
         _lookups(stats, since),
         _puts(stats, since),
         _evictions(stats.eviction),
+        _memory(stats.dram),
         _slots(stats.dram),
         _namespaces(stats.namespaces),
         _clients(stats.sessions),
@@ -64,7 +64,7 @@ def _daemon(stats: DaemonStats) -> Table:
 
 def _requests(stats: DaemonStats) -> Iterator[str]:
     server = stats.server
-    yield f"{render.count(server.requests)}, waiting {render.latency(server.queue_delay_ms / 1000)}"
+    yield f"{render.count(server.requests)}, queue delay {render.latency(server.queue_delay_ms / 1000)}"
     for number, what in (
         (server.bad_requests, "malformed"),
         (server.overloaded, "refused for overload"),
@@ -99,7 +99,7 @@ def _memory(dram: DramStats) -> Table:
         "DRAM memory",
         [
             ("arena", arena),
-            ("payload", f"{render.size(dram.payload_bytes)} ({_share(dram.payload_bytes, dram.resident_bytes)})"),
+            ("records", f"{render.size(dram.payload_bytes)} ({_share(dram.payload_bytes, dram.resident_bytes)})"),
             ("granted", f"{render.size(dram.granted_bytes)} lent for writing"),
             ("limbo", f"{render.size(dram.limbo_bytes)} freed but perhaps still read"),
             ("slabs", slabs),
@@ -114,29 +114,20 @@ def _share(part: int, whole: int) -> str:
 def _lookups(stats: DaemonStats, since: DaemonStats | None) -> RenderableType:
     lookups = stats.lookups
     columns = ["operation", "requests", "blocks asked", "hits", "hit rate"]
-    made = render.table("Lookups", columns if since is None else [*columns, "now"])
-    for operation in ("match", "get"):
-        requests, keys, hits = (
-            f"{operation}{'es' if operation == 'match' else 's'}",
-            f"{operation}_keys",
-            f"{operation}_hits",
-        )
-        asked = getattr(lookups, keys)
-        cells = [
-            operation,
-            render.count(getattr(lookups, requests)),
-            render.count(asked),
-            render.count(getattr(lookups, hits)),
-            render.ratio(getattr(lookups, hits), asked),
-        ]
+    made = render.table("Lookups", columns if since is None else [*columns, "asked now"])
+    earlier = (since or stats).lookups
+    for operation, requests, asked, hits, asked_before in (
+        ("match", lookups.matches, lookups.match_keys, lookups.match_hits, earlier.match_keys),
+        ("get", lookups.gets, lookups.get_keys, lookups.get_hits, earlier.get_keys),
+    ):
+        cells = [operation, *map(render.count, (requests, asked, hits)), render.ratio(hits, asked)]
         if since is not None:
-            cells.append(render.rate(asked - getattr(since.lookups, keys), stats.uptime_s - since.uptime_s))
+            cells.append(render.rate(asked - asked_before, stats.uptime_s - since.uptime_s))
         made.add_row(*cells)
     note = f"read {render.size(lookups.bytes_out)}"
     if since is not None:
-        note += (
-            f", now {render.throughput(lookups.bytes_out - since.lookups.bytes_out, stats.uptime_s - since.uptime_s)}"
-        )
+        read_bytes = lookups.bytes_out - earlier.bytes_out
+        note += f", now {render.throughput(read_bytes, stats.uptime_s - since.uptime_s)}"
     if lookups.get_throttled:
         note += f"; {render.count(lookups.get_throttled)} throttled"
     return Group(made, Text(note, style="dim"))
@@ -144,27 +135,27 @@ def _lookups(stats: DaemonStats, since: DaemonStats | None) -> RenderableType:
 
 def _puts(stats: DaemonStats, since: DaemonStats | None) -> RenderableType:
     puts = stats.puts
-    columns: list[str | render.Column] = ["answer", "records"]
-    if since is not None:
-        columns.append("now")
-    made = render.table("Puts", columns)
-    for status in ("stored", "exists", "throttled", "rejected"):
-        number = getattr(puts, status)
-        cells = [status, render.count(number)]
-        if since is not None:
-            cells.append(render.rate(number - getattr(since.puts, status), stats.uptime_s - since.uptime_s))
-        made.add_row(*cells)
-    parts: list[RenderableType] = [made]
+    made = render.table("Puts", ["", "stored", "exists", "throttled", "rejected"])
+    numbers = _answers(puts)
+    made.add_row("records", *map(render.count, numbers))
     note = f"written {render.size(puts.bytes_in)}"
     if since is not None:
-        note += f", now {render.throughput(puts.bytes_in - since.puts.bytes_in, stats.uptime_s - since.uptime_s)}"
-    parts.append(Text(note, style="dim"))
+        seconds = stats.uptime_s - since.uptime_s
+        changes = (new - old for new, old in zip(numbers, _answers(since.puts), strict=True))
+        made.add_row("now", *(render.rate(change, seconds) for change in changes))
+        note += f", now {render.throughput(puts.bytes_in - since.puts.bytes_in, seconds)}"
     if puts.reasons:
-        reasons = render.table("Refused because", ["reason", "records"])
-        for reason, number in sorted(puts.reasons.items(), key=lambda item: -item[1]):
-            reasons.add_row(reason.lower().replace("_", " "), render.count(number))
-        parts += ["", reasons]
-    return Group(*parts)
+        reasons = sorted(puts.reasons.items(), key=lambda item: -item[1])
+        note += f"; refused: {', '.join(f'{render.count(number)} {_words(reason)}' for reason, number in reasons)}"
+    return Group(made, Text(note, style="dim"))
+
+
+def _answers(puts: PutStats) -> tuple[int, int, int, int]:
+    return puts.stored, puts.exists, puts.throttled, puts.rejected
+
+
+def _words(reason: str) -> str:
+    return reason.lower().replace("_", " ")
 
 
 def _evictions(eviction: EvictionStats) -> Table:

@@ -89,3 +89,23 @@ class Block:
     def complete(self) -> bool:
         """Whether every part of the namespace is there."""
         return len(self.parts) == self.namespace.parts
+
+
+def runs_of(blocks: list[Block]) -> list[tuple[Block, int]]:
+    """Blocks in the order of a chain, as runs of parents and children: each run's deepest block and its length.
+
+    A list that is one chain is recognised by its two ends, without a look at each block.
+    """
+    if not blocks:
+        return []
+    count = len(blocks)
+    if blocks[-1].depth - blocks[0].depth == count - 1 and (count == 1 or blocks[-1].parent is blocks[-2]):
+        return [(blocks[-1], count)]
+    runs: list[tuple[Block, int]] = []
+    length = 0
+    for index, block in enumerate(blocks):
+        length += 1
+        if index + 1 == count or blocks[index + 1].parent is not block:
+            runs.append((block, length))
+            length = 0
+    return runs

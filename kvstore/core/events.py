@@ -2,40 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from kvstore.core.block import Block
 from kvstore.protocol.namespace import Namespace
 
 
-@dataclass(frozen=True, slots=True)
-class SlabPopulated:
+class SlabPopulated(msgspec.Struct, frozen=True):
     """A slab's memory is there; slots may be cut from it."""
 
     index: int
 
 
-@dataclass(frozen=True, slots=True)
-class PopulationEnded:
+class PopulationEnded(msgspec.Struct, frozen=True):
     """No more slabs will come: all are there, or the memory is full."""
 
 
-@dataclass(frozen=True, slots=True)
-class SessionOpened:
+class SessionOpened(msgspec.Struct, frozen=True):
     """A client greeted."""
 
     session: int
 
 
-@dataclass(frozen=True, slots=True)
-class SessionClosed:
+class SessionClosed(msgspec.Struct, frozen=True):
     """A client said goodbye, died or expired: its leases end, its grants go to limbo."""
 
     session: int
 
 
-@dataclass(frozen=True, slots=True)
-class Joined:
+class Joined(msgspec.Struct, frozen=True):
     """A client joins a namespace; ``generation`` is -1 for the current one, or the one it was in before.
 
     ``record_bytes``: sizes of records the client is going to write, for exact slots.
@@ -46,16 +41,14 @@ class Joined:
     generation: int = -1
 
 
-@dataclass(frozen=True, slots=True)
-class SlotWanted:
+class SlotWanted(msgspec.Struct, frozen=True):
     """A session wants a slot to write a record of ``record_bytes`` into."""
 
     session: int
     record_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class CommittedRecord:
+class CommittedRecord(msgspec.Struct, frozen=True):
     """A granted slot that was written, and what its header says."""
 
     slot: int
@@ -68,8 +61,7 @@ class CommittedRecord:
     fidelity: int
 
 
-@dataclass(frozen=True, slots=True)
-class Committed:
+class Committed(msgspec.Struct, frozen=True):
     """A session wrote granted slots. ``access``: the engine request, 0 for none."""
 
     session: int
@@ -78,34 +70,31 @@ class Committed:
     access: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class GrantsReturned:
+class GrantsReturned(msgspec.Struct, frozen=True):
     """A session gives granted slots back unwritten."""
 
     session: int
     slots: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Accessed:
+class Accessed(msgspec.Struct, frozen=True):
     """An access report: what an engine request asked for and got.
 
     Attributes:
         session, access: who asked, for which engine request (0: a request of its own).
-        blocks: the blocks that were hit, parents before children.
+        runs: the hits as runs of parents and children: each run's deepest block and its length.
         asked: how many keys were asked for.
         missing: the first keys that were not there, bounded by the sender; the rest is only counted.
     """
 
     session: int
     access: int
-    blocks: tuple[Block, ...] | list[Block]
+    runs: list[tuple[Block, int]]
     asked: int
     missing: tuple[bytes, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class LeaseWanted:
+class LeaseWanted(msgspec.Struct, frozen=True):
     """A session wants blocks (a chain's leading run) to stay until released or expired."""
 
     session: int
@@ -113,53 +102,46 @@ class LeaseWanted:
     duration_ns: int
 
 
-@dataclass(frozen=True, slots=True)
-class LeaseReleased:
+class LeaseReleased(msgspec.Struct, frozen=True):
     """A session gives a lease back."""
 
     session: int
     lease: int
 
 
-@dataclass(frozen=True, slots=True)
-class RemoveWanted:
+class RemoveWanted(msgspec.Struct, frozen=True):
     """A client removes blocks by key."""
 
     namespace_id: int
     keys: tuple[bytes, ...] | list[bytes]
 
 
-@dataclass(frozen=True, slots=True)
-class ClearWanted:
+class ClearWanted(msgspec.Struct, frozen=True):
     """A client removes all blocks of a namespace."""
 
     namespace_id: int
 
 
-@dataclass(frozen=True, slots=True)
-class InvalidateWanted:
+class InvalidateWanted(msgspec.Struct, frozen=True):
     """What a client in ``generation`` of a namespace computes from now on differs from before."""
 
     namespace_id: int
 
 
-@dataclass(frozen=True, slots=True)
-class FoundCorrupt:
+class FoundCorrupt(msgspec.Struct, frozen=True):
     """A resident record's bytes are not what was committed."""
 
     slot: int
     why: str
 
 
-@dataclass(frozen=True, slots=True)
-class Quiesced:
+class Quiesced(msgspec.Struct, frozen=True):
     """Nobody reads these withdrawn slots any more."""
 
     slots: tuple[int, ...] | list[int]
 
 
-@dataclass(frozen=True, slots=True)
-class Ticked:
+class Ticked(msgspec.Struct, frozen=True):
     """Time passed; leases may have expired."""
 
 

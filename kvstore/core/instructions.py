@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from kvstore.core.block import Record
 from kvstore.core.namespaces import NamespaceState
 from kvstore.protocol.messages import PutStatus, Reason
 
 
-@dataclass(frozen=True, slots=True)
-class Withdraw:
+class Withdraw(msgspec.Struct, frozen=True):
     """Make slots unreadable; answer ``Quiesced`` for each once nobody reads it (at once, or when a transfer ends)."""
 
     slots: list[int]
 
 
-@dataclass(frozen=True, slots=True)
-class Move:
+class Move(msgspec.Struct, frozen=True):
     """Copy a resident record's slot to another one of equal size; the source is withdrawn by the next instruction."""
 
     source: int
@@ -25,51 +23,44 @@ class Move:
     slot_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Grant:
+class Grant(msgspec.Struct, frozen=True):
     """Answer to ``SlotWanted``: the slot is lent to the session."""
 
     record: Record
 
 
-@dataclass(frozen=True, slots=True)
-class TryAgain:
+class TryAgain(msgspec.Struct, frozen=True):
     """Answer to ``SlotWanted``: carry out what stands before this, then ask again."""
 
 
-@dataclass(frozen=True, slots=True)
-class Refuse:
+class Refuse(msgspec.Struct, frozen=True):
     """Answer to ``SlotWanted``: no slot, and why."""
 
     status: PutStatus
     reason: Reason
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(msgspec.Struct, frozen=True):
     """Answer to ``Committed``: one status and reason a record."""
 
     statuses: list[PutStatus]
     reasons: list[Reason]
 
 
-@dataclass(frozen=True, slots=True)
-class Namespaced:
+class Namespaced(msgspec.Struct, frozen=True):
     """Answer to ``Joined`` and ``InvalidateWanted``. ``stale``: the client's generation is over."""
 
     namespace: NamespaceState
     stale: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Leased:
+class Leased(msgspec.Struct, frozen=True):
     """Answer to ``LeaseWanted``; 0: there was nothing to lease."""
 
     lease: int
 
 
-@dataclass(frozen=True, slots=True)
-class Count:
+class Count(msgspec.Struct, frozen=True):
     """Answer to ``RemoveWanted``, ``ClearWanted`` and ``LeaseReleased``: how many blocks or leases."""
 
     count: int

@@ -47,7 +47,7 @@ class NamespaceState:
     def leading(self, keys: Iterable[bytes]) -> list[Block]:
         """The longest run of complete blocks from the first key on."""
         found = list(map(self.blocks.get, keys))
-        if None in found:
+        if not all(found):
             del found[found.index(None) :]
         blocks: list[Block] = found  # type: ignore[assignment]
         if self.parts > 1:

@@ -309,8 +309,8 @@ class Store:
                     self._to_free(record, commit.key, status.name)
             statuses.append(status)
             reasons.append(reason)
-        if touched:
-            self.policy.touch(touched, access)
+        for block in touched:
+            self.policy.touch(block, 1, access)
         instructions: list[Instruction] = []
         if self.resident_bytes > self.limits.capacity_bytes:
             instructions = self._fit_capacity(placed, statuses, reasons)
@@ -391,9 +391,9 @@ class Store:
 
     def _accessed(self, event: Accessed) -> list[Instruction]:
         number = self._access_number(event.session, event.access)
-        blocks = [block for block in event.blocks if block.parts]
-        if blocks:
-            self.policy.touch(blocks, number)
+        for deepest, hits in event.runs:
+            if deepest.parts:
+                self.policy.touch(deepest, hits, number)
         return []
 
     def _access_number(self, session: int, access: int) -> int:

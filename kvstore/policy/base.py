@@ -44,8 +44,11 @@ class EvictionPolicy(Protocol):
     def insert(self, block: Evictable, access: int) -> None:
         """A block became resident. Precondition: the policy does not hold it."""
 
-    def touch(self, blocks: Sequence[Evictable], access: int) -> None:
-        """Blocks were used by the engine request ``access``. Precondition: the policy holds them all."""
+    def touch(self, deepest: Evictable, hits: int, access: int) -> None:
+        """The engine request ``access`` used a block and the ``hits - 1`` resident ancestors next above it.
+
+        Precondition: the policy holds them all. A policy for which one use is a use of all ancestors need not walk up.
+        """
 
     def discard(self, block: Evictable) -> None:
         """A block left, for whatever reason. Precondition: held, and its ``parent`` is still set."""

@@ -2,7 +2,8 @@
 
 The victim is, among resident blocks without resident children and leases, the one whose last engine request is the
 oldest; among blocks of one request the deepest. A block's use is a use of its ancestors, so a parent is never older
-than its child: that is settled lazily, when an old parent reaches the front.
+than its child: that is settled lazily, when an old parent reaches the front, and a request costs one touch, of its
+deepest block.
 
 Structure: one group of blocks an access number, and a heap of the numbers. A touch moves a block in O(1); entries left
 behind in old groups are recognised by the block's ``access`` and thrown out when more than half of a group is stale.
@@ -38,6 +39,10 @@ def _depth(block: Evictable) -> int:
     return block.depth
 
 
+def _access(block: Evictable) -> int:
+    return block.access
+
+
 class Lru:
     """Tail-first LRU; O(1) amortised for each block touched, O(log n) for each victim."""
 
@@ -54,12 +59,11 @@ class Lru:
         self._held += 1
         self._enter(block, access)
 
-    def touch(self, blocks: Sequence[Evictable], access: int) -> None:
-        """See ``EvictionPolicy``."""
-        for block in blocks:
-            if block.access < access:
-                self._leave(block)
-                self._enter(block, access)
+    def touch(self, deepest: Evictable, hits: int, access: int) -> None:
+        """See ``EvictionPolicy``. Ancestors follow when they reach the front, so this is O(1) whatever ``hits`` is."""
+        if deepest.access < access:
+            self._leave(deepest)
+            self._enter(deepest, access)
 
     def discard(self, block: Evictable) -> None:
         """See ``EvictionPolicy``."""
@@ -122,27 +126,27 @@ class Lru:
         return None
 
     def _raise_to_descendants(self, block: Evictable, number: int) -> None:
-        """Give a parent at the front, and the path below it, the access of its most recent descendant.
+        """Give a parent at the front, and the path below it, the access of a more recent descendant.
 
-        Where every child is held by leases there is none: the parent is parked with them.
+        The path follows the most recent child for as long as that is more recent still: one step where a whole request
+        used the chain, all of it where each block was used by a request of its own. What lies deeper is settled when
+        the parent reaches the front again. Where every child is held by leases, the parent is parked with them.
         """
         path = [block]
         newest = number
         child = block
         while child.children:
-            child = max(child.children, key=lambda other: other.access)
-            if child.access < 0:
+            child = max(child.children, key=_access)
+            if child.access <= newest:
                 break
             path.append(child)
-            newest = max(newest, child.access)
+            newest = child.access
         if newest == number:
             self._leave(block)
             self._parked[block] = number
             block.access = _PARKED
             return
-        for above in path:
-            if above.access == newest:
-                break
+        for above in path[:-1]:
             self._leave(above)
             self._enter(above, newest)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvstore.core.block import Record
+from kvstore.core.block import Record, runs_of
 from kvstore.core.events import Accessed, FoundCorrupt
 from kvstore.errors import CorruptRecord
 from kvstore.observability.logs import RepeatedLog
@@ -69,7 +69,7 @@ class Reads:
         counters.get_hits += len(payloads)
         counters.get_throttled += statuses.count(GetStatus.THROTTLED)
         counters.bytes_out += total
-        report = Accessed(session.id, request.access, blocks, len(keys), tuple(missing[:16]))
+        report = Accessed(session.id, request.access, runs_of(blocks), len(keys), tuple(missing[:16]))
         return GetReply(request.id, incarnation, bytes(statuses)), payloads, slots, total, report
 
     def _sound(self, record: Record) -> bool:

@@ -6,7 +6,7 @@ waited in queues is then known exactly, whatever the number of clients and the d
 
 from __future__ import annotations
 
-from kvstore.protocol.messages import Get, Put, Request
+from kvstore.protocol.messages import Get, Put
 
 _SMOOTHING = 1 / 64
 
@@ -23,8 +23,8 @@ class Overload:
         self.delay_ns = 0.0
         self.throttled = 0
 
-    def refuses(self, request: Request, now_ns: int, same_host: bool) -> bool:
-        """Whether to answer ``throttled`` instead of working; cheap requests are refused only when nobody waits."""
+    def refuses(self, request: Put | Get, now_ns: int, same_host: bool) -> bool:
+        """Whether to answer ``throttled`` instead of moving payload: it waited too long, or nobody waits any more."""
         if not same_host or not request.sent_ns:
             return False
         delay_ns = now_ns - request.sent_ns
@@ -32,8 +32,7 @@ class Overload:
             return False
         self.delay_ns += (delay_ns - self.delay_ns) * _SMOOTHING
         given_up = bool(request.timeout_ms) and delay_ns > request.timeout_ms * 1_000_000
-        late = delay_ns > self._max_delay_ns and isinstance(request, (Put, Get))
-        if given_up or late:
+        if given_up or delay_ns > self._max_delay_ns:
             self.throttled += 1
             return True
         return False

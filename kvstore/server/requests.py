@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import zmq
 
 import kvstore
+from kvstore.core.block import runs_of
 from kvstore.core.events import (
     Accessed,
     ClearWanted,
@@ -127,7 +128,12 @@ class Requests:
         self.transport: RouterTransport | None = None
         self.statistics: Statistics | None = None
         self.stopping = False
-        self._simple: dict[type, Callable[[Session, Any], Reply]] = {
+        # Handlers that answer by themselves return None.
+        self._handlers: dict[type, Callable[[Session, Any], Reply | None]] = {
+            Match: self._match,
+            Get: self._get,
+            Verify: self._verify,
+            Bye: self._bye,
             Attach: self._attach,
             Exists: self._exists,
             Remove: self._remove,
@@ -177,37 +183,25 @@ class Requests:
             raise Refused(ErrorCode.BAD_REQUEST, "a request's id is an unsigned 64-bit number")
         if self.stopping:
             raise Refused(ErrorCode.SHUTTING_DOWN, "the daemon is stopping")
-        if isinstance(request, Hello):
-            self._hello(identity, request)
+        kind = type(request)
+        if kind is Hello:
+            self._hello(identity, cast("Hello", request))
             return
         session = self._sessions.of(identity, request.session)
         if session is None:
             raise Refused(ErrorCode.UNKNOWN_SESSION, "no session of this connection has that number; greet again")
-        now_ns = self._clock()
-        session.last_ns = now_ns
+        session.last_ns = self._clock()
         session.requests += 1
-        if len(payloads) != (2 * request.count if isinstance(request, Put) else 0):
-            raise Refused(ErrorCode.BAD_REQUEST, f"{len(payloads)} payload frames do not belong to this request")
         if request.namespace_id and request.namespace_id not in self._store.namespaces.by_id:
             raise Refused(ErrorCode.UNKNOWN_NAMESPACE, f"namespace id {request.namespace_id} was never given out")
-        late = self._overload.refuses(request, now_ns, session.same_host)
-        if isinstance(request, Match):
-            self._match(session, request)
-        elif isinstance(request, Get):
-            self._get(session, request, late)
-        elif isinstance(request, Put):
-            reply = (
-                refused(request, self._incarnation)
-                if late
-                else self._puts.put(session, request, payloads, self._incarnation)
-            )
-            self._send(identity, reply)
-        elif isinstance(request, Bye):
-            self.close_session(session)
-        elif isinstance(request, Verify):
-            self._verify(identity, request)
+        if kind is Put:
+            reply: Reply | None = self._put(session, cast("Put", request), payloads)
+        elif payloads:
+            raise Refused(ErrorCode.BAD_REQUEST, f"{len(payloads)} payload frames do not belong to this request")
         else:
-            self._send(identity, self._simple[type(request)](session, request))
+            reply = self._handlers[kind](session, request)
+        if reply is not None:
+            self._send(identity, reply)
 
     def _send(self, identity: bytes, reply: Reply) -> None:
         assert self.transport is not None
@@ -300,15 +294,26 @@ class Requests:
         tiers = ((int(TierId.DRAM), hits),) if hits else ()
         self._send(session.identity, MatchReply(request.id, self._incarnation, hits, tiers, lease))
         # The client waits for the answer, not for the policy's bookkeeping.
-        self._executor.apply(Accessed(session.id, request.access, blocks, len(keys), tuple(keys[hits : hits + 16])))
+        report = Accessed(session.id, request.access, runs_of(blocks), len(keys), tuple(keys[hits : hits + 16]))
+        self._executor.apply(report)
         counters = self._counters
         counters.matches += 1
         counters.match_keys += len(keys)
         counters.match_hits += hits
 
-    def _get(self, session: Session, request: Get, late: bool) -> None:
+    def _put(self, session: Session, request: Put, payloads: list[zmq.Frame]) -> Reply:
+        if request.count < 1 or len(payloads) != 2 * request.count:
+            raise Refused(
+                ErrorCode.BAD_REQUEST, f"a put of {request.count} records does not have {len(payloads)} payload frames"
+            )
+        if self._overload.refuses(request, session.last_ns, session.same_host):
+            self._counters.throttled += request.count
+            return refused(request, self._incarnation)
+        return self._puts.put(session, request, payloads, self._incarnation)
+
+    def _get(self, session: Session, request: Get) -> None:
         count = len(_keys(request.keys))
-        if late:
+        if self._overload.refuses(request, session.last_ns, session.same_host):
             self._counters.get_throttled += count
             statuses = bytes([GetStatus.THROTTLED]) * count
             self._send(session.identity, GetReply(request.id, self._incarnation, statuses))
@@ -379,10 +384,13 @@ class Requests:
 
     # -------------------------------------------------------------- work that waits
 
-    def _verify(self, identity: bytes, request: Verify) -> None:
+    def _bye(self, session: Session, request: Bye) -> None:
+        self.close_session(session)
+
+    def _verify(self, session: Session, request: Verify) -> None:
         if self._verification is None or self._verification.done():
             self._verification = asyncio.ensure_future(verify(self._executor))
-        waiting = asyncio.ensure_future(self._answer_verified(identity, request.id, self._verification))
+        waiting = asyncio.ensure_future(self._answer_verified(session.identity, request.id, self._verification))
         self._waiting.add(waiting)
         waiting.add_done_callback(self._waiting.discard)
 

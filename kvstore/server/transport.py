@@ -68,7 +68,7 @@ class RouterTransport:
         self._fd = int(self._socket.getsockopt(zmq.FD))
         self._loop: asyncio.AbstractEventLoop | None = None
         self._scheduled = False
-        self.backlog_turns = 0
+        self._draining = False
         self.dropped_replies = 0
         self.malformed = 0
 
@@ -90,28 +90,37 @@ class RouterTransport:
     def _drain(self) -> None:
         if self._socket.closed:
             return
-        socket = self._socket
-        for _ in range(DRAIN_MESSAGES):
+        self._draining = True
+        try:
+            exhausted = self._take(DRAIN_MESSAGES)
+        finally:
+            self._draining = False
+        if not exhausted:
+            self._schedule()
+
+    def _take(self, count: int) -> bool:
+        """Serve up to ``count`` messages; True when there are no more."""
+        receive, more, on_message = self._socket.recv, self._more, self._on_message
+        for _ in range(count):
             try:
-                identity = socket.recv(zmq.NOBLOCK)
-            except zmq.Again:
-                self.backlog_turns = 0
-                return
+                identity = receive(zmq.NOBLOCK)
             except zmq.ZMQError:
-                return
-            if not socket.getsockopt(zmq.RCVMORE):
+                return True
+            if not more():
                 self.malformed += 1
                 continue
-            header = socket.recv()
+            header = receive()
             payloads: list[zmq.Frame] = []
-            while socket.getsockopt(zmq.RCVMORE):
-                payloads.append(socket.recv(copy=False))
+            while more():
+                payloads.append(self._socket.recv(copy=False))
                 if len(payloads) > MAX_PAYLOAD_FRAMES:
                     payloads.pop()
                     self.malformed += 1
-            self._on_message(identity, header, payloads)
-        self.backlog_turns += 1
-        self._schedule()
+            on_message(identity, header, payloads)
+        return False
+
+    def _more(self) -> int | bytes:
+        return self._socket.getsockopt(zmq.RCVMORE)
 
     def send(self, identity: bytes, header: bytes, payloads: Sequence[memoryview] = ()) -> zmq.MessageTracker | None:
         """Send a reply.
@@ -136,7 +145,7 @@ class RouterTransport:
                 self._socket.send(header, zmq.NOBLOCK)
         except zmq.ZMQError:
             self.dropped_replies += 1
-        if int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+        if not self._draining and int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
             self._schedule()
         return tracker
 

@@ -194,7 +194,7 @@ BREAKS = {
     "kvstore/server/broken.py": "import kvstore_client",
     "kernels/kvstore_kernels/broken.py": "import kvstore",
     "kvstore/core/broken.py": "import zmq",
-    "client/kvstore_client/core.py": "import torch",
+    "client/kvstore_client/client.py": "import torch",
 }
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Final
 
 import typer
 
-__all__ = ["app", "control"]
+__all__ = ["app", "bench_control"]
 
 app: Final = typer.Typer(no_args_is_help=True, help="Measure the store beside a baseline in the same run.")
 
@@ -22,8 +22,8 @@ def bench() -> None:
     """Measure the store beside a baseline in the same run."""
 
 
-@app.command()
-def control(
+@app.command("control")
+def bench_control(
     endpoint: Annotated[
         str | None, typer.Option(help="A running daemon; without it a private one is started.", metavar="ipc://PATH")
     ] = None,

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import io
+import os
+
+import pytest
+from rich.console import Console, RenderableType
+from sample_stats import sample_stats
+
+from kvstore.cli.stats_tables import stats_tables, waiting
+
+
+def lines(renderable: RenderableType) -> list[str]:
+    out = io.StringIO()
+    Console(file=out, width=1000, highlight=False, markup=False).print(renderable)
+    return [line.rstrip() for line in out.getvalue().splitlines()]
+
+
+def row(text: list[str], name: str) -> list[str]:
+    return next(line for line in text if line.split()[:1] == [name]).split()
+
+
+def test_stats_of_a_busy_daemon_show_its_numbers() -> None:
+    text = lines(stats_tables(sample_stats()))
+    assert row(text, "match") == ["match", "1,000", "64,000", "32,000", "50.0", "%"]
+    assert row(text, "get")[-2:] == [">99.9", "%"]
+    assert row(text, "dram")[-4:] == ["36.6", "%", "12,000", "24,000"]
+    assert "written 5.9 GiB; refused: 5 overloaded, 2 too large" in text
+    assert row(text, "model-1") == ["model-1", "1", "2", "2.0", "MiB"]
+    assert row(text, "260.0")[-2:] == ["97.8", "%"]
+
+
+def test_stats_of_a_fresh_daemon_show_no_rate_where_nothing_was_asked() -> None:
+    text = lines(stats_tables(sample_stats(fresh=True, namespaces=0, sessions=0)))
+    assert row(text, "match") == ["match", "0", "0", "0", "-"]
+    assert not any(line.startswith(("Slots", "Namespaces", "Clients")) for line in text)
+
+
+@pytest.mark.parametrize("sessions", [1, 40])
+def test_stats_fit_80_columns(sessions: int) -> None:
+    text = lines(stats_tables(sample_stats(namespaces=40, sessions=sessions), since=sample_stats()))
+    assert max(map(len, text)) <= 80
+    assert sum("more, --json has them all" in line for line in text) == 1 + (sessions > 1)
+
+
+def test_stats_with_an_earlier_snapshot_show_rates() -> None:
+    now, before = sample_stats(), sample_stats()
+    now.uptime_s += 2
+    now.lookups.match_keys += 3000
+    now.lookups.bytes_out += 4_000_000_000
+    text = lines(stats_tables(now, since=before))
+    assert row(text, "match")[-2:] == ["1,500", "/s"]
+    assert "read 11.4 GiB, now 2.00 GB/s; 7 throttled" in text
+
+
+def test_stats_of_a_restarted_daemon_show_no_rates() -> None:
+    before = sample_stats()
+    before.incarnation = "another"
+    assert not any("/s" in line for line in lines(stats_tables(sample_stats(), since=before)))
+
+
+def test_stats_of_a_tier_with_a_problem_name_it() -> None:
+    assert "problem: /dev/shm is full" in lines(stats_tables(sample_stats(problem="/dev/shm is full")))
+
+
+def test_stats_leave_out_the_client_that_asked() -> None:
+    stats = sample_stats()
+    stats.sessions[0].pid = os.getpid()
+    assert not any(line.startswith("Clients") for line in lines(stats_tables(stats)))
+
+
+def test_waiting_says_so_and_why() -> None:
+    assert lines(waiting("nobody answers")) == ["waiting for the daemon ...", "nobody answers"]
