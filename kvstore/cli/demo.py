@@ -94,15 +94,21 @@ def demo(
         with notes.status(text) if notes.is_terminal else contextlib.nullcontext():
             yield lambda done: notes.print(done, style="dim")
 
-    report = run_demo(
-        model_size=model_size,
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        block_tokens=block_tokens,
-        seed=seed,
-        timeout_s=timeout,
-        phase=phase,
-    )
+    try:
+        report = run_demo(
+            model_size=model_size,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            block_tokens=block_tokens,
+            seed=seed,
+            timeout_s=timeout,
+            phase=phase,
+        )
+    except KVStoreError as error:
+        for tail in getattr(error, "__notes__", ()):
+            if "\n" in tail:  # one line is in the message already
+                notes.print(tail, style="dim")
+        raise
     if as_json:
         print(msgspec.json.encode(report).decode())
     else:

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
+import numpy as np
 
 from kvstore.cli.demo_model import MODEL_SHAPES, Engine, load_model
 from kvstore.errors import KVStoreError
@@ -38,6 +39,7 @@ from kvstore_kernels.layout import KVLayout
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
 
     from kvstore_client import Client
 
@@ -264,6 +266,11 @@ def namespace_of(directory: Path, model_size: str, layout: KVLayout) -> Namespac
     )
 
 
+def draw_prompts(vocabulary: int, prompt_tokens: int, seed: int) -> NDArray[np.int64]:
+    """Token ids of the prompt and of the one to warm up with, ``[2, prompt_tokens]``."""
+    return np.random.default_rng(seed).integers(0, vocabulary, (2, prompt_tokens))
+
+
 def run(task: EngineTask) -> EngineReport:
     """Load the model, warm up, connect and answer the task's prompt; see ``answer``."""
     import torch
@@ -277,8 +284,7 @@ def run(task: EngineTask) -> EngineReport:
         model = load_model(directory, shape, task.seed, task.prompt_tokens + task.new_tokens)
         engine = Engine(model, task.block_tokens)
         namespace = namespace_of(directory, task.model_size, engine.layout)
-        draw = torch.Generator().manual_seed(task.seed + 1)
-        prompt, other = torch.randint(0, shape.vocabulary, (2, task.prompt_tokens), generator=draw)
+        prompt, other = torch.from_numpy(draw_prompts(shape.vocabulary, task.prompt_tokens, task.seed))
         cache = engine.cache_of(engine.empty_blocks(0))
         engine.decode(engine.prefill(other, cache, 0), cache, 2)
         if task.role == "cold":

@@ -65,6 +65,7 @@ class PrivateDaemon:
         self._endpoint = ""
         self._process: subprocess.Popen[bytes] | None = None
         self._log: IO[bytes] | None = None
+        self._stuck = False
 
     @property
     def endpoint(self) -> str:
@@ -125,6 +126,7 @@ class PrivateDaemon:
             try:
                 process.wait(_STOP_TIMEOUT_S)
             except subprocess.TimeoutExpired:
+                self._stuck = True
                 process.kill()
                 process.wait()
         if self._directory is not None:
@@ -141,13 +143,11 @@ class PrivateDaemon:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        process = self._process
-        died_before = process.poll() if process is not None else None
-        tail = self.stderr_tail()
+        process, tail = self._process, self.stderr_tail()
         self.close()
         if process is None or error is not None:
             return
-        if died_before is None and process.returncode == -signal.SIGKILL:
+        if self._stuck:
             raise KVStoreError(f"the private daemon did not end within {_STOP_TIMEOUT_S:g} s of SIGTERM")
         if process.returncode not in (0, -signal.SIGKILL, -signal.SIGTERM):
             raise self._ended_error(process.returncode, tail)

@@ -52,6 +52,7 @@ def verify(
 def verify_tables(outcome: VerifyReply) -> RenderableType:
     """What was checked, and the problems if there are any."""
     from rich.console import Group
+    from rich.text import Text
 
     from kvstore.cli import render
 
@@ -67,9 +68,9 @@ def verify_tables(outcome: VerifyReply) -> RenderableType:
     )
     if not problems:
         return checked
-    listed = render.table("Problems", ["#", render.text_column("problem")])
-    for number, problem in enumerate(problems[:_SHOWN_PROBLEMS], 1):
-        listed.add_row(str(number), render.plain(problem))
+    shown = [Text(problem) for problem in problems[:_SHOWN_PROBLEMS]]
     if len(problems) > _SHOWN_PROBLEMS:
-        listed.add_row("...", f"{render.count(len(problems) - _SHOWN_PROBLEMS)} more; --json has them all")
-    return Group(checked, "", listed)
+        shown.append(
+            Text(f"... {render.count(len(problems) - _SHOWN_PROBLEMS)} more, --json has them all", style="dim")
+        )
+    return Group(checked, "", Text("Problems", style="bold"), *shown)

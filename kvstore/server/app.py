@@ -93,7 +93,7 @@ class Daemon:
         self._undo.callback(socket_lock.release)
         directory = settings.dram.directory or default_arena_directory(settings.endpoint)
         existed = directory.is_dir()
-        make_directory(directory, directory_mode, gid)
+        make_directory(directory, directory_mode, gid, private=settings.dram.directory is None)
         if not existed:
             self._undo.callback(_remove_directory, directory)
         arena_lock = OwnerLock(

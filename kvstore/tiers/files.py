@@ -20,13 +20,14 @@ from kvstore.mapped.session_file import lock_kind, lock_request
 _MADV_POPULATE_WRITE: Final = 23
 
 
-def make_directory(path: Path, mode: int, gid: int = -1) -> None:
-    """Make a directory that belongs to this user, or accept one that does.
+def make_directory(path: Path, mode: int, gid: int = -1, *, private: bool = True) -> None:
+    """Make a directory, or accept one that is there.
 
     Args:
         path: its parents must exist or be makeable.
         mode: permissions for a new directory.
         gid: group for a new directory, -1 to leave it.
+        private: accept one only if it belongs to this user; a guessable path could have been made by another.
 
     Raises:
         PermissionRefused: it cannot be made, is a link, or belongs to another user.
@@ -49,7 +50,7 @@ def make_directory(path: Path, mode: int, gid: int = -1) -> None:
         ) from None
     if not stat.S_ISDIR(status.st_mode):
         raise PermissionRefused(f"{path} is no directory; remove it or choose another place")
-    if not made and status.st_uid not in (os.geteuid(), 0) and os.geteuid() != 0:
+    if private and not made and status.st_uid != os.geteuid():
         raise PermissionRefused(f"{path} belongs to user {status.st_uid}; choose another place")
     if not os.access(path, os.W_OK | os.X_OK):
         raise PermissionRefused(f"cannot write into {path}; choose another place or fix its permissions")

@@ -1,0 +1,119 @@
+"""The demo with real processes: a daemon, a transformer, and payloads that somebody altered."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvstore.cli.demo import run_engine
+from kvstore.cli.demo_engine import EngineReport, EngineTask, Role, draw_prompts
+from kvstore.cli.demo_model import MODEL_SHAPES
+from kvstore.cli.private_daemon import PrivateDaemon
+from kvstore.errors import DeadlineExceeded, KVStoreError
+from kvstore_client import Client, PutStatus, chain_keys
+
+if find_spec("torch") is None or find_spec("transformers") is None:
+    pytest.skip("torch and transformers are not installed (the extra 'demo')", allow_module_level=True)
+
+ROOT = Path(__file__).parents[2]
+PROMPT_TOKENS, NEW_TOKENS, BLOCK_TOKENS, SEED = 256, 16, 16, 5
+USABLE_TOKENS = PROMPT_TOKENS - BLOCK_TOKENS
+PROCESS_S = 120.0
+
+
+def task(role: Role, directory: Path, endpoint: str, model_size: str = "tiny") -> EngineTask:
+    return EngineTask(
+        role=role,
+        model_size=model_size,
+        model_directory=str(directory),
+        seed=SEED,
+        prompt_tokens=PROMPT_TOKENS,
+        new_tokens=NEW_TOKENS,
+        block_tokens=BLOCK_TOKENS,
+        threads=1,
+        endpoint=endpoint,
+        timeout_s=30.0,
+    )
+
+
+def alter_payloads(endpoint: str, report: EngineReport) -> int:
+    """Put other KV under the keys of the report's prompt, in records that are right; how many."""
+    shape = MODEL_SHAPES["tiny"]
+    prompt, _ = draw_prompts(shape.vocabulary, PROMPT_TOKENS, SEED)
+    keys = chain_keys(prompt, BLOCK_TOKENS)
+    with Client(endpoint, namespace=report.namespace) as client:
+        payloads = [client.get(key) for key in keys]
+        assert client.remove(keys) == len(keys)
+        altered = []
+        for payload in payloads:
+            assert payload is not None
+            altered.append(-np.frombuffer(payload, dtype=np.float32))
+        assert client.put_many(keys, altered) == [PutStatus.STORED] * len(keys)
+        assert not client.verify().problems
+    return len(keys)
+
+
+@pytest.mark.slow
+def test_demo_finds_the_prefix_and_generates_the_same_tokens() -> None:
+    paths = os.pathsep.join(str(ROOT / part) for part in (".", "client", "kernels"))
+    sizes = ("--prompt-tokens", PROMPT_TOKENS, "--new-tokens", NEW_TOKENS, "--block-tokens", BLOCK_TOKENS)
+    options = ("--model-size", "tiny", *sizes, "--seed", SEED, "--json")
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "kvstore", "demo", *map(str, options)],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=PROCESS_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    stored, loaded, cold = report["stored"], report["loaded"], report["cold"]
+    assert report["tokens_identical"]
+    assert loaded["tokens"] == cold["tokens"] == stored["tokens"]
+    assert len(set(cold["tokens"])) > NEW_TOKENS // 2
+    assert (loaded["matched_tokens"], loaded["computed_tokens"]) == (USABLE_TOKENS, BLOCK_TOKENS)
+    assert loaded["loaded_bytes"] == USABLE_TOKENS * 1024
+    assert stored["stored_bytes"] == PROMPT_TOKENS * 1024
+    assert (cold["matched_tokens"], cold["loaded_bytes"], cold["stored_bytes"]) == (0, 0, 0)
+    (dram,) = report["tiers"]
+    assert dram["blocks"] == PROMPT_TOKENS // BLOCK_TOKENS
+    assert dram["capacity_bytes"] >= dram["used_bytes"] > stored["stored_bytes"]
+    assert dram["blocks_hit"] == USABLE_TOKENS // BLOCK_TOKENS
+    assert done.stderr.count("\n") == 4
+    assert "warn" not in done.stderr.lower()
+
+
+@pytest.mark.slow
+def test_tokens_change_when_the_stored_payloads_were_altered(tmp_path: Path) -> None:
+    with PrivateDaemon(capacity_bytes=16 << 20, grant_bytes=8 << 20) as daemon:
+        stored = run_engine(task("store", tmp_path, daemon.endpoint), PROCESS_S)
+        unaltered = run_engine(task("load", tmp_path, daemon.endpoint), PROCESS_S)
+        assert alter_payloads(daemon.endpoint, stored) == PROMPT_TOKENS // BLOCK_TOKENS
+        altered = run_engine(task("load", tmp_path, daemon.endpoint), PROCESS_S)
+    assert stored.matched_tokens == 0
+    assert unaltered.matched_tokens == altered.matched_tokens == USABLE_TOKENS
+    assert unaltered.tokens == stored.tokens
+    assert unaltered.first_logits == stored.first_logits
+    assert altered.tokens != stored.tokens
+    assert altered.first_logits != stored.first_logits
+
+
+def test_failed_engine_process_is_reported_with_its_last_lines(tmp_path: Path) -> None:
+    with pytest.raises(KVStoreError, match=r"\(cold\) ended with code 1: KeyError: 'gigantic'") as caught:
+        run_engine(task("cold", tmp_path, "", model_size="gigantic"), PROCESS_S)
+    (tail,) = caught.value.__notes__
+    assert "demo_engine.py" in tail
+    assert tail.endswith("KeyError: 'gigantic'")
+
+
+def test_engine_process_that_takes_too_long_is_ended(tmp_path: Path) -> None:
+    with pytest.raises(DeadlineExceeded, match=r"\(store\) has not finished within 0\.2 s"):
+        run_engine(task("store", tmp_path, "ipc:///nonexistent/kvstore.sock"), 0.2)
