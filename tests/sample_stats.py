@@ -31,7 +31,7 @@ def sample_stats(*, namespaces: int = 2, sessions: int = 1, problem: str = "", f
             arena_bytes=8256 * MIB,
             populated_bytes=8256 * MIB,
             resident_bytes=used * 3000 * MIB,
-            payload_bytes=used * 2990 * MIB,
+            record_bytes=used * 2990 * MIB,
             granted_bytes=used * 3 * MIB,
             limbo_bytes=0,
             blocks=used * 12_000,

@@ -91,7 +91,7 @@ def demo(
 
     @contextlib.contextmanager
     def phase(text: str) -> Iterator[Callable[[str], None]]:
-        with notes.status(text) if notes.is_terminal else contextlib.nullcontext():
+        with notes.status(text, refresh_per_second=4) if notes.is_terminal else contextlib.nullcontext():
             yield lambda done: notes.print(done, style="dim")
 
     try:
@@ -206,7 +206,7 @@ def run_demo(
         seed=seed,
         tokens_identical=loaded.tokens == cold.tokens == stored.tokens,
         logits_identical=loaded.first_logits == cold.first_logits,
-        speed_up=cold.first_token_s / loaded.first_token_s,
+        speed_up=min(stored.first_token_s, cold.first_token_s) / loaded.first_token_s,
         stored=stored,
         loaded=loaded,
         cold=cold,

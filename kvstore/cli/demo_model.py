@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from kvstore.errors import KVStoreError
 from kvstore_kernels.layout import KVLayout
 
 if TYPE_CHECKING:
@@ -109,10 +110,15 @@ class Engine:
 
         Returns:
             ``new_tokens`` token ids, and the least margin between the best and the second logit.
+
+        Raises:
+            KVStoreError: logits are not finite, as with KV that is not this model's.
         """
         tokens: list[int] = []
         smallest_margin = float("inf")
         while True:
+            if not logits.isfinite().all():
+                raise KVStoreError("the model's logits are not finite: the KV before them is not of this model")
             best, second = logits.topk(2).values
             smallest_margin = min(smallest_margin, float(best - second))
             token = logits.argmax()

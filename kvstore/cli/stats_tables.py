@@ -99,7 +99,7 @@ def _memory(dram: DramStats) -> Table:
         "DRAM memory",
         [
             ("arena", arena),
-            ("records", f"{render.size(dram.payload_bytes)} ({_share(dram.payload_bytes, dram.resident_bytes)})"),
+            ("records", f"{render.size(dram.record_bytes)} ({_share(dram.record_bytes, dram.resident_bytes)})"),
             ("granted", f"{render.size(dram.granted_bytes)} lent for writing"),
             ("limbo", f"{render.size(dram.limbo_bytes)} freed but perhaps still read"),
             ("slabs", slabs),

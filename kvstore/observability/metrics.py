@@ -117,7 +117,7 @@ def _tier(dram: DramStats) -> Iterator[Metric]:
     for name, documentation, value in (
         ("capacity_bytes", "Most bytes of slots that may hold blocks.", dram.capacity_bytes),
         ("resident_bytes", "Bytes of slots that hold blocks.", dram.resident_bytes),
-        ("record_bytes", "Bytes of resident records, without the padding of their slots.", dram.payload_bytes),
+        ("record_bytes", "Bytes of resident records, without the padding of their slots.", dram.record_bytes),
         ("arena_bytes", "Bytes of the arena, grants included.", dram.arena_bytes),
         ("populated_bytes", "Bytes of the arena whose pages exist.", dram.populated_bytes),
         ("granted_bytes", "Bytes of slots lent to clients for writing.", dram.granted_bytes),

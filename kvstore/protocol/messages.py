@@ -347,13 +347,21 @@ class SlotClassStats(msgspec.Struct, kw_only=True):
 
 
 class DramStats(msgspec.Struct, kw_only=True):
-    """The DRAM tier; all values in bytes unless they say otherwise."""
+    """The DRAM tier.
+
+    Attributes:
+        capacity_bytes: what resident blocks may occupy, in slots.
+        arena_bytes, populated_bytes: the slabs, and those of them that have memory.
+        resident_bytes, record_bytes: slots of resident records, and the records in them without padding.
+        granted_bytes, limbo_bytes: slots lent for writing, and slots that wait for readers to finish.
+        problem: why the tier is smaller than configured, "" where it is not.
+    """
 
     capacity_bytes: Unsigned
     arena_bytes: Unsigned
     populated_bytes: Unsigned
     resident_bytes: Unsigned
-    payload_bytes: Unsigned
+    record_bytes: Unsigned
     granted_bytes: Unsigned
     limbo_bytes: Unsigned
     blocks: Unsigned

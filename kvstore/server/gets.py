@@ -5,6 +5,7 @@ from __future__ import annotations
 from kvstore.core.block import Record, runs_of
 from kvstore.core.events import Accessed, FoundCorrupt
 from kvstore.errors import CorruptRecord
+from kvstore.format.constants import RECORD_HEADER_BYTES
 from kvstore.observability.logs import RepeatedLog
 from kvstore.protocol.keys import split_keys
 from kvstore.protocol.messages import Get, GetReply, GetStatus
@@ -68,7 +69,7 @@ class Reads:
         counters.get_keys += len(keys)
         counters.get_hits += len(payloads)
         counters.get_throttled += statuses.count(GetStatus.THROTTLED)
-        counters.bytes_out += total
+        counters.bytes_out += total - RECORD_HEADER_BYTES * len(payloads)
         report = Accessed(session.id, request.access, runs_of(blocks), len(keys), tuple(missing[:16]))
         return GetReply(request.id, incarnation, bytes(statuses)), payloads, slots, total, report
 

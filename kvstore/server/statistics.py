@@ -94,7 +94,7 @@ class Statistics:
             arena_bytes=slabs.slab_bytes * len(slabs.slabs),
             populated_bytes=slabs.slab_bytes * slabs.usable_slabs,
             resident_bytes=store.resident_bytes,
-            payload_bytes=store.resident_record_bytes,
+            record_bytes=store.resident_record_bytes,
             granted_bytes=store.granted_bytes,
             limbo_bytes=store.limbo_bytes,
             blocks=store.block_count,

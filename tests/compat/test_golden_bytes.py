@@ -126,7 +126,7 @@ STATS = DaemonStats(
         arena_bytes=1 << 31,
         populated_bytes=1 << 29,
         resident_bytes=8192,
-        payload_bytes=672,
+        record_bytes=672,
         granted_bytes=4096,
         limbo_bytes=0,
         blocks=2,
@@ -137,7 +137,7 @@ STATS = DaemonStats(
         classes=[SlotClassStats(slot_bytes=4096, slabs=1, used_slots=3, free_slots=1021)],
     ),
     lookups=LookupStats(
-        matches=1, match_keys=3, match_hits=2, gets=1, get_keys=3, get_hits=2, get_throttled=0, bytes_out=672
+        matches=1, match_keys=3, match_hits=2, gets=1, get_keys=3, get_hits=2, get_throttled=0, bytes_out=160
     ),
     puts=PutStats(stored=2, exists=1, throttled=0, rejected=1, bytes_in=160, reasons={"too_large": 1}),
     eviction=EvictionStats(

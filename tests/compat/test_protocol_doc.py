@@ -102,7 +102,7 @@ def test_protocol_doc_limits_are_the_codes():
     assert values == {name: getattr(version, name) for name in vars(version) if name.startswith("MAX_")}
     assert f"longer than {version.MAX_HEADER_FRAME_BYTES:,} bytes" in WORDS
     assert f"at most {version.MAX_KEYS_PER_REQUEST:,} of them" in WORDS
-    assert f"records; at most {version.MAX_PAYLOAD_FRAMES // 2} |" in TEXT
+    assert f"records, 1 to {version.MAX_PAYLOAD_FRAMES // 2} |" in TEXT
     assert f"UTF-8, at most {version.MAX_IDENT_CHARACTERS} characters" in TEXT
     assert f"at most {version.MAX_DECLARED_SIZES}, each above 0" in TEXT
     assert f"at most 2^{version.MAX_GENERATION.bit_length() - 1} |" in TEXT

@@ -9,9 +9,14 @@ from typing import Any
 
 import pytest
 from client_adapter import CLIENTS, AnyClient, Connect
-from daemon_process import DaemonProcess
+from daemon_process import DaemonProcess, warm_up
 
 _names = count()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _warm_up() -> None:
+    warm_up()
 
 
 @pytest.fixture(scope="module")

@@ -173,6 +173,14 @@ def test_tokens_change_where_keys_and_values_are_exchanged(prepared: Prepared, c
     assert prepared.answer(client).tokens != cold.tokens
 
 
+def test_kv_that_is_not_a_number_is_an_error(prepared: Prepared) -> None:
+    client = FakeClient()
+    prepared.answer(client, "store")
+    client.blocks[prepared.keys[0]] = b"\xff" * len(client.blocks[prepared.keys[0]])
+    with pytest.raises(KVStoreError, match="logits are not finite"):
+        prepared.answer(client)
+
+
 def test_block_lost_between_match_and_load_is_computed(prepared: Prepared, cold: EngineReport) -> None:
     class Forgetful(FakeClient):
         def get_many_into(self, keys: Any, outs: Any, *, request: int | None = None) -> list[int | None]:

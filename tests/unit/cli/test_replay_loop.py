@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any, get_args, get_origin
 
 import msgspec
 import pytest
@@ -18,20 +18,13 @@ from kvstore.protocol.messages import (
 BLOCK_BYTES = 100
 
 
-def zeros(kind: type[msgspec.Struct]) -> Any:
-    """A struct of statistics whose every field is nothing."""
-    empty: dict[Any, Any] = {int: 0, float: 0.0, str: ""}
-    fields = msgspec.structs.fields(kind)
-    return kind(
-        **{
-            field.name: empty[field.type]
-            if field.type in empty
-            else zeros(field.type)
-            if isinstance(field.type, type) and issubclass(field.type, msgspec.Struct)
-            else ({} if "dict" in str(field.type) else [])
-            for field in fields
-        }
-    )
+def zeros(kind: Any) -> Any:
+    """A value of a type of statistics that is nothing: 0, "", empty, or a struct of such."""
+    if get_origin(kind) is Annotated:
+        kind = get_args(kind)[0]
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        return kind(**{field.name: zeros(field.type) for field in msgspec.structs.fields(kind)})
+    return (get_origin(kind) or kind)()
 
 
 class FakeMatch:
