@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 import zmq
 
@@ -16,12 +16,14 @@ from kvstore.errors import ConnectionLost, DeadlineExceeded, KVStoreError
 from kvstore.protocol.framing import decode_reply, encode
 from kvstore.protocol.messages import Bye, DaemonStats, PutStatus, TierName, VerifyReply
 from kvstore.protocol.version import MAX_OUTSTANDING_REQUESTS
-from kvstore_client.base import VERIFY_TIMEOUT_S, BaseClient, is_lost_session
+from kvstore_client.base import GOODBYE_MS, UNWAITED_BYTES, VERIFY_TIMEOUT_S, BaseClient, is_lost_session
 from kvstore_client.link import Link
 from kvstore_client.results import FlushResult, MatchResult
 from kvstore_client.session import Ask, Steps, Told
 
 R = TypeVar("R")
+
+_LET_GO_S: Final = 0.0002
 
 
 class _LinkLost(Exception):
@@ -33,10 +35,11 @@ class AsyncMatch(MatchResult):
     """A match that can give its lease back; also an async context manager that does so."""
 
     _client: AsyncClient | None = field(default=None, repr=False, compare=False)
+    _session: int = field(default=0, repr=False, compare=False)
 
     async def release(self) -> None:
         """Give the lease back, if there is one and it still holds."""
-        if self.lease and self._client is not None:
+        if self.lease and self._client is not None and self._client._session.number == self._session:
             await self._client.release(self.lease)
 
     async def __aenter__(self) -> Self:
@@ -58,12 +61,13 @@ class AsyncClient(BaseClient):
 
     def __init__(self, endpoint: str | None = None, **options: Any) -> None:
         super().__init__(endpoint, **options)
-        self._link: Link | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._greeted = False
         self._connecting = asyncio.Lock()
         self._slots = asyncio.Semaphore(MAX_OUTSTANDING_REQUESTS)
         self._replies: dict[int, asyncio.Future[Told]] = {}
         self._puts: set[asyncio.Task[None]] = set()
+        self._unwaited_bytes = 0
 
     # -------------------------------------------------------------- life
 
@@ -78,7 +82,7 @@ class AsyncClient(BaseClient):
 
     async def close(self) -> None:
         """Wait for unanswered puts, say goodbye, free everything. May be called again."""
-        if self._closed:
+        if self._closed or self._is_of_another_process():
             return
         with contextlib.suppress(KVStoreError):
             if self._puts:
@@ -87,9 +91,8 @@ class AsyncClient(BaseClient):
         link = self._link
         if link is not None:
             with contextlib.suppress(zmq.ZMQError):
-                link.socket.setsockopt(zmq.LINGER, 200)
                 link.send(encode(self._session.request(Ask(Bye), 0.2)), (), copy=True)
-        self._disconnect(ConnectionLost("the client was closed"))
+        self._disconnect(ConnectionLost("the client was closed"), GOODBYE_MS)
 
     async def __aenter__(self) -> Self:
         await self.connect()
@@ -131,12 +134,7 @@ class AsyncClient(BaseClient):
             return await self._run(self._operations.put_many(keys, datas, parent, part, request))
         deadline = time.monotonic() + self.timeout
         for ask in self._operations.put_asks(keys, datas, parent, part, request, copy=True):
-            records = len(ask.payloads) // 2
-            # The frames are handed to libzmq here and now, so the caller's buffers are free when this returns.
-            reply = await self._send(ask, deadline)
-            task = asyncio.ensure_future(self._unwaited(reply, records))
-            self._puts.add(task)
-            task.add_done_callback(self._puts.discard)
+            await self._send_unwaited(ask, deadline)
         return [PutStatus.PENDING] * len(keys)
 
     async def get(self, key: bytes, *, part: int = 0, request: int | None = None) -> bytes | None:
@@ -167,7 +165,9 @@ class AsyncClient(BaseClient):
     async def match(self, keys: Sequence[bytes], *, lease: float | None = None) -> AsyncMatch:
         """See ``Client.match``."""
         found = await self._run(self._operations.match(keys, lease))
-        return AsyncMatch(found.hits, found.tiers, found.request, found.lease, found.lease_s, self)
+        return AsyncMatch(
+            found.hits, found.tiers, found.request, found.lease, found.lease_s, self, self._session.number
+        )
 
     async def release(self, lease: int) -> bool:
         """See ``Client.release``."""
@@ -232,7 +232,7 @@ class AsyncClient(BaseClient):
             await self._connect(deadline)
             link = self._link
             try:
-                told = await self._answer(await self._send(ask, deadline), deadline)
+                told = await self._exchange(ask, deadline)
             except _LinkLost:
                 if last:
                     raise ConnectionLost(
@@ -247,11 +247,12 @@ class AsyncClient(BaseClient):
         raise AssertionError("unreachable")
 
     async def _connect(self, deadline: float) -> None:
-        if self._link is not None and self._session.number:
+        if self._greeted:
             return
         async with self._connecting:
-            if self._link is not None and self._session.number:
+            if self._greeted:
                 return
+            self._check_usable()
             self._loop = asyncio.get_running_loop()
             link = self._link = Link(self.endpoint, max(deadline - time.monotonic(), 0.001))
             for descriptor in link.descriptors():
@@ -260,9 +261,9 @@ class AsyncClient(BaseClient):
             try:
                 ask = next(greeting)
                 while True:
-                    ask = greeting.send(await self._answer(await self._send(ask, deadline), deadline))
+                    ask = greeting.send(await self._exchange(ask, deadline))
             except StopIteration:
-                return
+                self._greeted = True
             except _LinkLost:
                 raise ConnectionLost(
                     f"the daemon at {self.endpoint} closed the connection during the greeting"
@@ -271,13 +272,14 @@ class AsyncClient(BaseClient):
                 self._disconnect(_LinkLost())
                 raise
 
-    def _disconnect(self, error: Exception) -> None:
+    def _disconnect(self, error: Exception, linger_ms: int = 0) -> None:
         """Give the link up; every operation under way gets ``error``."""
         link, self._link = self._link, None
+        self._greeted = False
         if link is not None and self._loop is not None:
             for descriptor in link.descriptors():
                 self._loop.remove_reader(descriptor)
-            link.close()
+            link.close(linger_ms)
         self._session.forget()
         replies, self._replies = self._replies, {}
         for reply in replies.values():
@@ -286,8 +288,17 @@ class AsyncClient(BaseClient):
                 # Whoever was cancelled meanwhile will not look at it.
                 reply.exception()
 
-    async def _send(self, ask: Ask, deadline: float) -> asyncio.Future[Told]:
-        """Hand one request to libzmq; the future of its reply."""
+    async def _exchange(self, ask: Ask, deadline: float) -> Told:
+        """Send one request and wait for its reply."""
+        reply, borrowed = await self._send(ask, deadline)
+        told = await self._answer(reply, deadline)
+        # The daemon has the payloads, and libzmq lets go of the caller's buffers in this very moment.
+        while borrowed is not None and not borrowed.done and time.monotonic() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(_LET_GO_S)
+        return told
+
+    async def _send(self, ask: Ask, deadline: float) -> tuple[asyncio.Future[Told], zmq.MessageTracker | None]:
+        """Hand one request to libzmq; the future of its reply, and what tells when the payloads are free again."""
         left_s = deadline - time.monotonic()
         try:
             async with asyncio.timeout(max(left_s, 0.0)):
@@ -305,7 +316,7 @@ class AsyncClient(BaseClient):
         self._replies[request.id] = reply
         reply.add_done_callback(lambda _: self._ended(request.id))
         try:
-            link.send(encode(request), ask.payloads, copy=ask.copy)
+            borrowed = link.send(encode(request), ask.payloads, copy=ask.copy)
         except zmq.ZMQError:
             reply.cancel()
             self._disconnect(_LinkLost())
@@ -313,7 +324,7 @@ class AsyncClient(BaseClient):
         # libzmq's descriptor is edge-triggered: a send may have consumed the edge of a reply that is already there.
         if link.pending():
             loop.call_soon(self._on_readable)
-        return reply
+        return reply, borrowed
 
     def _ended(self, number: int) -> None:
         self._replies.pop(number, None)
@@ -328,13 +339,39 @@ class AsyncClient(BaseClient):
                 f"the daemon at {self.endpoint} did not answer in time (timeout {self.timeout:g} s)"
             ) from None
 
-    async def _unwaited(self, reply: asyncio.Future[Told], records: int) -> None:
+    async def _send_unwaited(self, ask: Ask, deadline: float) -> None:
+        """Hand a put to libzmq, which copies it: the caller's buffers are free when this returns."""
+        payload_bytes = sum(len(payload) for payload in ask.payloads)
+        while self._puts and self._unwaited_bytes + payload_bytes > UNWAITED_BYTES:
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                raise DeadlineExceeded(
+                    f"{self._unwaited_bytes} bytes of puts of this client were unanswered for {self.timeout:g} s"
+                )
+            await asyncio.wait(self._puts, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+        for last in (False, True):
+            await self._connect(deadline)
+            try:
+                reply, _ = await self._send(ask, deadline)
+            except _LinkLost:
+                if last:
+                    raise ConnectionLost(f"the daemon at {self.endpoint} closed the connection twice") from None
+                continue
+            self._unwaited_bytes += payload_bytes
+            task = asyncio.ensure_future(self._unwaited(reply, len(ask.payloads) // 2, payload_bytes))
+            self._puts.add(task)
+            task.add_done_callback(self._puts.discard)
+            return
+
+    async def _unwaited(self, reply: asyncio.Future[Told], records: int, payload_bytes: int) -> None:
         try:
             told = await self._answer(reply, time.monotonic() + self.timeout)
         except (_LinkLost, KVStoreError):
             self._operations.note_lost(records)
         else:
             self._operations.note_unwaited(told, records)
+        finally:
+            self._unwaited_bytes -= payload_bytes
 
     def _on_readable(self) -> None:
         link = self._link

@@ -12,6 +12,7 @@ from kvstore.protocol.endpoint import check_endpoint, default_endpoint
 from kvstore.protocol.keys import chain_keys
 from kvstore.protocol.messages import ErrorReply, Reply
 from kvstore.protocol.namespace import Namespace
+from kvstore_client.link import Link
 from kvstore_client.operations import Operations
 from kvstore_client.session import Session
 
@@ -21,6 +22,9 @@ UNWAITED_BYTES: Final = 64 << 20
 """Payload bytes of ``wait=False`` puts that may be unanswered before the next one waits."""
 
 UNWAITED_REQUESTS: Final = 256
+
+GOODBYE_MS: Final = 200
+"""How long a client that closes waits until its goodbye has left."""
 
 OnUnknownRevision = Literal["warn", "refuse", "ignore"]
 """What to do where a namespace names a model but not the revision of its weights."""
@@ -63,8 +67,17 @@ class BaseClient:
         _check_revision(described, unknown_revision)
         self._session = Session(described, payload_bytes)
         self._operations = Operations(self._session)
+        self._link: Link | None = None
         self._pid = os.getpid()
         self._closed = False
+
+    def __del__(self) -> None:
+        link = getattr(self, "_link", None)
+        if link is None or self._closed or self._is_of_another_process():
+            return
+        link.close()
+        self._session.forget()
+        warnings.warn(f"unclosed {type(self).__name__} of {self.endpoint}", ResourceWarning, stacklevel=2, source=self)
 
     @property
     def namespace(self) -> Namespace:
@@ -83,8 +96,11 @@ class BaseClient:
 
     @property
     def stale(self) -> bool:
-        """Whether another client invalidated the namespace: reads miss, puts are rejected, until ``invalidate()``."""
-        return self._session.namespace_id == 0
+        """Whether another client invalidated the namespace: reads miss, puts are rejected, until ``invalidate()``.
+
+        Known from the first put that was rejected for it, or from the greeting after a restart of the daemon.
+        """
+        return self._session.stale
 
     @property
     def corrupt_records(self) -> int:
@@ -98,10 +114,14 @@ class BaseClient:
         """See ``kvstore_client.chain_keys``."""
         return chain_keys(tokens, block_tokens, parent=parent, salt=salt)
 
+    def _is_of_another_process(self) -> bool:
+        """Whether this is a forked child's copy: the connection is the parent's, and nothing may be done to it."""
+        return os.getpid() != self._pid
+
     def _check_usable(self) -> None:
         if self._closed:
             raise ConnectionLost("this client is closed; make a new one")
-        if os.getpid() != self._pid:
+        if self._is_of_another_process():
             raise ForkedClient(f"this client was made by process {self._pid}; make one in the forked child")
 
 

@@ -15,7 +15,14 @@ import zmq
 from kvstore.errors import ConnectionLost, DeadlineExceeded, KVStoreError
 from kvstore.protocol.framing import decode_reply, encode
 from kvstore.protocol.messages import Bye, DaemonStats, PutStatus, TierName, VerifyReply
-from kvstore_client.base import UNWAITED_BYTES, UNWAITED_REQUESTS, VERIFY_TIMEOUT_S, BaseClient, is_lost_session
+from kvstore_client.base import (
+    GOODBYE_MS,
+    UNWAITED_BYTES,
+    UNWAITED_REQUESTS,
+    VERIFY_TIMEOUT_S,
+    BaseClient,
+    is_lost_session,
+)
 from kvstore_client.link import Link
 from kvstore_client.results import FlushResult, MatchResult
 from kvstore_client.session import Ask, Steps, Told
@@ -32,10 +39,11 @@ class Match(MatchResult):
     """A match that can give its lease back; also a context manager that does so."""
 
     _client: Client | None = field(default=None, repr=False, compare=False)
+    _session: int = field(default=0, repr=False, compare=False)
 
     def release(self) -> None:
         """Give the lease back, if there is one and it still holds."""
-        if self.lease and self._client is not None:
+        if self.lease and self._client is not None and self._client._session.number == self._session:
             self._client.release(self.lease)
 
     def __enter__(self) -> Self:
@@ -64,7 +72,6 @@ class Client(BaseClient):
     def __init__(self, endpoint: str | None = None, **options: Any) -> None:
         super().__init__(endpoint, **options)
         self._lock = threading.Lock()
-        self._link: Link | None = None
         self._unwaited: dict[int, tuple[int, int]] = {}
         self._unwaited_bytes = 0
         with self._lock:
@@ -74,7 +81,7 @@ class Client(BaseClient):
 
     def close(self) -> None:
         """Wait for unanswered puts, say goodbye, free everything. May be called again."""
-        if self._closed:
+        if self._closed or self._is_of_another_process():
             return
         with contextlib.suppress(KVStoreError):
             if self._unwaited:
@@ -84,9 +91,8 @@ class Client(BaseClient):
             link, self._link = self._link, None
             if link is not None:
                 with contextlib.suppress(zmq.ZMQError):
-                    link.socket.setsockopt(zmq.LINGER, 200)
                     link.send(encode(self._session.request(Ask(Bye), 0.2)), (), copy=True)
-                link.close()
+                link.close(GOODBYE_MS)
             self._session.forget()
 
     def __enter__(self) -> Self:
@@ -195,7 +201,9 @@ class Client(BaseClient):
             Throttled: this client holds too many leases.
         """
         found = self._run(self._operations.match(keys, lease))
-        return Match(found.hits, found.tiers, found.request, found.lease, found.lease_s, self)
+        return Match(
+            found.hits, found.tiers, found.request, found.lease, found.lease_s, self, self._session.number
+        )
 
     def release(self, lease: int) -> bool:
         """Give a lease back; whether it still held."""
@@ -272,10 +280,9 @@ class Client(BaseClient):
     def _ask(self, ask: Ask, deadline: float) -> Told:
         """One request, once more after a lost connection or session: operations may be repeated."""
         for last in (False, True):
-            if self._link is None:
-                self._connect(deadline)
+            link = self._connected(deadline)
             try:
-                told = self._exchange(ask, deadline)
+                told = self._exchange(link, ask, deadline)
             except _LinkLost:
                 self._disconnect()
                 if last:
@@ -289,18 +296,27 @@ class Client(BaseClient):
             return told
         raise AssertionError("unreachable")
 
+    def _connected(self, deadline: float) -> Link:
+        """A greeted connection, a new one where there is none or an interrupt tore the last one."""
+        if self._link is not None and self._link.torn:
+            self._disconnect()
+        if self._link is None:
+            self._connect(deadline)
+        assert self._link is not None
+        return self._link
+
     def _connect(self, deadline: float) -> None:
         """Connect and greet.
 
         Raises:
             DaemonUnavailable, PermissionRefused, ProtocolMismatch, DeadlineExceeded: why not.
         """
-        self._link = Link(self.endpoint, max(deadline - time.monotonic(), 0.001))
+        link = self._link = Link(self.endpoint, max(deadline - time.monotonic(), 0.001))
         greeting = self._session.greet()
         try:
             ask = next(greeting)
             while True:
-                ask = greeting.send(self._exchange(ask, deadline))
+                ask = greeting.send(self._exchange(link, ask, deadline))
         except StopIteration:
             return
         except _LinkLost:
@@ -311,29 +327,30 @@ class Client(BaseClient):
             raise
 
     def _disconnect(self) -> None:
-        for records, _ in self._unwaited.values():
-            self._operations.note_lost(records)
-        self._unwaited.clear()
-        self._unwaited_bytes = 0
+        self._lose_unwaited()
         if self._link is not None:
             self._link.close()
             self._link = None
         self._session.forget()
 
-    def _exchange(self, ask: Ask, deadline: float) -> Told:
+    def _exchange(self, link: Link, ask: Ask, deadline: float) -> Told:
         """Send one request and wait for its reply."""
-        link = self._link
-        assert link is not None
         request = self._session.request(ask, deadline - time.monotonic())
         try:
-            link.send(encode(request), ask.payloads, copy=ask.copy)
+            borrowed = link.send(encode(request), ask.payloads, copy=ask.copy)
         except zmq.Again:
             raise _LinkLost from None
         while True:
             told = self._receive(link, deadline)
             if told.reply.id == request.id:
-                return told
+                break
             self._note(told)
+        self._lose_unwaited(before=request.id)
+        if borrowed is not None and not borrowed.done:
+            # The daemon has the payloads, and libzmq lets go of the caller's buffers in this very moment.
+            with contextlib.suppress(zmq.NotDone):
+                borrowed.wait(max(deadline - time.monotonic(), 0.0))
+        return told
 
     def _receive(self, link: Link, deadline: float) -> Told:
         while True:
@@ -351,18 +368,23 @@ class Client(BaseClient):
 
     def _note(self, told: Told) -> None:
         """A reply that nobody waits for: an unwaited put's, or one that came too late."""
+        self._lose_unwaited(before=told.reply.id)
         unwaited = self._unwaited.pop(told.reply.id, None)
         if unwaited is not None:
             self._unwaited_bytes -= unwaited[1]
             self._operations.note_unwaited(told, unwaited[0])
 
+    def _lose_unwaited(self, before: int | None = None) -> None:
+        """Replies come in the order of their requests: one that was not there before a later one never comes."""
+        while self._unwaited and (before is None or next(iter(self._unwaited)) < before):
+            records, payload_bytes = self._unwaited.pop(next(iter(self._unwaited)))
+            self._unwaited_bytes -= payload_bytes
+            self._operations.note_lost(records)
+
     def _send_unwaited(self, ask: Ask, deadline: float) -> None:
         payload_bytes = sum(memoryview(payload).nbytes for payload in ask.payloads)
         for last in (False, True):
-            if self._link is None:
-                self._connect(deadline)
-            link = self._link
-            assert link is not None
+            link = self._connected(deadline)
             try:
                 while self._unwaited and (
                     self._unwaited_bytes + payload_bytes > UNWAITED_BYTES or len(self._unwaited) >= UNWAITED_REQUESTS

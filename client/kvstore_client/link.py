@@ -72,8 +72,10 @@ class Link:
         self._poller = zmq.Poller()
         self._poller.register(self.socket, zmq.POLLIN)
         self._poller.register(self.monitor, zmq.POLLIN)
+        self.torn = False
+        """An exception (an interrupt) left half of a message in the socket: the connection is of no use any more."""
 
-    def send(self, header: bytes, payloads: Sequence[Buffer], *, copy: bool) -> None:
+    def send(self, header: bytes, payloads: Sequence[Buffer], *, copy: bool) -> zmq.MessageTracker | None:
         """Queue a message.
 
         Args:
@@ -81,26 +83,45 @@ class Link:
             payloads: payload frames; with ``copy`` false they must not change before the reply came.
             copy: whether libzmq takes its own copy.
 
+        Returns:
+            With ``copy`` false, what tells when libzmq has let go of the payloads; None where it holds none.
+
         Raises:
-            zmq.Again: too many messages are queued.
+            zmq.Again: too many messages are queued, or the daemon is gone.
         """
         if not payloads:
             self.socket.send(header, zmq.NOBLOCK)
-            return
-        self.socket.send(header, zmq.NOBLOCK | zmq.SNDMORE)
+            return None
+        self.torn = True
+        try:
+            self.socket.send(header, zmq.NOBLOCK | zmq.SNDMORE)
+        except zmq.Again:
+            self.torn = False
+            raise
+        trackers: list[zmq.MessageTracker] = []
         last = len(payloads) - 1
         for index, payload in enumerate(payloads):
-            self.socket.send(payload, zmq.SNDMORE if index < last else 0, copy=copy)
+            # Small frames are copied by pyzmq in any case.
+            borrowed = not copy and len(payload) >= zmq.COPY_THRESHOLD
+            more = zmq.SNDMORE if index < last else 0
+            tracker = self.socket.send(payload, more, copy=not borrowed, track=borrowed)
+            if tracker is not None:
+                trackers.append(tracker)
+        self.torn = False
+        return zmq.MessageTracker(*trackers) if trackers else None
 
     def receive(self) -> tuple[bytes, list[memoryview]] | None:
         """A message that has arrived, or None; payloads are valid as long as they are referenced."""
+        self.torn = True
         try:
             header = self.socket.recv(zmq.NOBLOCK)
         except zmq.Again:
+            self.torn = False
             return None
         payloads: list[memoryview] = []
         while self.socket.getsockopt(zmq.RCVMORE):
             payloads.append(memoryview(self.socket.recv(copy=False).buffer))
+        self.torn = False
         return header, payloads
 
     def wait(self, timeout_ms: int) -> None:
@@ -119,12 +140,12 @@ class Link:
         """Descriptors that become readable when something arrived or broke."""
         return int(self.socket.getsockopt(zmq.FD)), int(self.monitor.getsockopt(zmq.FD))
 
-    def close(self) -> None:
-        """Close both sockets; queued messages are dropped."""
+    def close(self, linger_ms: int = 0) -> None:
+        """Close both sockets; queued messages are dropped after ``linger_ms``."""
         if not self.socket.closed:
             self.socket.disable_monitor()
             self.monitor.close(0)
-            self.socket.close(0)
+            self.socket.close(linger_ms)
             self._context.term()
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import logging
 import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Final, get_args
 
-from kvstore.errors import CorruptRecord, InvalidArgument, Throttled
+from kvstore.errors import CorruptRecord, ErrorCode, InvalidArgument, RemoteError, Throttled
 from kvstore.format.constants import RECORD_HEADER_BYTES
 from kvstore.format.record import Buffer, decode_record, encode_header, raw_header
 from kvstore.protocol.keys import check_key, check_parent, join_keys
@@ -52,6 +53,8 @@ _log: Final = logging.getLogger("kvstore_client")
 _PUT_BYTES: Final = 32 << 20
 """Payload bytes of one put request; longer chains are sent as several."""
 
+_LOG_EVERY_S: Final = 5.0
+
 _TIER_NAMES: Final[dict[int, TierName]] = {
     TierId.HBM: "hbm",
     TierId.DRAM: "dram",
@@ -80,6 +83,8 @@ def buffer_of(data: object, what: str, *, writable: bool = False) -> memoryview:
             ) from None
     except ValueError as error:
         raise InvalidArgument(f"{what}: {error}") from None
+    if "O" in view.format:
+        raise InvalidArgument(f"{what} holds Python objects, whose bytes are addresses of this process")
     if not view.c_contiguous:
         raise InvalidArgument(f"{what} must be contiguous; copy it first")
     if not view.nbytes:
@@ -115,6 +120,7 @@ class Operations:
         self._accesses = itertools.count(1)
         self._unflushed: Counter[str] = Counter()
         self._unflushed_reasons: Counter[str] = Counter()
+        self._logged: dict[int, float] = {}
         self.corrupt = 0
 
     # -------------------------------------------------------------- puts
@@ -176,13 +182,23 @@ class Operations:
         return statuses
 
     def put_answer(self, told: Told) -> list[PutStatus]:
-        """Statuses of one put's reply; reasons of refusals go to the log."""
+        """Statuses of one put's reply; reasons of refusals go to the log, each at most every few seconds."""
         reply = expect(told, PutReply)
-        statuses = [PutStatus(status) for status in reply.statuses]
-        for status, reason in zip(statuses, reply.reasons, strict=True):
+        for reason, records in Counter(reply.reasons).items():
             if reason:
-                _log.warning("put %s: %s", status.name.lower(), _reason_name(reason))
-        return statuses
+                self._log_refusal(reason, records)
+        try:
+            return [PutStatus(status) for status in reply.statuses]
+        except ValueError as error:
+            raise RemoteError(ErrorCode.INTERNAL, f"the daemon gave an unknown answer: {error}") from None
+
+    def _log_refusal(self, reason: int, records: int) -> None:
+        if reason == Reason.STALE_NAMESPACE:
+            self._session.stale = True
+        now = time.monotonic()
+        if now - self._logged.get(reason, -_LOG_EVERY_S) >= _LOG_EVERY_S:
+            self._logged[reason] = now
+            _log.warning("%d records were not stored: %s", records, _reason_name(reason))
 
     def note_unwaited(self, told: Told, records: int) -> None:
         """Count the answers to a put that nobody waited for; ``flush`` reports them."""
@@ -194,6 +210,7 @@ class Operations:
             self._unflushed[PutStatus(status).name.lower()] += 1
             if reason:
                 self._unflushed_reasons[_reason_name(reason)] += 1
+                self._log_refusal(reason, 1)
 
     def note_lost(self, records: int) -> None:
         """Count records whose answer will never come."""
@@ -325,8 +342,13 @@ class Operations:
     def invalidate(self) -> Steps[None]:
         """Move on to the next generation, or join it where another client already moved on."""
         session = self._session
-        ask = Ask(Invalidate, (session.generation,)) if session.namespace_id else session.attach(session.locked, -1)
-        session.joined(expect((yield ask), Attached))
+        if session.namespace_id:
+            told = yield Ask(Invalidate, (session.generation,))
+            if session.namespace_id:
+                session.joined(expect(told, Attached))
+                return
+        # Stale since the greeting, perhaps one that this request itself brought about.
+        session.joined(expect((yield session.attach(session.locked, -1)), Attached))
 
     def stats(self) -> Steps[DaemonStats]:
         """The daemon's statistics."""

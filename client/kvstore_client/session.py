@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import kvstore
 from kvstore.errors import (
+    ConnectionLost,
     CorruptRecord,
     DaemonUnavailable,
     ErrorCode,
@@ -58,8 +59,8 @@ Steps = Generator[Ask, Told, R]
 """An operation: yields requests, is sent replies, returns its result."""
 
 
-class SessionLost(Exception):
-    """The daemon does not know this session (any more): greet again."""
+class SessionLost(ConnectionLost):
+    """The daemon does not know this session, also not after another greeting."""
 
 
 def _boot_id() -> str:
@@ -76,7 +77,8 @@ class Session:
     Attributes:
         number: of the session, 0 before the greeting.
         incarnation: of the daemon that was greeted last.
-        namespace_id: 0 where the client's generation is over: reads miss and puts are refused.
+        namespace_id: 0 before the greeting, and where the client's generation was over when it greeted.
+        stale: the client's generation is known to be over: reads miss and puts are refused.
         generation: of the namespace, -1 before the first greeting.
         digest: 32 bytes, goes into every record.
         max_record_bytes: largest record the daemon takes, header included.
@@ -93,6 +95,7 @@ class Session:
         self.incarnation = 0
         self.daemon_version = ""
         self.namespace_id = 0
+        self.stale = False
         self.generation = -1
         self.digest = bytes(32)
         self.max_record_bytes = 0
@@ -104,7 +107,7 @@ class Session:
             self.number,
             self.namespace_id,
             time.monotonic_ns() if self._same_host else 0,
-            min(int(timeout_s * 1000) + 1, 1 << 31),
+            min(int(max(timeout_s, 0.0) * 1000) + 1, 1 << 31),
             0,
             ask.access,
             *ask.fields,
@@ -139,6 +142,7 @@ class Session:
     def joined(self, attached: Attached) -> None:
         """Take over a namespace's id; a stale answer keeps the generation this client was in."""
         self.namespace_id = attached.namespace_id
+        self.stale = not attached.namespace_id
         if attached.namespace_id:
             self.generation = attached.generation
             self.digest = attached.digest
@@ -173,7 +177,7 @@ def expect(told: Told, kind: type[ReplyT]) -> ReplyT:
     """The reply as the type it must be, or its error raised.
 
     Raises:
-        SessionLost: greet again.
+        SessionLost: the daemon gave the session up twice on one request.
         ProtocolMismatch, Throttled, DaemonUnavailable, InvalidArgument, RemoteError: what the daemon said.
     """
     reply = told.reply
@@ -183,7 +187,7 @@ def expect(told: Told, kind: type[ReplyT]) -> ReplyT:
         raise RemoteError(ErrorCode.INTERNAL, f"the daemon answered {type(reply).__name__} instead of {kind.__name__}")
     code = reply.code
     if code in (ErrorCode.UNKNOWN_SESSION, ErrorCode.UNKNOWN_NAMESPACE):
-        raise SessionLost
+        raise SessionLost(f"the daemon gave this client's session up again and again: {reply.message}")
     if code == ErrorCode.PROTOCOL_MISMATCH:
         raise ProtocolMismatch(reply.message)
     if code == ErrorCode.THROTTLED:

@@ -47,7 +47,7 @@ def replay(
     """Replay a trace against a daemon and check every byte of every hit.
 
     Each request matches its full blocks, gets those that hit and puts the others; the bytes of a block derive from its
-    key. Exits with 1 if one byte was wrong.
+    key. Exits with 1 if one byte was wrong, or one record arrived damaged.
     """
     import msgspec
 
@@ -77,7 +77,7 @@ def replay(
         print(msgspec.json.encode(report).decode())
     else:
         render.console().print(_table(report))
-    if report.wrong_bytes:
+    if report.wrong_bytes or report.corrupt_records:
         raise typer.Exit(1)
 
 
@@ -134,6 +134,7 @@ def _table(report: ReplayReport) -> RenderableType:
             ("blocks hit / asked", f"{count(report.blocks_hit)} / {count(report.blocks_asked)}"),
             ("hit rate", render.ratio(report.blocks_hit, report.blocks_asked)),
             ("hits lost before the get", count(report.blocks_lost)),
+            ("damaged records", count(report.corrupt_records)),
             ("wrong bytes", count(report.wrong_bytes)),
             ("bytes read", size(report.bytes_read)),
             ("bytes written", size(report.bytes_written)),
@@ -141,7 +142,7 @@ def _table(report: ReplayReport) -> RenderableType:
             ("block", f"{size(report.block_bytes)} of payload in a slot of {size(report.slot_bytes)}"),
         ],
     )
-    latencies = render.table("Latency (one call carries all blocks of a request)", ["call", "calls", "p50", "p99"])
+    latencies = render.table("Latency of a request", ["call", "calls", "p50", "p99"])
     for name, latency in report.latency.items():
         shown = [latency.p50_us, latency.p99_us] if latency.calls else []
         cells = [render.latency(value / 1e6) for value in shown] or [render.NOTHING] * 2

@@ -13,6 +13,7 @@ from typing import Final
 
 import msgspec
 
+from kvstore.cli.bench.report import percentile
 from kvstore.cli.block_bytes import BlockBytes
 from kvstore.cli.trace import TRACE_BLOCK_TOKENS, TraceRequest, block_key
 from kvstore.format.constants import RECORD_HEADER_BYTES
@@ -67,6 +68,7 @@ class ReplayReport(msgspec.Struct, kw_only=True):
         blocks_hit: leading blocks found by ``match``.
         hit_rate: ``blocks_hit / blocks_asked``, 0 where nothing was asked.
         blocks_lost: blocks found by ``match`` that the get behind it did not give.
+        corrupt_records: records that arrived damaged, which the client saw by their checksum and took for misses.
         wrong_bytes: bytes received that are not those of their key.
         bytes_read: payload bytes received and checked.
         bytes_written: payload bytes whose put was answered ``stored``.
@@ -85,6 +87,7 @@ class ReplayReport(msgspec.Struct, kw_only=True):
     blocks_hit: int
     hit_rate: float
     blocks_lost: int
+    corrupt_records: int
     wrong_bytes: int
     bytes_read: int
     bytes_written: int
@@ -128,7 +131,7 @@ def replay_trace(
         KVStoreError: the daemon went away or did not answer in time.
     """
     loop = _Loop(client, BlockBytes(block_bytes, max(1, max(len(request.full_blocks) for request in requests))))
-    before = client.stats()
+    before, corrupt_before = client.stats(), client.corrupt_records
     started = perf_counter_ns()
     for request in requests:
         loop.replay([block_key(hash_id) for hash_id in request.full_blocks])
@@ -146,6 +149,7 @@ def replay_trace(
         blocks_hit=loop.hit,
         hit_rate=round(loop.hit / loop.asked, 6) if loop.asked else 0.0,
         blocks_lost=loop.lost,
+        corrupt_records=client.corrupt_records - corrupt_before,
         wrong_bytes=loop.wrong,
         bytes_read=loop.bytes_read,
         bytes_written=loop.puts[PutStatus.STORED] * block_bytes,
@@ -203,12 +207,11 @@ class _Loop:
 
 
 def _latency(times_ns: list[int]) -> Latency:
+    if not times_ns:
+        return Latency(calls=0, p50_us=0.0, p99_us=0.0)
     ranked = sorted(times_ns)
-
-    def at(fraction: float) -> float:
-        return round(ranked[min(len(ranked) - 1, int(fraction * len(ranked)))] / 1000, 2) if ranked else 0.0
-
-    return Latency(calls=len(ranked), p50_us=at(0.5), p99_us=at(0.99))
+    p50_ns, p99_ns = percentile(ranked, 0.5), percentile(ranked, 0.99)
+    return Latency(calls=len(ranked), p50_us=round(p50_ns / 1000, 2), p99_us=round(p99_ns / 1000, 2))
 
 
 def _view(before: DaemonStats, after: DaemonStats) -> DaemonView:

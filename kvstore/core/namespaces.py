@@ -12,6 +12,9 @@ from kvstore.protocol.namespace import Namespace
 
 MAX_NAMESPACE_ID: Final = (1 << 16) - 1
 
+ORPHAN_DEPTH: Final = 1 << 32
+"""Depth of a block whose parent is not there: of a request's blocks it leaves first, since nobody can reach it."""
+
 
 class NamespaceState:
     """One generation of a namespace: its blocks by key, linked into a tree.
@@ -75,6 +78,7 @@ class NamespaceState:
         if block.parent_key != ROOT_KEY:
             parent = self.blocks.get(block.parent_key)
             if parent is None:
+                block.depth = ORPHAN_DEPTH
                 self.orphans.setdefault(block.parent_key, set()).add(block)
             else:
                 _link(block, parent)
@@ -140,7 +144,11 @@ class Namespaces:
         return state if state is not None else self._add(description, 0)
 
     def advance(self, state: NamespaceState, generation: int) -> NamespaceState:
-        """A later generation of a namespace. The caller has removed the blocks of the old one."""
+        """A later generation of a namespace. The caller removes the blocks of the old one.
+
+        Raises:
+            InvalidArgument: there are no ids left; nothing has changed.
+        """
         successor = self._add(state.description, generation)
         state.current = False
         return successor

@@ -215,8 +215,9 @@ class Store:
         return self._advance(namespace, namespace.generation + 1)
 
     def _advance(self, namespace: NamespaceState, generation: int) -> list[Instruction]:
-        instructions = self._withdraw_all(list(namespace.blocks.values()))
-        return [*instructions, Namespaced(self.namespaces.advance(namespace, generation))]
+        # First what may fail for want of ids: the blocks are not lost for nothing then.
+        successor = self.namespaces.advance(namespace, generation)
+        return [*self._withdraw_all(list(namespace.blocks.values())), Namespaced(successor)]
 
     def _slot_wanted(self, event: SlotWanted) -> list[Instruction]:
         slot_bytes = self.slabs.slot_bytes_for(event.record_bytes)
@@ -263,7 +264,8 @@ class Store:
             return [*instructions, TryAgain()]
         if self.limbo_bytes or self.leases:
             return [Refuse(PutStatus.THROTTLED, Reason.ALL_HELD)]
-        return [Refuse(PutStatus.THROTTLED, Reason.GRANT_LIMIT)]
+        all_there = self.slabs.usable_slabs == len(self.slabs.slabs)
+        return [Refuse(PutStatus.THROTTLED, Reason.GRANT_LIMIT if all_there else Reason.MEMORY_LIMIT)]
 
     def _vacate(self, slab: Slab) -> list[Instruction]:
         """Move all records out of a slab into the rest of its class; [] if one of them cannot be moved."""

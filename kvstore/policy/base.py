@@ -14,7 +14,7 @@ class Evictable(Protocol):
     """What a policy sees of a block.
 
     Attributes:
-        depth: blocks above it in its prefix (0 for a first block, or where the parent is not known yet).
+        depth: blocks above it in its prefix (0 for a first block; beyond all others where the parent is not there).
         parent: the resident parent, or None.
         children: resident children, or None where there never was one.
         leases: clients' leases on it; while not 0 it must not be chosen.
@@ -51,7 +51,7 @@ class EvictionPolicy(Protocol):
         """
 
     def discard(self, block: Evictable) -> None:
-        """A block left, for whatever reason. Precondition: held, and its ``parent`` is still set."""
+        """A block leaves, for whatever reason. Precondition: held, and still linked to its parent and children."""
 
     def condemn(self, blocks: Sequence[Evictable]) -> None:
         """Blocks became useless (an ancestor was removed): they leave before all others, until touched again."""

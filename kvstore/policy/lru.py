@@ -2,18 +2,21 @@
 
 The victim is, among resident blocks without resident children and leases, the one whose last engine request is the
 oldest; among blocks of one request the deepest. A block's use is a use of its ancestors, so a parent is never older
-than its child: that is settled lazily, when an old parent reaches the front, and a request costs one touch, of its
+than its child: a block that leaves hands its access number up to its parent, and a request costs one touch, of its
 deepest block.
 
-Structure: one group of blocks an access number, and a heap of the numbers. A touch moves a block in O(1); entries left
-behind in old groups are recognised by the block's ``access`` and thrown out when more than half of a group is stale.
-Within a group the order by depth is settled by one sort when the group reaches the front. See also
-O'Neil et al., "The LRU-K page replacement algorithm" (1993) for the family; the tail-first rule is this project's.
+Structure: one group of blocks an access number, and a heap of the numbers. Only a block that may be chosen needs a place
+in a group; one with children or leases is parked with its number when the front reaches it, and comes back when the
+last child or lease is gone. Entries left behind in groups are recognised by the block's ``access`` and thrown out when
+more than half of a group is stale, as are the numbers of empty groups. The order by depth is settled by one sort when
+the group reaches the front. See also O'Neil et al., "The LRU-K page replacement algorithm" (1993) for the family; the
+tail-first rule is this project's.
 """
 
 from __future__ import annotations
 
 import heapq
+from bisect import insort_right
 from collections.abc import Sequence
 from typing import Final
 
@@ -23,70 +26,94 @@ _CONDEMNED: Final = 0
 """Group that leaves before all others; access numbers begin at 1."""
 _GONE: Final = -1
 _PARKED: Final = -2
-_COMPACT_FROM: Final = 32
+"""A block's ``access`` is the number of its group; ``_PARKED - number`` while it is in none; else ``_GONE``."""
+_COMPACT_FROM: Final = 8
+_COMPACT_NUMBERS_FROM: Final = 64
 
 
 class _Group:
-    __slots__ = ("blocks", "live", "ordered")
+    """Blocks of one access number. ``sorted_at``: value of ``Lru._deepened`` at the last sort by depth, -1 for none."""
+
+    __slots__ = ("blocks", "live", "sorted_at")
 
     def __init__(self) -> None:
         self.blocks: list[Evictable] = []
         self.live = 0
-        self.ordered = True
+        self.sorted_at = -1
 
 
 def _depth(block: Evictable) -> int:
     return block.depth
 
 
-def _access(block: Evictable) -> int:
-    return block.access
-
-
 class Lru:
-    """Tail-first LRU; O(1) amortised for each block touched, O(log n) for each victim."""
+    """Tail-first LRU. A touch is O(1) amortised, a victim O(log n), whatever the shape of the tree."""
 
     name = "lru"
 
     def __init__(self) -> None:
         self._groups: dict[int, _Group] = {}
         self._numbers: list[int] = []
-        self._parked: dict[Evictable, int] = {}
         self._held = 0
+        self._deepened = 0
 
     def insert(self, block: Evictable, access: int) -> None:
         """See ``EvictionPolicy``."""
         self._held += 1
-        self._enter(block, access)
+        if block.children:
+            # It adopted orphans: they, and all below them, are deeper now than they were.
+            self._deepened += 1
+            block.access = _PARKED - access
+        else:
+            self._enter(block, access)
 
     def touch(self, deepest: Evictable, hits: int, access: int) -> None:
-        """See ``EvictionPolicy``. Ancestors follow when they reach the front, so this is O(1) whatever ``hits`` is."""
-        if deepest.access < access:
+        """See ``EvictionPolicy``. Ancestors are handed the number as blocks leave, so this is O(1) whatever ``hits``."""
+        number = deepest.access
+        if number < 0:
+            if _PARKED - number < access:
+                deepest.access = _PARKED - access
+        elif number < access:
             self._leave(deepest)
-            self._enter(deepest, access)
+            if deepest.children:
+                deepest.access = _PARKED - access
+            else:
+                self._enter(deepest, access)
 
     def discard(self, block: Evictable) -> None:
         """See ``EvictionPolicy``."""
         self._held -= 1
-        self._leave(block)
-        block.access = _GONE
+        number = block.access
+        if number < 0:
+            number = _PARKED - number
+        else:
+            blocks = self._groups[number].blocks
+            if blocks[-1] is block:
+                blocks.pop()
         parent = block.parent
-        if parent is not None and parent.access == _PARKED:
-            self.released(parent)
+        if parent is not None:
+            # Before the block leaves its group, because the parent often takes its place there.
+            self._hand_up(parent, number)
+        if block.access >= 0:
+            self._leave(block)
+        block.access = _GONE
 
     def condemn(self, blocks: Sequence[Evictable]) -> None:
         """See ``EvictionPolicy``."""
         for block in blocks:
-            self._leave(block)
-            self._enter(block, _CONDEMNED)
+            if block.access == _CONDEMNED:
+                continue
+            if block.access >= 0:
+                self._leave(block)
+            if block.children or block.leases:
+                block.access = _PARKED - _CONDEMNED
+            else:
+                self._enter(block, _CONDEMNED)
 
     def released(self, block: Evictable) -> None:
         """See ``EvictionPolicy``."""
-        current: Evictable | None = block
-        while self._parked and current is not None:
-            if current.access == _PARKED and not current.leases:
-                self._enter(current, self._parked.pop(current))
-            current = current.parent
+        if block.access <= _PARKED and not block.children and not block.leases:
+            self._enter(block, _PARKED - block.access)
 
     def held(self) -> int:
         """See ``EvictionPolicy``."""
@@ -97,80 +124,65 @@ class Lru:
         while self._numbers:
             number = self._numbers[0]
             group = self._groups.get(number)
-            if group is None:
-                heapq.heappop(self._numbers)
-                continue
-            victim = self._victim_of(group, number)
+            victim = None if group is None else self._victim_of(group, number)
             if victim is not None:
                 return victim
+            heapq.heappop(self._numbers)
         return None
 
     def _victim_of(self, group: _Group, number: int) -> Evictable | None:
         blocks = group.blocks
-        if not group.ordered:
+        if group.sorted_at != self._deepened:
             blocks.sort(key=_depth)
-            group.ordered = True
+            group.sorted_at = self._deepened
         while blocks:
             block = blocks[-1]
-            if block.access != number:
-                blocks.pop()
-            elif block.children:
-                self._raise_to_descendants(block, number)
-            elif block.leases:
-                self._leave(block)
-                self._parked[block] = number
-                block.access = _PARKED
-            else:
-                return block
-        self._groups.pop(number, None)
+            if block.access == number:
+                if not block.children and not block.leases:
+                    return block
+                block.access = _PARKED - number
+                group.live -= 1
+            blocks.pop()
+        del self._groups[number]
         return None
 
-    def _raise_to_descendants(self, block: Evictable, number: int) -> None:
-        """Give a parent at the front, and the path below it, the access of a more recent descendant.
-
-        The path follows the most recent child for as long as that is more recent still: one step where a whole request
-        used the chain, all of it where each block was used by a request of its own. What lies deeper is settled when
-        the parent reaches the front again. Where every child is held by leases, the parent is parked with them.
-        """
-        path = [block]
-        newest = number
-        child = block
-        while child.children:
-            child = max(child.children, key=_access)
-            if child.access <= newest:
-                break
-            path.append(child)
-            newest = child.access
-        if newest == number:
-            self._leave(block)
-            self._parked[block] = number
-            block.access = _PARKED
+    def _hand_up(self, parent: Evictable, number: int) -> None:
+        """A child with this number leaves: its uses were its parent's, which may be a leaf now."""
+        mark = parent.access
+        if mark >= 0:
+            if mark < number:
+                self._leave(parent)
+                self._enter(parent, number)
             return
-        for above in path[:-1]:
-            self._leave(above)
-            self._enter(above, newest)
+        number = max(number, _PARKED - mark)
+        if len(parent.children or ()) > 1 or parent.leases:
+            parent.access = _PARKED - number
+        else:
+            self._enter(parent, number)
 
     def _enter(self, block: Evictable, number: int) -> None:
         group = self._groups.get(number)
         if group is None:
+            if len(self._numbers) > _COMPACT_NUMBERS_FROM + 2 * len(self._groups):
+                self._numbers = sorted(self._groups)
             group = self._groups[number] = _Group()
             heapq.heappush(self._numbers, number)
         blocks = group.blocks
-        if blocks and block.depth < blocks[-1].depth:
-            group.ordered = False
-        blocks.append(block)
+        if blocks and group.sorted_at == self._deepened and block.depth < blocks[-1].depth:
+            insort_right(blocks, block, key=_depth)
+        else:
+            blocks.append(block)
         group.live += 1
         block.access = number
 
     def _leave(self, block: Evictable) -> None:
+        """Take a block out of its group; the caller gives it another mark."""
         number = block.access
-        if number == _PARKED:
-            del self._parked[block]
-            return
         group = self._groups[number]
         group.live -= 1
         block.access = _GONE
         if not group.live:
             del self._groups[number]
         elif len(group.blocks) > _COMPACT_FROM and group.live * 2 < len(group.blocks):
-            group.blocks[:] = [other for other in group.blocks if other.access == number]
+            # A block that came back may stand in the list twice.
+            group.blocks[:] = dict.fromkeys(other for other in group.blocks if other.access == number)

@@ -94,7 +94,7 @@ class Daemon:
         directory = settings.dram.directory or default_arena_directory(settings.endpoint)
         existed = directory.is_dir()
         make_directory(directory, directory_mode, gid, private=settings.dram.directory is None)
-        if not existed:
+        if not existed or settings.dram.directory is None:
             self._undo.callback(_remove_directory, directory)
         arena_lock = OwnerLock(
             directory / "owner.lock", f"the arena directory {directory}", "stop it, or choose another --arena-dir"

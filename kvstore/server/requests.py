@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any, Final, cast
+from typing import Any, cast
 
 import zmq
 
@@ -71,8 +71,6 @@ from kvstore.server.sessions import Session, Sessions, TooManySessions
 from kvstore.server.statistics import Statistics
 from kvstore.server.transport import RouterTransport
 from kvstore.server.verification import Verified, verify
-
-_MAX_DECLARED_SIZES: Final = 64
 
 
 class Refused(Exception):
@@ -179,8 +177,6 @@ class Requests:
             self._send(identity, ErrorReply(request.id, self._incarnation, ErrorCode.INTERNAL, message))
 
     def _serve(self, identity: bytes, request: AnyRequest, payloads: list[zmq.Frame]) -> None:
-        if not 0 <= request.id < 1 << 64:
-            raise Refused(ErrorCode.BAD_REQUEST, "a request's id is an unsigned 64-bit number")
         if self.stopping:
             raise Refused(ErrorCode.SHUTTING_DOWN, "the daemon is stopping")
         kind = type(request)
@@ -251,10 +247,8 @@ class Requests:
 
     def _attach(self, session: Session, request: Attach) -> Reply:
         sizes = request.payload_bytes
-        if len(sizes) > _MAX_DECLARED_SIZES or any(size <= 0 for size in sizes):
-            raise Refused(ErrorCode.BAD_REQUEST, f"payload_bytes takes up to {_MAX_DECLARED_SIZES} positive sizes")
-        if request.generation >= 1 << 63:
-            raise Refused(ErrorCode.BAD_REQUEST, "a generation is a number below 2**63")
+        if not all(sizes):
+            raise Refused(ErrorCode.BAD_REQUEST, "payload_bytes takes sizes above 0")
         session.locked = request.locked and session.file is not None and session.file.locked()
         # A size that can never be stored is refused when it is put, by its own reason.
         fitting = tuple(
@@ -366,8 +360,14 @@ class Requests:
         return CountReply(number, self._incarnation, answer.count)
 
     def _invalidate(self, session: Session, request: Invalidate) -> Reply:
-        if not request.namespace_id:
+        state = self._store.namespaces.by_id.get(request.namespace_id)
+        if state is None:
             raise Refused(ErrorCode.UNKNOWN_NAMESPACE, "no namespace was joined")
+        if request.generation != state.generation:
+            raise Refused(
+                ErrorCode.BAD_REQUEST,
+                f"namespace id {state.id} is generation {state.generation}, not {request.generation}",
+            )
         try:
             answer = self._executor.apply(InvalidateWanted(request.namespace_id))
         except InvalidArgument as error:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kvstore.protocol.keys import check_key
@@ -101,8 +100,3 @@ class FakeClient:
             return None
         out[: len(data)] = data
         return len(data)
-
-    @contextmanager
-    def view(self, key: bytes) -> Iterator[memoryview | None]:
-        data = self.blocks.get(key)
-        yield None if data is None else memoryview(data)

@@ -47,6 +47,7 @@ class FakeClient:
         self.flipped: set[bytes] = set()
         self.forgotten: set[bytes] = set()
         self.requests: list[int] = []
+        self.corrupt_records = 2
         self._stats: DaemonStats = zeros(DaemonStats)
 
     def match(self, keys: Sequence[bytes]) -> FakeMatch:
@@ -64,6 +65,7 @@ class FakeClient:
         lengths: list[int | None] = []
         for key, out in zip(keys, outs, strict=True):
             if key in self.forgotten:
+                self.corrupt_records += 1
                 lengths.append(None)
                 continue
             out[:] = self.blocks[key]
@@ -138,11 +140,11 @@ def test_replay_blocks_of_another_size_are_wrong() -> None:
     assert run(client, (1,)).wrong_bytes == BLOCK_BYTES
 
 
-def test_replay_hit_that_the_get_does_not_give_is_lost_not_read() -> None:
+def test_replay_damaged_record_is_counted_and_lost_not_read() -> None:
     client = FakeClient()
     client.forgotten.add(block_key(2))
     report = run(client, (1, 2, 3), (1, 2, 3))
-    assert (report.blocks_hit, report.blocks_lost, report.wrong_bytes) == (3, 1, 0)
+    assert (report.blocks_hit, report.blocks_lost, report.corrupt_records, report.wrong_bytes) == (3, 1, 1, 0)
     assert report.bytes_read == 2 * BLOCK_BYTES
 
 

@@ -1,0 +1,297 @@
+"""What ``kvstore.policy.base`` demands of every eviction policy; runs over the whole registry."""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+import tracemalloc
+from collections.abc import Callable
+
+import pytest
+from fakes.prefix_tree import FakeBlock, PrefixTree
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+
+from kvstore.errors import InvalidArgument
+from kvstore.policy.base import EvictionPolicy
+from kvstore.policy.registry import POLICIES, make_policy
+
+every_policy = pytest.mark.parametrize("make", POLICIES.values(), ids=POLICIES.keys())
+Make = Callable[[], EvictionPolicy]
+NAMES = st.integers(0, 23)
+
+
+class PolicySuite(RuleBasedStateMachine):
+    """Random trees and uses. Victims are leaves without leases, condemned ones first; there is one while one may go."""
+
+    make: Make
+
+    @initialize()
+    def start(self) -> None:
+        self.tree = PrefixTree(self.make())
+        self.access = 0
+        self.condemned: set[FakeBlock] = set()
+
+    def _access(self, back: int) -> int:
+        """A new access number, or one of a request that began earlier."""
+        if back and self.access > back:
+            return self.access - back
+        self.access += 1
+        return self.access
+
+    def _pick(self, name: int) -> FakeBlock | None:
+        blocks = self.tree.blocks
+        return blocks[sorted(blocks)[name % len(blocks)]] if blocks else None
+
+    @rule(name=NAMES, parent=st.none() | NAMES, back=st.integers(0, 3))
+    def insert(self, name: int, parent: int | None, back: int) -> None:
+        if parent is not None and parent >= name:
+            # Parents have smaller names: no circles, and any order of arrival.
+            parent = None if not name else parent % name
+        if name not in self.tree.blocks:
+            self.tree.insert(name, parent, self._access(back))
+
+    @rule(name=NAMES, back=st.integers(0, 3), hits=st.integers(1, 24))
+    def touch(self, name: int, back: int, hits: int) -> None:
+        if block := self._pick(name):
+            hits = min(hits, 1 + len(list(block.ancestors())))
+            self.tree.policy.touch(block, hits, self._access(back))
+            self.condemned -= {block, *block.ancestors()}
+
+    @rule(name=NAMES)
+    def lease(self, name: int) -> None:
+        if block := self._pick(name):
+            block.leases += 1
+
+    @rule(name=NAMES)
+    def release(self, name: int) -> None:
+        leased = [block for block in self.tree.blocks.values() if block.leases]
+        if leased:
+            self.tree.release(leased[name % len(leased)])
+
+    @rule(name=NAMES)
+    def remove_and_condemn(self, name: int) -> None:
+        if block := self._pick(name):
+            below = sorted(block.descendants(), key=lambda other: other.depth)
+            self._removed(block)
+            self.tree.remove(block)
+            if below:
+                self.tree.policy.condemn(below)
+                self.condemned.update(below)
+
+    @rule(name=NAMES)
+    def drop(self, name: int) -> None:
+        if block := self._pick(name):
+            self._removed(block)
+            self.tree.remove(block)
+
+    @precondition(lambda self: self.tree.blocks)
+    @rule(count=st.integers(1, 4))
+    def evict(self, count: int) -> None:
+        policy = self.tree.policy
+        for _ in range(count):
+            # Only here, and not after every step: a policy may settle its order when it is asked.
+            victim = policy.next_victim()
+            evictable = self.tree.evictable()
+            assert (victim is None) == (not evictable), f"{victim} of {evictable}"
+            if victim is None:
+                return
+            assert isinstance(victim, FakeBlock)
+            assert any(victim is block for block in evictable), f"{victim} is no leaf without leases"
+            assert policy.next_victim() is victim, "the victim changes without a change in between"
+            first = self.condemned.intersection(evictable)
+            assert not first or victim in first, f"{victim} goes before the condemned {first}"
+            self._removed(victim)
+            self.tree.remove(victim)
+
+    def _removed(self, block: FakeBlock) -> None:
+        # A condemned block that had another child in the meantime counts as used with it: either order is right.
+        if block not in self.condemned:
+            self.condemned -= set(block.ancestors())
+        self.condemned.discard(block)
+
+    @invariant()
+    def every_block_is_held(self) -> None:
+        assert self.tree.policy.held() == len(self.tree.blocks)
+
+    def teardown(self) -> None:
+        for block in self.tree.blocks.values():
+            while block.leases:
+                self.tree.release(block)
+        left = len(self.tree.blocks)
+        assert len(self.tree.evict_all()) == left
+        assert self.tree.policy.held() == 0
+
+
+@every_policy
+def test_policy_random_use_gives_leaves_without_leases_only(make: Make):
+    class Suite(PolicySuite):
+        pass
+
+    Suite.make = staticmethod(make)
+    run_state_machine_as_test(Suite, settings=settings(max_examples=300, stateful_step_count=40, deadline=None))
+
+
+@every_policy
+def test_policy_empty_has_no_victim(make: Make):
+    policy = make()
+    assert policy.next_victim() is None
+    assert policy.held() == 0
+
+
+@every_policy
+def test_policy_name_is_its_registry_key(make: Make):
+    assert POLICIES[make().name] is make
+
+
+@every_policy
+def test_policy_all_leaves_leased_gives_none_until_released(make: Make):
+    tree = PrefixTree(make())
+    chain = tree.chain(5, 1)
+    chain[-1].leases = 1
+    assert tree.policy.next_victim() is None
+    tree.release(chain[-1])
+    assert tree.evict_all() == chain[::-1]
+
+
+@every_policy
+def test_policy_lease_taken_twice_holds_until_both_are_released(make: Make):
+    tree = PrefixTree(make())
+    (block,) = tree.chain(1, 1)
+    block.leases = 2
+    assert tree.policy.next_victim() is None
+    tree.release(block)
+    assert tree.policy.next_victim() is None
+    tree.release(block)
+    assert tree.policy.next_victim() is block
+
+
+@every_policy
+def test_policy_chain_put_in_reverse_leaves_tail_first(make: Make):
+    tree = PrefixTree(make())
+    for name in reversed(range(20)):
+        tree.insert(name, name - 1 if name else None, 1)
+    assert [victim.name for victim in tree.evict_all()] == list(reversed(range(20)))
+
+
+@every_policy
+def test_policy_parent_arriving_over_parked_children_is_not_chosen(make: Make):
+    tree = PrefixTree(make())
+    child = tree.insert(1, 0, 1)
+    child.leases = 1
+    assert tree.policy.next_victim() is None
+    parent = tree.insert(0, None, 2)
+    assert tree.policy.next_victim() is None
+    tree.release(child)
+    assert tree.evict_all() == [child, parent]
+
+
+@every_policy
+def test_policy_condemned_leave_first_until_touched(make: Make):
+    tree = PrefixTree(make())
+    old = tree.chain(3, 1, first=100)
+    tree.insert(0, None, 2)
+    below = tree.chain(6, 2, first=1, parent=0)
+    tree.remove(tree.blocks[0])
+    tree.policy.condemn(below)
+    tree.policy.condemn(below)
+    assert tree.policy.next_victim() is below[-1]
+    tree.policy.touch(below[-1], 1, 9)
+    assert tree.policy.next_victim() in (old[-1], *below[:-1])
+    assert len(tree.evict_all()) == 9
+
+
+@every_policy
+def test_policy_hot_block_touched_a_million_times_takes_no_more_memory(make: Make):
+    tree = PrefixTree(make())
+    chain = tree.chain(64, 1)
+    others = [tree.insert(name, None, name) for name in range(1000, 1064)]
+    policy = tree.policy
+    access = 10_000
+    for _ in range(20_000):
+        access += 1
+        policy.touch(chain[-1], 64, access)
+    gc.collect()
+    tracemalloc.start()
+    for index in range(1_000_000):
+        access += 1
+        policy.touch(chain[-1 - index % 3], 60, access)
+        if not index % 100:
+            policy.touch(others[index // 100 % 64], 1, access)
+    grown_bytes, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert grown_bytes < 100_000, f"{grown_bytes} bytes more after a million touches of {policy.held()} blocks"
+
+
+@every_policy
+def test_policy_turnover_keeps_no_departed_blocks(make: Make):
+    policy = make()
+    gc.collect()
+    before = sum(isinstance(thing, FakeBlock) for thing in gc.get_objects())
+    tree = PrefixTree(policy)
+    rng = random.Random(5)
+    for turn in range(3_000):
+        # Requests of 30 blocks of which one stays in use: stale entries must not keep the others.
+        chain = tree.chain(1, turn + 1, first=turn * 100)
+        wide = [tree.insert(turn * 100 + 1 + index, chain[0].name, turn + 1) for index in range(29)]
+        policy.touch(rng.choice(wide), 2, turn + 2)
+        while policy.held() > 200:
+            victim = policy.next_victim()
+            assert isinstance(victim, FakeBlock)
+            tree.remove(victim)
+    del chain, wide, victim
+    gc.collect()
+    alive = sum(isinstance(thing, FakeBlock) for thing in gc.get_objects()) - before
+    assert alive <= 4 * policy.held(), f"{alive} blocks alive of {policy.held()} held"
+
+
+def _chain_used_in_steps(tree: PrefixTree, length: int, step: int) -> None:
+    for name in range(length):
+        tree.insert(name, name - 1 if name else None, 1 + name // step)
+    assert [victim.name for victim in tree.evict_all()] == list(reversed(range(length)))
+
+
+def _leaves_under_a_leased_chain(tree: PrefixTree, length: int, step: int) -> None:
+    chain = tree.chain(length, 1)
+    chain[-1].leases = 1
+    for index in range(length):
+        leaf = tree.insert(length + index, length - 1, 2 + index // step)
+        assert tree.policy.next_victim() is leaf
+        tree.remove(leaf)
+
+
+def _growing_chain_among_others(tree: PrefixTree, length: int, step: int) -> None:
+    for index in range(length):
+        tree.insert(index, index - 1 if index else None, 1 + 2 * (index // step))
+        tree.insert(length + index, None, 2 + 2 * (index // step))
+        if index > 2:
+            victim = tree.policy.next_victim()
+            assert isinstance(victim, FakeBlock)
+            tree.remove(victim)
+
+
+@every_policy
+@pytest.mark.parametrize("step", [1, 2, 3, 10])
+@pytest.mark.parametrize(
+    "use", [_chain_used_in_steps, _leaves_under_a_leased_chain, _growing_chain_among_others], ids=lambda use: use.__name__
+)
+def test_policy_long_chains_cost_in_proportion_to_their_length(make: Make, use: Callable[..., None], step: int):
+    def seconds(length: int) -> float:
+        best = float("inf")
+        for _ in range(3):
+            begin = time.perf_counter()
+            use(PrefixTree(make()), length, step)
+            best = min(best, time.perf_counter() - begin)
+        return best
+
+    seconds(200)
+    # Eight times the length: linear work takes 8 times as long, quadratic work 64 times.
+    small, large = seconds(500), seconds(4000)
+    assert large < 24 * small + 0.02, f"{large / small:.1f} times as long for 8 times the chain"
+
+
+def test_make_policy_unknown_name_is_refused_with_those_there_are():
+    with pytest.raises(InvalidArgument, match=r"unknown eviction policy 'mru'; there are: .*lru"):
+        make_policy("mru")
