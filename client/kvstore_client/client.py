@@ -269,13 +269,19 @@ class Client(BaseClient):
     def _held(self, deadline: float) -> Iterator[None]:
         """The client to ourselves."""
         self._check_usable()
-        if not self._lock.acquire(timeout=max(deadline - time.monotonic(), 0.0)):
-            raise DeadlineExceeded(f"another thread kept this client for {self.timeout:g} s; use one client a thread")
+        acquired: list[bool] = []
         try:
+            # A single call of C code: an interrupt strikes before the lock is taken, or after the list knows of it.
+            acquired.extend(map(self._lock.acquire, (True,), (max(deadline - time.monotonic(), 0.0),)))
+            if not acquired[0]:
+                raise DeadlineExceeded(
+                    f"another thread kept this client for {self.timeout:g} s; use one client a thread"
+                )
             self._check_usable()
             yield
         finally:
-            self._lock.release()
+            if acquired and acquired[0]:
+                self._lock.release()
 
     def _ask(self, ask: Ask, deadline: float) -> Told:
         """One request, once more after a lost connection or session: operations may be repeated."""

@@ -22,6 +22,13 @@ from kvstore.format.record import Buffer
 from kvstore.protocol.version import MAX_OUTSTANDING_REQUESTS, MAX_PAYLOAD_FRAMES
 
 DRAIN_MESSAGES: Final = 64
+
+# pyzmq's flags are enums, whose arithmetic costs more than the call they are passed to.
+_NOBLOCK: Final = int(zmq.NOBLOCK)
+_SNDMORE: Final = int(zmq.SNDMORE | zmq.NOBLOCK)
+_RCVMORE: Final = int(zmq.RCVMORE)
+_EVENTS: Final = int(zmq.EVENTS)
+_POLLIN: Final = int(zmq.POLLIN)
 _LINGER_MS: Final = 200
 
 OnMessage = Callable[[bytes, bytes, list[zmq.Frame]], None]
@@ -91,36 +98,34 @@ class RouterTransport:
         if self._socket.closed:
             return
         self._draining = True
+        exhausted = False
         try:
             exhausted = self._take(DRAIN_MESSAGES)
         finally:
             self._draining = False
-        if not exhausted:
-            self._schedule()
+            if not exhausted:
+                self._schedule()
 
     def _take(self, count: int) -> bool:
         """Serve up to ``count`` messages; True when there are no more."""
-        receive, more, on_message = self._socket.recv, self._more, self._on_message
+        receive, option, on_message = self._socket.recv, self._socket.getsockopt, self._on_message
         for _ in range(count):
             try:
-                identity = receive(zmq.NOBLOCK)
+                identity = receive(_NOBLOCK)
             except zmq.ZMQError:
                 return True
-            if not more():
+            if not option(_RCVMORE):
                 self.malformed += 1
                 continue
             header = receive()
             payloads: list[zmq.Frame] = []
-            while more():
+            while option(_RCVMORE):
                 payloads.append(self._socket.recv(copy=False))
                 if len(payloads) > MAX_PAYLOAD_FRAMES:
                     payloads.pop()
                     self.malformed += 1
             on_message(identity, header, payloads)
         return False
-
-    def _more(self) -> int | bytes:
-        return self._socket.getsockopt(zmq.RCVMORE)
 
     def send(self, identity: bytes, header: bytes, payloads: Sequence[memoryview] = ()) -> zmq.MessageTracker | None:
         """Send a reply.
@@ -138,14 +143,14 @@ class RouterTransport:
         try:
             if payloads:
                 tracker = self._socket.send_multipart(
-                    [identity, header, *payloads], zmq.NOBLOCK, copy=False, track=True
+                    [identity, header, *payloads], _NOBLOCK, copy=False, track=True
                 )
             else:
-                self._socket.send(identity, zmq.SNDMORE | zmq.NOBLOCK)
-                self._socket.send(header, zmq.NOBLOCK)
+                self._socket.send(identity, _SNDMORE)
+                self._socket.send(header, _NOBLOCK)
         except zmq.ZMQError:
             self.dropped_replies += 1
-        if not self._draining and int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+        if not self._draining and int(self._socket.getsockopt(_EVENTS)) & _POLLIN:
             self._schedule()
         return tracker
 
