@@ -45,7 +45,11 @@ class AsyncAdapter:
     """An ``AsyncClient`` on a loop of its own in a thread; every operation blocks until it is done."""
 
     def __init__(
-        self, endpoint: str, *, factory: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop, **options: Any
+        self,
+        endpoint: str,
+        *,
+        factory: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop,
+        **options: Any,
     ) -> None:
         self._loop = factory()
         self._thread = threading.Thread(target=self._loop.run_forever, name="client-loop")

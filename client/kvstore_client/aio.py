@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import zmq
 
@@ -22,8 +22,6 @@ from kvstore_client.results import FlushResult, MatchResult
 from kvstore_client.session import Ask, Steps, Told
 
 R = TypeVar("R")
-
-_LET_GO_S: Final = 0.0002
 
 
 class _LinkLost(Exception):
@@ -91,7 +89,7 @@ class AsyncClient(BaseClient):
         link = self._link
         if link is not None:
             with contextlib.suppress(zmq.ZMQError):
-                link.send(encode(self._session.request(Ask(Bye), 0.2)), (), copy=True)
+                link.send(encode(self._session.request(Ask(Bye), 0.2)))
         self._disconnect(ConnectionLost("the client was closed"), GOODBYE_MS)
 
     async def __aenter__(self) -> Self:
@@ -133,7 +131,7 @@ class AsyncClient(BaseClient):
         if wait:
             return await self._run(self._operations.put_many(keys, datas, parent, part, request))
         deadline = time.monotonic() + self.timeout
-        for ask in self._operations.put_asks(keys, datas, parent, part, request, copy=True):
+        for ask in self._operations.put_asks(keys, datas, parent, part, request):
             await self._send_unwaited(ask, deadline)
         return [PutStatus.PENDING] * len(keys)
 
@@ -290,15 +288,10 @@ class AsyncClient(BaseClient):
 
     async def _exchange(self, ask: Ask, deadline: float) -> Told:
         """Send one request and wait for its reply."""
-        reply, borrowed = await self._send(ask, deadline)
-        told = await self._answer(reply, deadline)
-        # The daemon has the payloads, and libzmq lets go of the caller's buffers in this very moment.
-        while borrowed is not None and not borrowed.done and time.monotonic() < deadline:  # noqa: ASYNC110
-            await asyncio.sleep(_LET_GO_S)
-        return told
+        return await self._answer(await self._send(ask, deadline), deadline)
 
-    async def _send(self, ask: Ask, deadline: float) -> tuple[asyncio.Future[Told], zmq.MessageTracker | None]:
-        """Hand one request to libzmq; the future of its reply, and what tells when the payloads are free again."""
+    async def _send(self, ask: Ask, deadline: float) -> asyncio.Future[Told]:
+        """Hand one request to libzmq; the future of its reply."""
         left_s = deadline - time.monotonic()
         try:
             async with asyncio.timeout(max(left_s, 0.0)):
@@ -316,7 +309,7 @@ class AsyncClient(BaseClient):
         self._replies[request.id] = reply
         reply.add_done_callback(lambda _: self._ended(request.id))
         try:
-            borrowed = link.send(encode(request), ask.payloads, copy=ask.copy)
+            link.send(encode(request), ask.payloads)
         except zmq.ZMQError:
             reply.cancel()
             self._disconnect(_LinkLost())
@@ -324,7 +317,7 @@ class AsyncClient(BaseClient):
         # libzmq's descriptor is edge-triggered: a send may have consumed the edge of a reply that is already there.
         if link.pending():
             loop.call_soon(self._on_readable)
-        return reply, borrowed
+        return reply
 
     def _ended(self, number: int) -> None:
         self._replies.pop(number, None)
@@ -352,7 +345,7 @@ class AsyncClient(BaseClient):
         for last in (False, True):
             await self._connect(deadline)
             try:
-                reply, _ = await self._send(ask, deadline)
+                reply = await self._send(ask, deadline)
             except _LinkLost:
                 if last:
                     raise ConnectionLost(f"the daemon at {self.endpoint} closed the connection twice") from None

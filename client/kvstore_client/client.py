@@ -91,7 +91,7 @@ class Client(BaseClient):
             link, self._link = self._link, None
             if link is not None:
                 with contextlib.suppress(zmq.ZMQError):
-                    link.send(encode(self._session.request(Ask(Bye), 0.2)), (), copy=True)
+                    link.send(encode(self._session.request(Ask(Bye), 0.2)))
                 link.close(GOODBYE_MS)
             self._session.forget()
 
@@ -149,7 +149,7 @@ class Client(BaseClient):
             return self._run(self._operations.put_many(keys, datas, parent, part, request))
         deadline = time.monotonic() + self.timeout
         with self._held(deadline):
-            for ask in self._operations.put_asks(keys, datas, parent, part, request, copy=True):
+            for ask in self._operations.put_asks(keys, datas, parent, part, request):
                 self._send_unwaited(ask, deadline)
         return [PutStatus.PENDING] * len(keys)
 
@@ -201,9 +201,7 @@ class Client(BaseClient):
             Throttled: this client holds too many leases.
         """
         found = self._run(self._operations.match(keys, lease))
-        return Match(
-            found.hits, found.tiers, found.request, found.lease, found.lease_s, self, self._session.number
-        )
+        return Match(found.hits, found.tiers, found.request, found.lease, found.lease_s, self, self._session.number)
 
     def release(self, lease: int) -> bool:
         """Give a lease back; whether it still held."""
@@ -343,20 +341,15 @@ class Client(BaseClient):
         """Send one request and wait for its reply."""
         request = self._session.request(ask, deadline - time.monotonic())
         try:
-            borrowed = link.send(encode(request), ask.payloads, copy=ask.copy)
+            link.send(encode(request), ask.payloads)
         except zmq.Again:
             raise _LinkLost from None
         while True:
             told = self._receive(link, deadline)
             if told.reply.id == request.id:
-                break
+                self._lose_unwaited(before=request.id)
+                return told
             self._note(told)
-        self._lose_unwaited(before=request.id)
-        if borrowed is not None and not borrowed.done:
-            # The daemon has the payloads, and libzmq lets go of the caller's buffers in this very moment.
-            with contextlib.suppress(zmq.NotDone):
-                borrowed.wait(max(deadline - time.monotonic(), 0.0))
-        return told
 
     def _receive(self, link: Link, deadline: float) -> Told:
         while True:
@@ -397,7 +390,7 @@ class Client(BaseClient):
                 ):
                     self._note(self._receive(link, deadline))
                 request = self._session.request(ask, self.timeout)
-                link.send(encode(request), ask.payloads, copy=True)
+                link.send(encode(request), ask.payloads)
             except (_LinkLost, zmq.Again):
                 self._disconnect()
                 if last:

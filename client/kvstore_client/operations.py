@@ -132,7 +132,6 @@ class Operations:
         parent: bytes | None,
         part: int,
         request: int | None,
-        copy: bool,
     ) -> list[Ask]:
         """The requests that store a chain; all arguments are checked before the first is sent.
 
@@ -160,7 +159,7 @@ class Operations:
             if key == previous:
                 raise InvalidArgument(f"keys[{index}] is its own parent")
             if frames and (total + payload.nbytes > _PUT_BYTES or len(frames) >= MAX_PAYLOAD_FRAMES):
-                asks.append(Ask(Put, (len(frames) // 2,), access, frames, copy))
+                asks.append(Ask(Put, (len(frames) // 2,), access, frames))
                 frames, total = [], 0
             header = raw_header(
                 key=key, parent_key=previous, namespace_digest=session.digest, part=part, payload=payload
@@ -169,7 +168,7 @@ class Operations:
             total += payload.nbytes
             previous = key
         if frames:
-            asks.append(Ask(Put, (len(frames) // 2,), access, frames, copy))
+            asks.append(Ask(Put, (len(frames) // 2,), access, frames))
         return asks
 
     def put_many(
@@ -177,7 +176,7 @@ class Operations:
     ) -> Steps[list[PutStatus]]:
         """Store a chain and wait for each answer."""
         statuses: list[PutStatus] = []
-        for ask in self.put_asks(keys, datas, parent, part, request, copy=False):
+        for ask in self.put_asks(keys, datas, parent, part, request):
             statuses += self.put_answer((yield ask))
         return statuses
 

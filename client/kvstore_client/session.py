@@ -36,16 +36,12 @@ ReplyT = TypeVar("ReplyT", bound=Reply)
 
 @dataclass(slots=True)
 class Ask:
-    """A request to be made: its type, the fields behind the envelope, payload frames.
-
-    ``copy``: the payloads may change as soon as the request is sent.
-    """
+    """A request to be made: its type, the fields behind the envelope, payload frames."""
 
     type: type[Request]
     fields: tuple[Any, ...] = ()
     access: int = 0
     payloads: Sequence[Buffer] = ()
-    copy: bool = False
 
 
 class Told(NamedTuple):

@@ -87,11 +87,9 @@ class SlabAllocator:
         """Give records of this size slots of their exact size (rounded up to pages)."""
         self._exact.add(-(-record_bytes // PAGE_BYTES))
 
-    def slot_bytes_for(self, record_bytes: int) -> int | None:
-        """Slot size for a record; None when it is larger than a slab."""
+    def slot_bytes_for(self, record_bytes: int) -> int:
+        """Slot size for a record of at most ``slab_bytes``."""
         pages = -(-record_bytes // PAGE_BYTES)
-        if pages > self._pages:
-            return None
         if pages not in self._exact:
             pages = min(geometric_pages(pages), self._pages)
         return pages * PAGE_BYTES

@@ -6,7 +6,7 @@ Reads (``find``, ``leading``) change nothing; that a client read something comes
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -50,11 +50,15 @@ from kvstore.core.namespaces import Namespaces, NamespaceState, descendants
 from kvstore.core.slabs import Slab, SlabAllocator
 from kvstore.core.story import Chapter, Story
 from kvstore.errors import InvalidTransition
+from kvstore.format.constants import PAGE_BYTES
 from kvstore.policy.base import EvictionPolicy
 from kvstore.protocol.messages import PutStatus, Reason
 
 ACCESS_IDS: Final = 65_536
 """Engine requests remembered so that their match, gets and puts count as one access a key."""
+
+LIMBO_PATIENCE_NS: Final = 100_000_000
+"""How long a slot in limbo is expected to come back by itself; a reader that stopped must not keep others waiting."""
 
 EVICTION_BATCH: Final = 64
 """Victims chosen at once when room must be made for a slot size."""
@@ -123,7 +127,10 @@ class Store:
         self.block_count = 0
         self.record_count = 0
         self.populating = True
-        self._limbo_slots: Counter[int] = Counter()
+        limit_bytes = min(limits.capacity_bytes, limits.grant_bytes, limits.grant_bytes_per_session)
+        self._max_slot_bytes = min(slabs.slab_bytes, limit_bytes // PAGE_BYTES * PAGE_BYTES)
+        self._limbo_since_ns: dict[int, dict[int, int]] = {}
+        """When each slot in limbo went there, oldest first, by slot size."""
         self._accesses: OrderedDict[tuple[int, int], int] = OrderedDict()
         self._access = 0
         self._now_ns = 0
@@ -151,9 +158,8 @@ class Store:
 
     @property
     def max_record_bytes(self) -> int:
-        """The largest record that can ever be stored."""
-        limits = self.limits
-        return min(self.slabs.slab_bytes, limits.capacity_bytes, limits.grant_bytes, limits.grant_bytes_per_session)
+        """The largest record that can ever be stored; whole pages."""
+        return self._max_slot_bytes
 
     def find(self, namespace_id: int, key: bytes, part: int) -> Record | None:
         """The resident record of one part of a block, or None."""
@@ -220,9 +226,9 @@ class Store:
         return [*self._withdraw_all(list(namespace.blocks.values())), Namespaced(successor)]
 
     def _slot_wanted(self, event: SlotWanted) -> list[Instruction]:
-        slot_bytes = self.slabs.slot_bytes_for(event.record_bytes)
-        if slot_bytes is None or slot_bytes > self.max_record_bytes:
+        if event.record_bytes > self._max_slot_bytes:
             return [Refuse(PutStatus.REJECTED, Reason.TOO_LARGE)]
+        slot_bytes = min(self.slabs.slot_bytes_for(event.record_bytes), self._max_slot_bytes)
         session = self.sessions[event.session]
         if session.granted_bytes + slot_bytes > self.limits.grant_bytes_per_session:
             return [Refuse(PutStatus.THROTTLED, Reason.GRANT_LIMIT)]
@@ -242,7 +248,8 @@ class Store:
         """Get a slab or a slot of this size: move records together, or evict in the policy's order."""
         if self.populating:
             return [Refuse(PutStatus.THROTTLED, Reason.POPULATING)]
-        if self._limbo_slots[slot_bytes]:
+        waiting = self._limbo_since_ns.get(slot_bytes)
+        if waiting and self._now_ns - next(iter(waiting.values())) < LIMBO_PATIENCE_NS:
             # A slot of this size comes back by itself: evicting more would only empty the tier meanwhile.
             return [Refuse(PutStatus.THROTTLED, Reason.ALL_HELD)]
         for slab in self.slabs.vacatable(slot_bytes):
@@ -430,15 +437,16 @@ class Store:
         if namespace is None:
             return [Count(0)]
         instructions: list[Instruction] = []
-        condemned: set[Block] = set()
+        orphaned: list[Block] = []
         removed = 0
         for key in event.keys:
             block = namespace.blocks.get(key)
             if block is not None:
-                condemned.update(descendants(block))
+                orphaned += block.children or ()
                 instructions += self._drop(block, "removed")
-                condemned.discard(block)
                 removed += 1
+        # Only now, because some of them were removed as well: a whole chain costs no more than its length.
+        condemned = [below for block in orphaned if block.parts for below in (block, *descendants(block))]
         if condemned:
             self.policy.condemn(sorted(condemned, key=lambda block: block.depth))
         self.counters.removed_blocks += removed
@@ -461,7 +469,7 @@ class Store:
             record = self.records[slot]
             self._change(record, RecordState.FREE, b"", "quiesced")
             self.limbo_bytes -= record.slot_bytes
-            self._limbo_slots[record.slot_bytes] -= 1
+            del self._limbo_since_ns[record.slot_bytes][slot]
             del self.records[slot]
             self.slabs.free(slot)
         return []
@@ -515,7 +523,7 @@ class Store:
             self.granted_bytes -= record.slot_bytes
         self._change(record, RecordState.LIMBO, key, cause)
         self.limbo_bytes += record.slot_bytes
-        self._limbo_slots[record.slot_bytes] += 1
+        self._limbo_since_ns.setdefault(record.slot_bytes, {})[record.slot] = self._now_ns
         record.block = None
 
     def _to_free(self, record: Record, key: bytes, cause: str) -> None:

@@ -5,8 +5,8 @@ oldest; among blocks of one request the deepest. A block's use is a use of its a
 than its child: a block that leaves hands its access number up to its parent, and a request costs one touch, of its
 deepest block.
 
-Structure: one group of blocks an access number, and a heap of the numbers. Only a block that may be chosen needs a place
-in a group; one with children or leases is parked with its number when the front reaches it, and comes back when the
+Structure: one group of blocks an access number, and a heap of the numbers. Only a block that may be chosen needs a
+place in a group; one with children or leases is parked with its number when the front reaches it, and comes back when the
 last child or lease is gone. Entries left behind in groups are recognised by the block's ``access`` and thrown out when
 more than half of a group is stale, as are the numbers of empty groups. The order by depth is settled by one sort when
 the group reaches the front. See also O'Neil et al., "The LRU-K page replacement algorithm" (1993) for the family; the
@@ -68,7 +68,7 @@ class Lru:
             self._enter(block, access)
 
     def touch(self, deepest: Evictable, hits: int, access: int) -> None:
-        """See ``EvictionPolicy``. Ancestors are handed the number as blocks leave, so this is O(1) whatever ``hits``."""
+        """See ``EvictionPolicy``. Ancestors are handed the number as blocks leave: O(1) whatever ``hits`` is."""
         number = deepest.access
         if number < 0:
             if _PARKED - number < access:

@@ -188,8 +188,10 @@ class Requests:
             raise Refused(ErrorCode.UNKNOWN_SESSION, "no session of this connection has that number; greet again")
         session.last_ns = self._clock()
         session.requests += 1
-        if request.namespace_id and request.namespace_id not in self._store.namespaces.by_id:
-            raise Refused(ErrorCode.UNKNOWN_NAMESPACE, f"namespace id {request.namespace_id} was never given out")
+        if request.namespace_id and request.namespace_id not in session.namespaces:
+            raise Refused(
+                ErrorCode.UNKNOWN_NAMESPACE, f"namespace id {request.namespace_id} was not given to this session"
+            )
         if kind is Put:
             reply: Reply | None = self._put(session, cast("Put", request), payloads)
         elif payloads:
@@ -258,12 +260,13 @@ class Requests:
             answer = self._executor.apply(Joined(request.namespace, fitting, request.generation))
         except InvalidArgument as error:
             raise Refused(ErrorCode.LIMIT, str(error)) from None
-        return self._attached(request.id, answer)
+        return self._attached(session, request.id, answer)
 
-    def _attached(self, number: int, answer: object) -> Attached:
+    def _attached(self, session: Session, number: int, answer: object) -> Attached:
         assert isinstance(answer, Namespaced)
         state = answer.namespace
         identity = 0 if answer.stale else state.id
+        session.namespaces.add(identity)
         return Attached(number, self._incarnation, identity, state.generation, state.digest)
 
     # -------------------------------------------------------------- reading and writing
@@ -372,7 +375,7 @@ class Requests:
             answer = self._executor.apply(InvalidateWanted(request.namespace_id))
         except InvalidArgument as error:
             raise Refused(ErrorCode.LIMIT, str(error)) from None
-        return self._attached(request.id, answer)
+        return self._attached(session, request.id, answer)
 
     def _done(self, session: Session, request: Flush | Ping) -> Reply:
         # Requests of a connection are served in order, so earlier puts are published or refused by now.

@@ -28,6 +28,7 @@ class Session:
         same_host: whether its clock is ours.
         locked: whether it holds the lock on its file.
         last_ns: when it was last heard.
+        namespaces: ids of the namespaces that it joined; it has no access to others.
     """
 
     id: int
@@ -40,6 +41,7 @@ class Session:
     locked: bool = False
     requests: int = 0
     private_accesses: int = field(default=0)
+    namespaces: set[int] = field(default_factory=set)
 
 
 class Sessions:

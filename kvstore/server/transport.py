@@ -136,23 +136,24 @@ class RouterTransport:
             payloads: payload frames, sent from where they lie: they must not change before the tracker is done.
 
         Returns:
-            A tracker for the payloads, None where there are none or the reply was dropped because the peer is gone
-            or does not read its replies.
+            A tracker for the payloads, None where libzmq holds none of them: there are none, all were small enough to
+            be copied, or the reply was dropped because the peer is gone or does not read its replies.
         """
-        tracker: zmq.MessageTracker | None = None
+        lent: list[zmq.MessageTracker] = []
         try:
-            if payloads:
-                tracker = self._socket.send_multipart(
-                    [identity, header, *payloads], _NOBLOCK, copy=False, track=True
-                )
-            else:
-                self._socket.send(identity, _SNDMORE)
-                self._socket.send(header, _NOBLOCK)
+            self._socket.send(identity, _SNDMORE)
+            self._socket.send(header, _SNDMORE if payloads else _NOBLOCK)
+            last = len(payloads) - 1
+            for index, payload in enumerate(payloads):
+                flags = _SNDMORE if index < last else _NOBLOCK
+                tracker = self._socket.send(payload, flags, copy=False, track=True)
+                if not tracker.done:
+                    lent.append(tracker)
         except zmq.ZMQError:
             self.dropped_replies += 1
         if not self._draining and int(self._socket.getsockopt(_EVENTS)) & _POLLIN:
             self._schedule()
-        return tracker
+        return zmq.MessageTracker(*lent) if lent else None
 
     def close(self) -> None:
         """Stop serving, give queued replies a moment to leave, remove the socket file."""

@@ -12,7 +12,14 @@ import pytest
 from fakes.prefix_tree import FakeBlock, PrefixTree
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from kvstore.errors import InvalidArgument
 from kvstore.policy.base import EvictionPolicy
@@ -229,7 +236,7 @@ def test_policy_hot_block_touched_a_million_times_takes_no_more_memory(make: Mak
 def test_policy_turnover_keeps_no_departed_blocks(make: Make):
     policy = make()
     gc.collect()
-    before = sum(isinstance(thing, FakeBlock) for thing in gc.get_objects())
+    before = sum(type(thing) is FakeBlock for thing in gc.get_objects())
     tree = PrefixTree(policy)
     rng = random.Random(5)
     for turn in range(3_000):
@@ -243,7 +250,7 @@ def test_policy_turnover_keeps_no_departed_blocks(make: Make):
             tree.remove(victim)
     del chain, wide, victim
     gc.collect()
-    alive = sum(isinstance(thing, FakeBlock) for thing in gc.get_objects()) - before
+    alive = sum(type(thing) is FakeBlock for thing in gc.get_objects()) - before
     assert alive <= 4 * policy.held(), f"{alive} blocks alive of {policy.held()} held"
 
 
@@ -275,7 +282,9 @@ def _growing_chain_among_others(tree: PrefixTree, length: int, step: int) -> Non
 @every_policy
 @pytest.mark.parametrize("step", [1, 2, 3, 10])
 @pytest.mark.parametrize(
-    "use", [_chain_used_in_steps, _leaves_under_a_leased_chain, _growing_chain_among_others], ids=lambda use: use.__name__
+    "use",
+    [_chain_used_in_steps, _leaves_under_a_leased_chain, _growing_chain_among_others],
+    ids=lambda use: use.__name__,
 )
 def test_policy_long_chains_cost_in_proportion_to_their_length(make: Make, use: Callable[..., None], step: int):
     def seconds(length: int) -> float:

@@ -1,0 +1,195 @@
+"""What the store must hold, as plain dicts: every rule written the obvious, slow way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from kvstore.core.events import CommittedRecord
+from kvstore.core.namespaces import ORPHAN_DEPTH
+from kvstore.protocol.keys import ROOT_KEY
+from kvstore.protocol.messages import PutStatus, Reason
+
+Identity = tuple[int, bytes, int, int]
+"""Content of a slot: namespace id, key, part, and a number of its own."""
+
+
+@dataclass(eq=False)
+class ModelBlock:
+    """A block; ``number`` is the last engine request that used it or a child that left."""
+
+    key: bytes
+    parent_key: bytes
+    number: int
+    parts: dict[int, Identity] = field(default_factory=dict)
+    depth: int = 0
+    leases: int = 0
+    parent: ModelBlock | None = None
+    children: list[ModelBlock] = field(default_factory=list)
+
+    def descendants(self) -> Iterator[ModelBlock]:
+        for child in self.children:
+            yield child
+            yield from child.descendants()
+
+    def __repr__(self) -> str:
+        return f"<{self.key.hex()[:4]} of {self.number} at {self.depth}, {self.leases} leases>"
+
+
+@dataclass(eq=False)
+class ModelNamespace:
+    """A generation of a namespace."""
+
+    id: int
+    parts: int
+    digest: bytes
+    generation: int
+    current: bool = True
+    blocks: dict[bytes, ModelBlock] = field(default_factory=dict)
+
+    def leading(self, keys: Sequence[bytes]) -> list[ModelBlock]:
+        found = []
+        for key in keys:
+            block = self.blocks.get(key)
+            if block is None or len(block.parts) < self.parts:
+                break
+            found.append(block)
+        return found
+
+    def closes_circle(self, key: bytes, parent_key: bytes) -> bool:
+        while parent_key != key:
+            above = self.blocks.get(parent_key)
+            if above is None:
+                return False
+            parent_key = above.parent_key
+        return True
+
+
+@dataclass(eq=False)
+class ModelLease:
+    """Blocks that must stay."""
+
+    session: int
+    blocks: list[ModelBlock]
+    expires_ns: int
+
+
+@dataclass
+class StoreModel:
+    """Blocks by namespace, grants by session, leases; what it does not know is what the store will evict."""
+
+    namespaces: dict[int, ModelNamespace] = field(default_factory=dict)
+    grants: dict[int, dict[int, int]] = field(default_factory=dict)
+    leases: dict[int, ModelLease] = field(default_factory=dict)
+    slots: dict[int, tuple[int, ModelBlock, int]] = field(default_factory=dict)
+    _numbers: dict[tuple[int, int], int] = field(default_factory=dict)
+    _newest: int = 0
+
+    # ------------------------------------------------------------ the tree
+
+    def blocks(self) -> list[tuple[int, ModelBlock]]:
+        return [(space.id, block) for space in self.namespaces.values() for block in space.blocks.values()]
+
+    def insert(self, space: ModelNamespace, key: bytes, parent_key: bytes, number: int) -> ModelBlock:
+        block = space.blocks[key] = ModelBlock(key, parent_key, number)
+        parent = None if parent_key == ROOT_KEY else space.blocks.get(parent_key)
+        if parent is not None:
+            self._link(block, parent)
+        elif parent_key != ROOT_KEY:
+            block.depth = ORPHAN_DEPTH
+        for child in space.blocks.values():
+            if child.parent_key == key and child is not block:
+                self._link(child, block)
+        return block
+
+    def _link(self, block: ModelBlock, parent: ModelBlock) -> None:
+        block.parent = parent
+        parent.children.append(block)
+        block.depth = parent.depth + 1
+        for below in block.descendants():
+            assert below.parent is not None
+            below.depth = below.parent.depth + 1
+
+    def leave(self, namespace_id: int, block: ModelBlock) -> None:
+        """Take a block out: its uses count for its parent, its children stay where they are."""
+        del self.namespaces[namespace_id].blocks[block.key]
+        if block.parent is not None:
+            block.parent.number = max(block.parent.number, block.number)
+            block.parent.children.remove(block)
+        for child in block.children:
+            child.parent = None
+        block.parent, block.children, block.parts = None, [], {}
+        self.slots = {slot: held for slot, held in self.slots.items() if held[1] is not block}
+
+    def victims(self) -> list[ModelBlock]:
+        """Blocks of which one must be evicted next: leaves without leases, oldest, then deepest."""
+        leaves = [block for _, block in self.blocks() if not block.children and not block.leases]
+        first = min(((block.number, -block.depth) for block in leaves), default=None)
+        return [block for block in leaves if (block.number, -block.depth) == first]
+
+    # ------------------------------------------------------------ requests
+
+    def access_number(self, session: int, access: int) -> int:
+        if not access:
+            self._newest += 1
+            return self._newest
+        if (session, access) not in self._numbers:
+            self._newest += 1
+            self._numbers[session, access] = self._newest
+        return self._numbers[session, access]
+
+    def used(self, blocks: Sequence[ModelBlock], number: int) -> None:
+        """Blocks were read, in this order: each run of parents and children is one use of its deepest block."""
+        for index, block in enumerate(blocks):
+            if index + 1 == len(blocks) or blocks[index + 1].parent is not block:
+                block.number = max(block.number, number)
+
+    def place(
+        self, namespace_id: int, record: CommittedRecord, slot_bytes: int, number: int, content: Identity
+    ) -> tuple[PutStatus, Reason, ModelBlock | None]:
+        """What a commit of a granted slot does before anything is evicted."""
+        space = self.namespaces.get(namespace_id)
+        if space is None or not space.current:
+            return PutStatus.REJECTED, Reason.STALE_NAMESPACE, None
+        if record.namespace_digest != space.digest or record.record_bytes > slot_bytes:
+            return PutStatus.REJECTED, Reason.BAD_RECORD, None
+        if record.part >= space.parts:
+            return PutStatus.REJECTED, Reason.BAD_PART, None
+        block = space.blocks.get(record.key)
+        if block is None:
+            if space.closes_circle(record.key, record.parent_key):
+                return PutStatus.REJECTED, Reason.BAD_PARENT, None
+            block = self.insert(space, record.key, record.parent_key, number)
+        elif record.part in block.parts:
+            return PutStatus.EXISTS, Reason.NONE, block
+        elif block.parent_key != record.parent_key:
+            return PutStatus.REJECTED, Reason.BAD_PARENT, block
+        block.parts[record.part] = content
+        self.slots[record.slot] = (namespace_id, block, record.part)
+        return PutStatus.STORED, Reason.NONE, block
+
+    def lease(self, identity: int, session: int, blocks: list[ModelBlock], expires_ns: int) -> None:
+        assert identity not in self.leases
+        self.leases[identity] = ModelLease(session, blocks, expires_ns)
+        for block in blocks:
+            block.leases += 1
+
+    def end_lease(self, identity: int) -> None:
+        for block in self.leases.pop(identity).blocks:
+            block.leases -= 1
+
+    def remove(self, namespace_id: int, keys: Sequence[bytes]) -> int:
+        """Remove blocks; what was below them and stays is condemned."""
+        space = self.namespaces[namespace_id]
+        condemned: set[ModelBlock] = set()
+        removed = 0
+        for key in keys:
+            block = space.blocks.get(key)
+            if block is not None:
+                condemned.update(block.descendants())
+                self.leave(namespace_id, block)
+                removed += 1
+        for block in condemned:
+            if space.blocks.get(block.key) is block:
+                block.number = 0
+        return removed

@@ -1,0 +1,615 @@
+"""The store against a plain-dict model, under any order of events, with the invariants checked after each.
+
+Covers: statuses, hits, bytes of every slot, order of eviction, limits, leaks. The fake arena notices a slot that is used
+while it is read, or moved without its bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+from fakes.memory_executor import MemoryExecutor
+from fakes.store_model import Identity, ModelBlock, ModelNamespace, StoreModel
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from kvstore.core.block import Record, RecordState, runs_of
+from kvstore.core.events import (
+    Accessed,
+    ClearWanted,
+    Committed,
+    CommittedRecord,
+    Event,
+    FoundCorrupt,
+    GrantsReturned,
+    InvalidateWanted,
+    Joined,
+    LeaseReleased,
+    LeaseWanted,
+    PopulationEnded,
+    RemoveWanted,
+    SessionClosed,
+    SessionOpened,
+    SlabPopulated,
+    Ticked,
+)
+from kvstore.core.instructions import Answer, Count, Instruction, Leased, Move, Namespaced, Refuse, Withdraw
+from kvstore.core.invariants import validate_state
+from kvstore.core.slabs import SlabAllocator
+from kvstore.core.store import Store, StoreLimits
+from kvstore.policy.lru import Lru
+from kvstore.protocol.keys import ROOT_KEY
+from kvstore.protocol.messages import PutStatus, Reason
+from kvstore.protocol.namespace import Namespace
+
+PAGE_BYTES = 4096
+DESCRIPTIONS = (Namespace(name="whole"), Namespace(name="halves", parts=2))
+LEASES_PER_SESSION = 3
+KEYS = [bytes([number]) * 32 for number in range(1, 31)]
+SESSIONS = st.integers(0, 3)
+"""A session by its place among those that are open."""
+KEY_INDEXES = st.integers(0, 7) | st.integers(0, len(KEYS) - 1)
+SPACES = st.integers(0, 9)
+"""A namespace by its place; the last two places may be of one that was invalidated."""
+SIZES = st.sampled_from([1, 1, 1, 1, 1, 2, 2, 3, 4, 8, 17, 19])
+"""Record sizes in pages; those above 16 pages get geometric classes where slabs are large enough."""
+RARELY = st.sampled_from([False, False, False, True])
+"""Whether to do what leaves little behind."""
+
+
+def natural_parent(index: int) -> bytes:
+    """The tree that well-behaved clients put: a trunk with a branch every fifth key."""
+    if index == 0:
+        return ROOT_KEY
+    return KEYS[index // 2] if index % 5 == 0 else KEYS[index - 1]
+
+
+def natural_chain(index: int) -> list[int]:
+    """Key indexes from the trunk's root to ``index``."""
+    chain = [index]
+    while chain[0]:
+        chain.insert(0, KEYS.index(natural_parent(chain[0])))
+    return chain
+
+
+@dataclass(frozen=True)
+class Arena:
+    """Sizes of one run, in pages."""
+
+    slab_pages: int
+    slabs: int
+    capacity: int
+    grants: int
+    session_grants: float
+
+
+ARENAS = st.sampled_from(
+    [
+        Arena(slab_pages=8, slabs=6, capacity=32, grants=16, session_grants=12),
+        Arena(slab_pages=8, slabs=9, capacity=64, grants=8, session_grants=8),
+        Arena(slab_pages=4, slabs=4, capacity=10, grants=6, session_grants=6),
+        Arena(slab_pages=40, slabs=4, capacity=120, grants=40, session_grants=40),
+        Arena(slab_pages=40, slabs=4, capacity=130, grants=30, session_grants=18.5),
+    ]
+)
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """Clients that do what they should, and all that they should not."""
+
+    @initialize(
+        arena=ARENAS,
+        quiesce_at_once=st.sampled_from([True, True, False]),
+        populated=st.sampled_from([True, True, True, False]),
+    )
+    def start(self, arena: Arena, quiesce_at_once: bool, populated: bool) -> None:
+        self.arena = arena
+        self.limits = StoreLimits(
+            capacity_bytes=arena.capacity * PAGE_BYTES,
+            grant_bytes=arena.grants * PAGE_BYTES,
+            grant_bytes_per_session=int(arena.session_grants * PAGE_BYTES),
+            leases_per_session=LEASES_PER_SESSION,
+        )
+        self.store = Store(self.limits, SlabAllocator(arena.slabs, arena.slab_pages * PAGE_BYTES, 512), Lru())
+        self.executor = MemoryExecutor(self.store, now_ns=1, quiesce_at_once=quiesce_at_once)
+        self.model = StoreModel()
+        self.current: dict[str, int] = {}
+        self.serial = 0
+        self.next_session = 100
+        self.apply(SlabPopulated(0))
+        if populated:
+            self.population_step(arena.slabs)
+        self.open_session()
+        for description in range(len(DESCRIPTIONS)):
+            self.join(description, [], 0)
+        if populated:
+            # Full at once: what happens at the limits is what matters.
+            self.engine_requests(0, 0, [(29, 1), (24, 2)])
+            self.engine_requests(0, 1, [(7, 1)])
+
+    # ------------------------------------------------------------ carrying out and comparing
+
+    def apply(self, event: Event) -> Instruction | None:
+        return self.executor.apply(event)
+
+    def evictions(self, placed: list[ModelBlock] | None = None) -> None:
+        """Take out of the model what the last event evicted, checking that each victim was the right one."""
+        for instruction in self.executor.last:
+            if isinstance(instruction, Move):
+                self.model.slots[instruction.target] = self.model.slots.pop(instruction.source)
+            elif isinstance(instruction, Withdraw):
+                for slot in instruction.slots:
+                    if slot in self.model.slots:
+                        namespace_id, block, part = self.model.slots[slot]
+                        self._evicted(namespace_id, block, part, placed)
+
+    def _evicted(self, namespace_id: int, block: ModelBlock, part: int, placed: list[ModelBlock] | None) -> None:
+        legal = self.model.victims()
+        if legal or placed is None:
+            assert any(block is victim for victim in legal), f"{block} was evicted, expected was one of {legal}"
+            self.model.leave(namespace_id, block)
+            return
+        # Nothing may leave: then what was just placed must, and no more than that.
+        assert any(block is other for other in placed), f"{block} was evicted although nothing may be"
+        assert not block.leases, f"{block} was evicted for room although it is leased"
+        self.model.slots = {slot: held for slot, held in self.model.slots.items() if held[1:] != (block, part)}
+        del block.parts[part]
+        if not block.parts:
+            self.model.leave(namespace_id, block)
+
+    def pick_session(self, place: int) -> int:
+        sessions = list(self.model.grants)
+        return sessions[place % len(sessions)]
+
+    def space(self, place: int) -> ModelNamespace:
+        spaces = [space for space in self.model.namespaces.values() if space.current or place >= 8]
+        return spaces[place % len(spaces)]
+
+    # ------------------------------------------------------------ population
+
+    @precondition(lambda self: self.store.populating)
+    @rule(steps=st.integers(1, 3))
+    def population_step(self, steps: int) -> None:
+        for _ in range(steps):
+            index = self.store.slabs.usable_slabs
+            if index == self.arena.slabs:
+                self.apply(PopulationEnded())
+                return
+            self.apply(SlabPopulated(index))
+
+    @precondition(lambda self: self.store.populating)
+    @rule(really=RARELY)
+    def population_ended_early(self, really: bool) -> None:
+        if really:
+            self.apply(PopulationEnded())
+
+    # ------------------------------------------------------------ sessions
+
+    @precondition(lambda self: len(self.model.grants) < 4)
+    @rule()
+    def open_session(self) -> None:
+        self.next_session += 1
+        self.apply(SessionOpened(self.next_session))
+        self.model.grants[self.next_session] = {}
+
+    @precondition(lambda self: len(self.model.grants) > 1)
+    @rule(place=SESSIONS, really=RARELY)
+    def close_session(self, place: int, really: bool) -> None:
+        if not really:
+            return
+        session = self.pick_session(place)
+        self.apply(SessionClosed(session))
+        del self.model.grants[session]
+        for identity, lease in list(self.model.leases.items()):
+            if lease.session == session:
+                self.model.end_lease(identity)
+
+    @rule(
+        description=st.integers(0, len(DESCRIPTIONS) - 1),
+        pages=st.lists(st.integers(1, 19), max_size=2),
+        ahead=st.sampled_from([-2, -1, 0, 0, 0, 0, 1, 2]),
+    )
+    def join(self, description: int, pages: list[int], ahead: int) -> None:
+        """Join in the current generation (``ahead`` 0), an old one, or a later one that another daemon was in."""
+        name = DESCRIPTIONS[description].name
+        now = self.model.namespaces.get(self.current.get(name, 0))
+        generation = -1 if now is None or not ahead else max(now.generation + ahead, 0)
+        record_bytes = tuple(PAGE_BYTES * count - 5 for count in pages)
+        answer = self.apply(Joined(DESCRIPTIONS[description], record_bytes, generation))
+        assert isinstance(answer, Namespaced)
+        assert answer.stale == (now is not None and -1 < generation < now.generation)
+        if now is not None and generation <= now.generation:
+            assert answer.namespace.id == now.id
+        else:
+            self._advanced(DESCRIPTIONS[description], now, answer, max(generation, 0))
+
+    def _advanced(
+        self, description: Namespace, before: ModelNamespace | None, answer: Namespaced, generation: int
+    ) -> None:
+        state = answer.namespace
+        assert state.generation == generation
+        assert state.id not in self.model.namespaces, "a namespace id is used twice"
+        assert state.digest == description.digest(generation)
+        if before is not None:
+            before.current = False
+            for block in list(before.blocks.values()):
+                self.model.leave(before.id, block)
+        self.model.namespaces[state.id] = ModelNamespace(state.id, description.parts, state.digest, generation)
+        self.current[description.name] = state.id
+
+    @precondition(lambda self: len(self.model.namespaces) < 8)
+    @rule(namespace=SPACES, really=RARELY)
+    def invalidate(self, namespace: int, really: bool) -> None:
+        if not really:
+            return
+        space = self.space(namespace)
+        description = self.store.namespaces.by_id[space.id].description
+        answer = self.apply(InvalidateWanted(space.id))
+        assert isinstance(answer, Namespaced)
+        if space.current:
+            self._advanced(description, space, answer, space.generation + 1)
+        else:
+            assert answer.namespace.id == self.current[description.name]
+
+    # ------------------------------------------------------------ writing
+
+    @rule(place=SESSIONS, pages=SIZES, short=st.integers(0, PAGE_BYTES - 1))
+    def reserve(self, place: int, pages: int, short: int) -> None:
+        self._reserve(self.pick_session(place), pages * PAGE_BYTES - short)
+
+    def _reserve(self, session: int, record_bytes: int) -> Record | None:
+        before = sum(sum(held.values()) for held in self.model.grants.values())
+        held_up = self.executor.pinned or self.executor.waiting or not self.executor.quiesce_at_once
+        quiet = not (before or held_up or self.model.leases or self.store.populating)
+        granted = self.executor.want_slot(session, record_bytes)
+        self.evictions()
+        held = self.model.grants[session]
+        fits = record_bytes <= self.store.max_record_bytes
+        if isinstance(granted, Record):
+            assert record_bytes <= granted.slot_bytes
+            assert granted.slot_bytes - record_bytes < max(PAGE_BYTES, granted.slot_bytes // 8 + PAGE_BYTES)
+            assert granted.session == session
+            assert all(granted.slot not in other for other in self.model.grants.values())
+            held[granted.slot] = granted.slot_bytes
+            return granted
+        if granted.reason is Reason.TOO_LARGE:
+            assert granted.status is PutStatus.REJECTED
+            assert not fits
+            return None
+        assert granted.status is PutStatus.THROTTLED
+        assert fits
+        if granted.reason is Reason.POPULATING:
+            assert self.store.populating
+        elif granted.reason is Reason.ALL_HELD:
+            assert self.store.limbo_bytes or self.model.leases
+        elif granted.reason is Reason.MEMORY_LIMIT:
+            assert self.store.slabs.usable_slabs < self.arena.slabs
+        else:
+            assert granted.reason is Reason.GRANT_LIMIT
+            assert before
+        # Nothing in the way: no grants, no limbo, no leases. Then any record that fits must get a slot.
+        assert not quiet, f"{granted} although nothing is held"
+        return None
+
+    @rule(
+        place=SESSIONS,
+        count=st.integers(1, 4),
+        namespace=st.integers(0, 10),
+        data=st.data(),
+        access=st.integers(0, 3),
+    )
+    def commit(self, place: int, count: int, namespace: int, data: st.DataObject, access: int) -> None:
+        """Commit whatever grants there are, under all kinds of headers."""
+        session = self.pick_session(place)
+        held = self.model.grants[session]
+        others = [slot for other, grants in self.model.grants.items() if other != session for slot in grants]
+        bogus = [1, 512, *others[:2], *list(self.model.slots)[:2]]
+        namespace_id = 999 if namespace == 10 else self.space(namespace).id
+        space = self.model.namespaces.get(namespace_id)
+        records = []
+        for slot in data.draw(st.lists(st.sampled_from([*list(held)[:count] * 5, *bogus]), min_size=1, max_size=count)):
+            index = data.draw(KEY_INDEXES)
+            parent = natural_parent(index)
+            if data.draw(st.integers(0, 5)) == 0:
+                parent = data.draw(st.sampled_from([ROOT_KEY, *KEYS]))
+            digest = space.digest if space is not None and data.draw(st.integers(0, 9)) else bytes(32)
+            part = data.draw(st.integers(0, (space.parts if space else 1) - (data.draw(st.integers(0, 9)) > 0)))
+            slot_bytes = held.get(slot, PAGE_BYTES)
+            record_bytes = slot_bytes - 100 + (101 if data.draw(st.integers(0, 9)) == 0 else 0)
+            records.append(CommittedRecord(slot, KEYS[index], parent, digest, part, record_bytes, 7, 0))
+        self._commit(session, namespace_id, records, access)
+
+    @rule(
+        place=SESSIONS,
+        namespace=SPACES,
+        index=KEY_INDEXES,
+        pages=SIZES,
+        access=st.integers(0, 3),
+        order=st.sampled_from(["chain", "reverse", "tail"]),
+    )
+    def put_chain(self, place: int, namespace: int, index: int, pages: int, access: int, order: str) -> None:
+        """What a good client does: reserve and commit all parts of a chain."""
+        session, space = self.pick_session(place), self.space(namespace)
+        chain = natural_chain(index)
+        if order == "tail":
+            chain = chain[-2:]
+        elif order == "reverse":
+            chain.reverse()
+        records = []
+        for number in chain:
+            for part in range(space.parts):
+                granted = self._reserve(session, pages * PAGE_BYTES - 100)
+                if granted is not None:
+                    key, parent = KEYS[number], natural_parent(number)
+                    records.append(
+                        CommittedRecord(granted.slot, key, parent, space.digest, part, pages * PAGE_BYTES - 100, 7, 0)
+                    )
+        if records:
+            self._commit(session, space.id, records, access)
+
+    @rule(
+        place=SESSIONS,
+        namespace=SPACES,
+        requests=st.lists(st.tuples(KEY_INDEXES, st.sampled_from([1, 1, 1, 2, 3])), min_size=1, max_size=4),
+    )
+    def engine_requests(self, place: int, namespace: int, requests: list[tuple[int, int]]) -> None:
+        """Match, read, compute and put what was missing, as one access."""
+        session, space = self.pick_session(place), self.space(namespace)
+        for index, pages in requests:
+            access = 1000 + self.serial
+            self.serial += 1
+            chain = natural_chain(index)
+            self._read(session, space, [KEYS[number] for number in chain], access)
+            records = []
+            for number in chain[len(space.leading([KEYS[number] for number in chain])) :]:
+                for part in range(space.parts):
+                    length = pages * PAGE_BYTES - 9
+                    granted = self._reserve(session, length)
+                    if granted is None and records:
+                        # As the daemon does: what was written comes first, then there is room again.
+                        self._commit(session, space.id, records, access)
+                        records = []
+                        granted = self._reserve(session, length)
+                    if granted is not None:
+                        key, parent = KEYS[number], natural_parent(number)
+                        records.append(CommittedRecord(granted.slot, key, parent, space.digest, part, length, 7, 0))
+            if records:
+                self._commit(session, space.id, records, access)
+
+    def _commit(self, session: int, namespace_id: int, records: list[CommittedRecord], access: int) -> None:
+        held = self.model.grants[session]
+        number = self.model.access_number(session, access)
+        expected: list[tuple[PutStatus, Reason, ModelBlock | None]] = []
+        used: list[ModelBlock] = []
+        contents: dict[int, Identity] = {}
+        for record in records:
+            self.serial += 1
+            content = (namespace_id, record.key, record.part, self.serial)
+            if record.slot in held and record.slot not in contents:
+                contents[record.slot] = content
+                self.executor.write(record.slot, content)
+        granted = dict(held)
+        answer = self.apply(Committed(session, namespace_id, tuple(records), access))
+        assert isinstance(answer, Answer)
+        for record in records:
+            slot_bytes = held.pop(record.slot, None)
+            if slot_bytes is None:
+                expected.append((PutStatus.REJECTED, Reason.BAD_RECORD, None))
+                continue
+            placing = self.model.place(namespace_id, record, slot_bytes, number, contents[record.slot])
+            expected.append(placing)
+            if placing[2] is not None and placing[0] is not PutStatus.STORED:
+                used.append(placing[2])
+        for block in used:
+            block.number = max(block.number, number)
+        self.evictions([block for status, _, block in expected if status is PutStatus.STORED and block is not None])
+        withdrawn = {slot for told in self.executor.last if isinstance(told, Withdraw) for slot in told.slots}
+        for record, got, (status, reason, block) in zip(
+            records, zip(answer.statuses, answer.reasons, strict=True), expected, strict=True
+        ):
+            here = block is not None and record.part in block.parts
+            if status in (PutStatus.STORED, PutStatus.EXISTS) and not here:
+                assert got in [(PutStatus.THROTTLED, Reason.ALL_HELD), (PutStatus.REJECTED, Reason.NO_ROOM)]
+            else:
+                assert got == (status, reason), f"{record} was answered {got}, expected {status, reason}"
+            first = granted.pop(record.slot, None) is not None
+            if first and got[0] is not PutStatus.STORED and record.slot not in withdrawn:
+                self.executor.forget(record.slot)
+
+    @rule(place=SESSIONS, count=st.integers(1, 3), others=st.lists(st.integers(500, 600), max_size=2))
+    def return_grants(self, place: int, count: int, others: list[int]) -> None:
+        session = self.pick_session(place)
+        held = self.model.grants[session]
+        slots = [*list(held)[:count], *(slot for slot in others if slot not in held)]
+        self.apply(GrantsReturned(session, tuple(slots)))
+        for slot in slots:
+            if held.pop(slot, None) is not None:
+                self.executor.forget(slot)
+
+    # ------------------------------------------------------------ reading
+
+    @rule(place=SESSIONS, namespace=SPACES, index=KEY_INDEXES, access=st.integers(0, 3))
+    def match(self, place: int, namespace: int, index: int, access: int) -> None:
+        self._read(self.pick_session(place), self.space(namespace), [KEYS[n] for n in natural_chain(index)], access)
+
+    @rule(place=SESSIONS, namespace=SPACES, indexes=st.lists(KEY_INDEXES, max_size=6), access=st.integers(0, 3))
+    def match_any_keys(self, place: int, namespace: int, indexes: list[int], access: int) -> None:
+        self._read(self.pick_session(place), self.space(namespace), [KEYS[n] for n in indexes], access)
+
+    def _read(self, session: int, space: ModelNamespace, keys: list[bytes], access: int) -> None:
+        blocks = self.store.leading(space.id, keys)
+        expected = space.leading(keys)
+        assert [block.key for block in blocks] == [block.key for block in expected]
+        for block, model in zip(blocks, expected, strict=True):
+            for part, content in model.parts.items():
+                record = self.store.find(space.id, block.key, part)
+                assert record is not None
+                assert self.executor.contents[record.slot] == content
+        runs = runs_of(blocks)
+        assert sum(hits for _, hits in runs) == len(blocks)
+        for deepest, hits in runs:
+            for _ in range(hits - 1):
+                assert deepest.parent is not None, "a run is longer than its ancestors"
+                deepest = deepest.parent
+        self.apply(Accessed(session, access, runs, len(keys), tuple(keys[len(blocks) :])))
+        self.model.used(expected, self.model.access_number(session, access))
+
+    @rule(namespace=SPACES, index=KEY_INDEXES, part=st.integers(0, 1))
+    def transfer_begins(self, namespace: int, index: int, part: int) -> None:
+        record = self.store.find(self.space(namespace).id, KEYS[index], part)
+        if record is not None:
+            self.executor.pin(record.slot)
+
+    @precondition(lambda self: self.executor.pinned)
+    @rule(place=st.integers(0, 9))
+    def transfer_ends(self, place: int) -> None:
+        self.executor.unpin(self.executor.pinned[place % len(self.executor.pinned)])
+
+    @precondition(lambda self: self.executor.waiting)
+    @rule(count=st.integers(1, 20))
+    def quiesce(self, count: int) -> None:
+        self.executor.quiesce(self.executor.waiting[:count])
+
+    # ------------------------------------------------------------ leases
+
+    @rule(place=SESSIONS, namespace=SPACES, index=KEY_INDEXES, from_root=st.booleans(), ns=st.integers(1, 9))
+    def lease(self, place: int, namespace: int, index: int, from_root: bool, ns: int) -> None:
+        session, space = self.pick_session(place), self.space(namespace)
+        chain = natural_chain(index)
+        keys = [KEYS[number] for number in (chain if from_root else chain[len(chain) // 2 :])]
+        held = sum(lease.session == session for lease in self.model.leases.values())
+        expected = space.leading(keys)
+        answer = self.apply(LeaseWanted(session, self.store.leading(space.id, keys), ns))
+        if not expected:
+            assert answer == Leased(0)
+        elif held >= LEASES_PER_SESSION:
+            assert answer == Refuse(PutStatus.THROTTLED, Reason.ALL_HELD)
+        else:
+            assert isinstance(answer, Leased)
+            self.model.lease(answer.lease, session, expected, self.executor.now_ns + ns)
+
+    @precondition(lambda self: self.model.leases)
+    @rule(place=SESSIONS, which=st.integers(0, 11))
+    def release(self, place: int, which: int) -> None:
+        """By its session or by another, which may not."""
+        session = self.pick_session(place)
+        identity = list(self.model.leases)[which % len(self.model.leases)]
+        own = self.model.leases[identity].session == session
+        assert self.apply(LeaseReleased(session, identity)) == Count(int(own))
+        if own:
+            self.model.end_lease(identity)
+            assert self.apply(LeaseReleased(session, identity)) == Count(0)
+
+    @rule(ns=st.integers(0, 6))
+    def time_passes(self, ns: int) -> None:
+        self.executor.now_ns += ns
+        self.apply(Ticked())
+        for identity, lease in list(self.model.leases.items()):
+            if lease.expires_ns <= self.executor.now_ns:
+                self.model.end_lease(identity)
+
+    # ------------------------------------------------------------ removing
+
+    @rule(namespace=SPACES, indexes=st.lists(KEY_INDEXES, min_size=1, max_size=3), really=RARELY)
+    def remove(self, namespace: int, indexes: list[int], really: bool) -> None:
+        if not really:
+            return
+        space = self.space(namespace)
+        keys = [KEYS[index] for index in indexes]
+        answer = self.apply(RemoveWanted(space.id, keys))
+        assert answer == Count(self.model.remove(space.id, keys))
+
+    @rule(namespace=SPACES, really=RARELY)
+    def clear(self, namespace: int, really: bool) -> None:
+        if not really:
+            return
+        space = self.space(namespace)
+        assert self.apply(ClearWanted(space.id)) == Count(len(space.blocks))
+        for block in list(space.blocks.values()):
+            self.model.leave(space.id, block)
+
+    @rule()
+    def remove_and_clear_of_unknown_namespace(self) -> None:
+        assert self.apply(RemoveWanted(999, KEYS)) == Count(0)
+        assert self.apply(ClearWanted(999)) == Count(0)
+        assert self.store.leading(999, KEYS) == []
+
+    @precondition(lambda self: self.store.records)
+    @rule(place=st.integers(0, 99))
+    def found_corrupt(self, place: int) -> None:
+        """Of any slot: only a resident record can be corrupt."""
+        slot = sorted(self.store.records)[place % len(self.store.records)]
+        resident = self.store.records[slot].state is RecordState.RESIDENT
+        self.apply(FoundCorrupt(slot, "tested"))
+        if resident:
+            namespace_id, block, _ = self.model.slots[slot]
+            self.model.leave(namespace_id, block)
+
+    # ------------------------------------------------------------ what always holds
+
+    @invariant()
+    def state_is_valid(self) -> None:
+        validate_state(self.store)
+
+    @invariant()
+    def contents_are_the_model_s(self) -> None:
+        store, model = self.store, self.model
+        assert store.resident_bytes <= self.limits.capacity_bytes
+        assert store.granted_bytes == sum(sum(held.values()) for held in model.grants.values())
+        assert store.granted_bytes <= self.limits.grant_bytes
+        assert len(store.leases) == len(model.leases)
+        for identity, space in model.namespaces.items():
+            state = store.namespaces.by_id[identity]
+            assert state.current == space.current
+            assert set(state.blocks) == set(space.blocks)
+            for key, block in space.blocks.items():
+                parts = state.blocks[key].parts
+                assert set(parts) == set(block.parts)
+                for part, record in parts.items():
+                    assert self.executor.contents[record.slot] == block.parts[part]
+        for slot in self.executor.pinned:
+            assert store.records[slot].state in (RecordState.RESIDENT, RecordState.LIMBO)
+
+    def teardown(self) -> None:
+        """Everything goes; nothing is left."""
+        if not hasattr(self, "store"):
+            return
+        while self.executor.pinned:
+            self.transfer_ends(0)
+        for session in list(self.model.grants):
+            self.apply(SessionClosed(session))
+        for identity in self.model.namespaces:
+            self.apply(ClearWanted(identity))
+        if self.executor.waiting:
+            self.executor.quiesce(self.executor.waiting)
+        validate_state(self.store)
+        store = self.store
+        assert not store.records
+        assert not store.block_count
+        assert not store.policy.held()
+        assert store.policy.next_victim() is None
+        assert not store.leases
+        assert not store.resident_bytes + store.granted_bytes + store.limbo_bytes + store.resident_record_bytes
+        assert not store.slabs.classes
+        assert store.slabs.free_slabs == store.slabs.usable_slabs
+        assert not self.executor.contents, f"slots still hold {self.executor.contents}"
+
+
+StoreMachine.TestCase.settings = settings(max_examples=250, stateful_step_count=60, deadline=None)
+TestStoreAgainstModel = StoreMachine.TestCase
+
+
+@pytest.mark.stress
+@pytest.mark.timeout(1800)
+def test_store_against_model_for_long():
+    long = settings(max_examples=4000, stateful_step_count=120, deadline=None, derandomize=False, database=None)
+    run_state_machine_as_test(StoreMachine, settings=long)
