@@ -1,7 +1,7 @@
 """The store against a plain-dict model, under any order of events, with the invariants checked after each.
 
-Covers: statuses, hits, bytes of every slot, order of eviction, limits, leaks. The fake arena notices a slot that is used
-while it is read, or moved without its bytes.
+Covers: statuses, hits, bytes of every slot, order of eviction, limits, leaks. The fake arena notices a slot that is
+used while it is read, or moved without its bytes.
 """
 
 from __future__ import annotations
