@@ -6,11 +6,11 @@ than its child: a block that leaves hands its access number up to its parent, an
 deepest block.
 
 Structure: one group of blocks an access number, and a heap of the numbers. Only a block that may be chosen needs a
-place in a group; one with children or leases is parked with its number when the front reaches it, and comes back
-when the last child or lease is gone. Entries left behind in groups are recognised by the block's ``access`` and thrown out when
-more than half of a group is stale, as are the numbers of empty groups. The order by depth is settled by one sort when
-the group reaches the front. See also O'Neil et al., "The LRU-K page replacement algorithm" (1993) for the family; the
-tail-first rule is this project's.
+place in a group; one with children or leases is parked with its number when the front reaches it, and comes back when
+the last child or lease is gone. Entries left behind in groups are recognised by the block's ``access`` and thrown out
+when more than half of a group is stale, as are the numbers of empty groups. The order by depth is settled by one sort
+when the group reaches the front. See also O'Neil et al., "The LRU-K page replacement algorithm" (1993) for the
+family; the tail-first rule is this project's.
 """
 
 from __future__ import annotations
