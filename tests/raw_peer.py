@@ -98,6 +98,7 @@ class RawPeer:
 
     def greet(self) -> Welcome:
         """Open a session."""
+        self.namespace_id = 0
         reply = self.ask(Hello, 1, 1, "raw", os.getpid(), self._boot_id, session=0)
         assert isinstance(reply, Welcome), reply
         self.session = reply.session

@@ -251,6 +251,8 @@ class AsyncClient(BaseClient):
             if self._greeted:
                 return
             self._check_usable()
+            if time.monotonic() >= deadline:
+                raise self._late()
             self._loop = asyncio.get_running_loop()
             link = self._link = Link(self.endpoint, max(deadline - time.monotonic(), 0.001))
             for descriptor in link.descriptors():
@@ -328,9 +330,7 @@ class AsyncClient(BaseClient):
             async with asyncio.timeout(max(deadline - time.monotonic(), 0.0)):
                 return await reply
         except TimeoutError:
-            raise DeadlineExceeded(
-                f"the daemon at {self.endpoint} did not answer in time (timeout {self.timeout:g} s)"
-            ) from None
+            raise self._late() from None
 
     async def _send_unwaited(self, ask: Ask, deadline: float) -> None:
         """Hand a put to libzmq, which copies it: the caller's buffers are free when this returns."""

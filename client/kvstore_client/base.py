@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, Final, Literal
 
-from kvstore.errors import ConnectionLost, ErrorCode, ForkedClient, InvalidArgument
+from kvstore.errors import ConnectionLost, DeadlineExceeded, ErrorCode, ForkedClient, InvalidArgument
 from kvstore.protocol.endpoint import check_endpoint, default_endpoint
 from kvstore.protocol.keys import chain_keys
 from kvstore.protocol.messages import ErrorReply, Reply
@@ -117,6 +117,9 @@ class BaseClient:
     def _is_of_another_process(self) -> bool:
         """Whether this is a forked child's copy: the connection is the parent's, and nothing may be done to it."""
         return os.getpid() != self._pid
+
+    def _late(self) -> DeadlineExceeded:
+        return DeadlineExceeded(f"the daemon at {self.endpoint} did not answer in time (timeout {self.timeout:g} s)")
 
     def _check_usable(self) -> None:
         if self._closed:

@@ -360,9 +360,7 @@ class Client(BaseClient):
                 raise _LinkLost
             left_ms = int((deadline - time.monotonic()) * 1000)
             if left_ms <= 0:
-                raise DeadlineExceeded(
-                    f"the daemon at {self.endpoint} did not answer in time (timeout {self.timeout:g} s)"
-                )
+                raise self._late()
             link.wait(left_ms)
 
     def _note(self, told: Told) -> None:

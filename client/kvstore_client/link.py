@@ -46,6 +46,10 @@ def probe(endpoint: str, timeout: float) -> None:
             raise PermissionRefused(
                 f"no access to {endpoint}: the daemon's access.mode and access.group do not let this user in"
             ) from None
+        except BlockingIOError:
+            raise DaemonUnavailable(
+                f"the daemon at {endpoint} takes no connection now: too many are waiting for it already; try again"
+            ) from None
         except OSError as error:
             if error.errno in (errno.ENOTSOCK, errno.EPROTOTYPE):
                 raise DaemonUnavailable(f"no daemon at {endpoint}: {path} is no socket of a daemon; {start}") from None

@@ -19,7 +19,7 @@ class Lease:
 
 
 class Leases:
-    """All leases. Only the ends of parent-child runs are marked: a leaf-first policy keeps what is above them."""
+    """All leases. Every block of a lease is marked: it stays also where one behind it is removed or found corrupt."""
 
     def __init__(self) -> None:
         self._leases: dict[int, Lease] = {}
@@ -39,15 +39,10 @@ class Leases:
         return list(self._leases.values())
 
     def take(self, session: int, blocks: list[Block] | tuple[Block, ...], expires_ns: int) -> int:
-        """Lease a run of blocks; returns the lease's id."""
-        ends = [
-            block
-            for index, block in enumerate(blocks)
-            if index + 1 == len(blocks) or blocks[index + 1].parent is not block
-        ]
-        for block in ends:
+        """Lease blocks; returns the lease's id."""
+        for block in blocks:
             block.leases += 1
-        lease = Lease(self._next, session, ends, expires_ns)
+        lease = Lease(self._next, session, list(blocks), expires_ns)
         self._next += 1
         self._leases[lease.id] = lease
         self._of_session.setdefault(session, set()).add(lease.id)

@@ -156,6 +156,11 @@ class SlabAllocator:
         slab.free.clear()
         self._empty.append(slab)
 
+    def slots_short_of_a_slab(self, slot_bytes: int) -> int:
+        """How many slots of this size must come free until they are as many as any one slab of theirs has."""
+        slots = self.classes[slot_bytes // PAGE_BYTES]
+        return self._pages // slots.slot_pages - slots.free_slots
+
     def vacatable(self, slot_bytes: int) -> list[Slab]:
         """Slabs of other classes whose used slots would fit into the rest of their class, emptiest first."""
         pages = slot_bytes // PAGE_BYTES

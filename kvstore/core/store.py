@@ -256,23 +256,33 @@ class Store:
             instructions = self._vacate(slab)
             if instructions:
                 return [*instructions, TryAgain()]
-        victims: list[Block] = []
-        instructions = []
-        while len(victims) < EVICTION_BATCH:
-            victim = self._next_victim()
-            if victim is None:
-                break
-            victims.append(victim)
-            fits = any(record.slot_bytes == slot_bytes for record in victim.parts.values())
-            instructions += self._evict(victim)
-            if fits:
-                break
-        if victims:
-            return [*instructions, TryAgain()]
+        slots = self._evict_for_slot(slot_bytes)
+        if slots:
+            return [Withdraw(slots), TryAgain()]
         if self.limbo_bytes or self.leases:
             return [Refuse(PutStatus.THROTTLED, Reason.ALL_HELD)]
         all_there = self.slabs.usable_slabs == len(self.slabs.slabs)
         return [Refuse(PutStatus.THROTTLED, Reason.GRANT_LIMIT if all_there else Reason.MEMORY_LIMIT)]
+
+    def _evict_for_slot(self, slot_bytes: int) -> list[int]:
+        """Evict until a slot of this size, or a slab's worth of another size, comes free; the slots."""
+        slots: list[int] = []
+        missing: dict[int, int] = {}
+        for _ in range(EVICTION_BATCH):
+            victim = self._next_victim()
+            if victim is None:
+                break
+            enough = False
+            for record in victim.parts.values():
+                size = record.slot_bytes
+                if size not in missing:
+                    missing[size] = self.slabs.slots_short_of_a_slab(size)
+                missing[size] -= 1
+                enough = enough or size == slot_bytes or missing[size] == 0
+            slots += self._evict(victim)
+            if enough:
+                break
+        return slots
 
     def _vacate(self, slab: Slab) -> list[Instruction]:
         """Move all records out of a slab into the rest of its class; [] if one of them cannot be moved."""
@@ -306,15 +316,17 @@ class Store:
         statuses: list[PutStatus] = []
         reasons: list[Reason] = []
         touched: list[Block] = []
-        placed: dict[Block, list[int]] = {}
-        for index, commit in enumerate(event.records):
+        placed: list[Record] = []
+        for commit in event.records:
             record = session.grants.pop(commit.slot, None)
             if record is None:
                 status, reason = PutStatus.REJECTED, Reason.BAD_RECORD
             else:
                 session.granted_bytes -= record.slot_bytes
-                status, reason = self._place(record, commit, namespace, access, touched, placed, index)
-                if status is not PutStatus.STORED:
+                status, reason = self._place(record, commit, namespace, access, touched)
+                if status is PutStatus.STORED:
+                    placed.append(record)
+                else:
                     self._to_free(record, commit.key, status.name)
             statuses.append(status)
             reasons.append(reason)
@@ -322,7 +334,8 @@ class Store:
             self.policy.touch(block, 1, access)
         instructions: list[Instruction] = []
         if self.resident_bytes > self.limits.capacity_bytes:
-            instructions = self._fit_capacity(placed, statuses, reasons)
+            instructions.append(Withdraw(self._fit_capacity(placed)))
+            self._answer_for_evicted(event, statuses, reasons)
         instructions.append(Answer(statuses, reasons))
         return instructions
 
@@ -333,8 +346,6 @@ class Store:
         namespace: NamespaceState | None,
         access: int,
         touched: list[Block],
-        placed: dict[Block, list[int]],
-        index: int,
     ) -> tuple[PutStatus, Reason]:
         """Publish one committed record, or say why not."""
         if namespace is None or not namespace.current:
@@ -367,27 +378,39 @@ class Store:
         self.resident_bytes += record.slot_bytes
         self.resident_record_bytes += record.record_bytes
         self.record_count += 1
-        placed.setdefault(block, []).append(index)
         return PutStatus.STORED, Reason.NONE
 
-    def _fit_capacity(
-        self, placed: dict[Block, list[int]], statuses: list[PutStatus], reasons: list[Reason]
-    ) -> list[Instruction]:
-        """Evict until resident records fit; where nothing else can leave, what was just placed must."""
-        withdrawn: list[int] = []
+    def _fit_capacity(self, placed: list[Record]) -> list[int]:
+        """Evict until resident records fit; where nothing else may leave, what was just placed must. Their slots."""
+        slots: list[int] = []
         while self.resident_bytes > self.limits.capacity_bytes:
             victim = self._next_victim()
-            if victim is None:
-                victim = next(block for block in reversed(placed) if block.parts)
-            if victim in placed:
-                held = bool(self.leases)
-                for index in placed[victim]:
-                    statuses[index] = PutStatus.THROTTLED if held else PutStatus.REJECTED
-                    reasons[index] = Reason.ALL_HELD if held else Reason.NO_ROOM
-            for instruction in self._evict(victim):
-                assert isinstance(instruction, Withdraw)
-                withdrawn += instruction.slots
-        return [Withdraw(withdrawn)]
+            if victim is not None:
+                slots += self._evict(victim)
+                continue
+            record = placed.pop()
+            block = record.block
+            if block is None:
+                continue
+            if len(block.parts) == 1:
+                slots += self._evict(block)
+            else:
+                # Its other parts may be leased, and were there before.
+                del block.parts[record.part]
+                block.slot_bytes -= record.slot_bytes
+                block.namespace.slot_bytes -= record.slot_bytes
+                self._to_limbo(record, block.key, "no room")
+                slots.append(record.slot)
+        return slots
+
+    def _answer_for_evicted(self, event: Committed, statuses: list[PutStatus], reasons: list[Reason]) -> None:
+        """What did not stay, although it was placed or had been there before, is no success."""
+        held = bool(self.leases)
+        for index, commit in enumerate(event.records):
+            here = statuses[index] in (PutStatus.STORED, PutStatus.EXISTS)
+            if here and self.find(event.namespace_id, commit.key, commit.part) is None:
+                statuses[index] = PutStatus.THROTTLED if held else PutStatus.REJECTED
+                reasons[index] = Reason.ALL_HELD if held else Reason.NO_ROOM
 
     def _grants_returned(self, event: GrantsReturned) -> list[Instruction]:
         session = self.sessions[event.session]
@@ -436,21 +459,21 @@ class Store:
         namespace = self.namespaces.by_id.get(event.namespace_id)
         if namespace is None:
             return [Count(0)]
-        instructions: list[Instruction] = []
+        slots: list[int] = []
         orphaned: list[Block] = []
         removed = 0
         for key in event.keys:
             block = namespace.blocks.get(key)
             if block is not None:
                 orphaned += block.children or ()
-                instructions += self._drop(block, "removed")
+                slots += self._unlink(block, "removed")
                 removed += 1
         # Only now, because some of them were removed as well: a whole chain costs no more than its length.
         condemned = [below for block in orphaned if block.parts for below in (block, *descendants(block))]
         if condemned:
             self.policy.condemn(sorted(condemned, key=lambda block: block.depth))
         self.counters.removed_blocks += removed
-        return [*instructions, Count(removed)]
+        return [Withdraw(slots), Count(removed)] if slots else [Count(0)]
 
     def _clear_wanted(self, event: ClearWanted) -> list[Instruction]:
         namespace = self.namespaces.by_id.get(event.namespace_id)
@@ -462,7 +485,7 @@ class Store:
         if record is None or record.state is not RecordState.RESIDENT or record.block is None:
             return []
         self.counters.corrupt_records += 1
-        return self._drop(record.block, f"corrupt: {event.why}")
+        return [Withdraw(self._unlink(record.block, f"corrupt: {event.why}"))]
 
     def _quiesced(self, event: Quiesced) -> list[Instruction]:
         for slot in event.slots:
@@ -486,18 +509,16 @@ class Store:
         assert victim is None or isinstance(victim, Block)
         return victim
 
-    def _evict(self, block: Block) -> list[Instruction]:
+    def _evict(self, block: Block) -> list[int]:
+        """Its slots, to be withdrawn."""
         self.counters.evicted_blocks += 1
         self.counters.evicted_bytes += block.slot_bytes
-        return self._drop(block, "evicted")
+        return self._unlink(block, "evicted")
 
     def _withdraw_all(self, blocks: list[Block]) -> list[Instruction]:
         slots = [slot for block in blocks for slot in self._unlink(block, "cleared")]
         self.counters.removed_blocks += len(blocks)
         return [Withdraw(slots)] if slots else []
-
-    def _drop(self, block: Block, cause: str) -> list[Instruction]:
-        return [Withdraw(self._unlink(block, cause))]
 
     def _unlink(self, block: Block, cause: str) -> list[int]:
         """Take a block out of the tree and the policy, its records into limbo; their slots."""

@@ -25,6 +25,7 @@ from kvstore.observability.logs import Log, RepeatedLog, configure_logs, get_log
 from kvstore.policy.registry import make_policy
 from kvstore.protocol.endpoint import default_arena_directory, default_directory, ipc_path
 from kvstore.server.counters import RequestCounters
+from kvstore.server.descriptors import reserve_descriptors
 from kvstore.server.executor import Executor
 from kvstore.server.gets import Reads
 from kvstore.server.http import start_http
@@ -287,5 +288,6 @@ def run(settings: Settings) -> int:
         SettingsError, ResourceTaken, InsufficientMemory, PermissionRefused: why it cannot start.
     """
     configure_logs(settings.log_level, settings.log_format)
+    reserve_descriptors(settings.limits.max_sessions)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_serve(settings))

@@ -30,6 +30,8 @@ _RCVMORE: Final = int(zmq.RCVMORE)
 _EVENTS: Final = int(zmq.EVENTS)
 _POLLIN: Final = int(zmq.POLLIN)
 _LINGER_MS: Final = 200
+_BACKLOG: Final = 1024
+"""Connections that may wait to be accepted: all clients of a daemon reconnect at once after its restart."""
 
 OnMessage = Callable[[bytes, bytes, list[zmq.Frame]], None]
 """Called with the sender's identity, the header frame, and the payload frames."""
@@ -59,6 +61,7 @@ class RouterTransport:
         self._socket.setsockopt(zmq.SNDHWM, 2 * MAX_OUTSTANDING_REQUESTS)
         self._socket.setsockopt(zmq.RCVHWM, 2 * MAX_OUTSTANDING_REQUESTS)
         self._socket.setsockopt(zmq.LINGER, _LINGER_MS)
+        self._socket.setsockopt(zmq.BACKLOG, _BACKLOG)
         self._path = Path(endpoint.removeprefix("ipc://"))
         umask = os.umask(0o177)
         try:

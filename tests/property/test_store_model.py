@@ -334,7 +334,7 @@ class StoreMachine(RuleBasedStateMachine):
         index=KEY_INDEXES,
         pages=SIZES,
         access=st.integers(0, 3),
-        order=st.sampled_from(["chain", "reverse", "tail"]),
+        order=st.sampled_from(["chain", "reverse", "tail", "twice"]),
     )
     def put_chain(self, place: int, namespace: int, index: int, pages: int, access: int, order: str) -> None:
         """What a good client does: reserve and commit all parts of a chain."""
@@ -344,6 +344,8 @@ class StoreMachine(RuleBasedStateMachine):
             chain = chain[-2:]
         elif order == "reverse":
             chain.reverse()
+        elif order == "twice":
+            chain = chain[-2:] * 2
         records = []
         for number in chain:
             for part in range(space.parts):
@@ -604,12 +606,12 @@ class StoreMachine(RuleBasedStateMachine):
         assert not self.executor.contents, f"slots still hold {self.executor.contents}"
 
 
-StoreMachine.TestCase.settings = settings(max_examples=250, stateful_step_count=60, deadline=None)
+StoreMachine.TestCase.settings = settings(max_examples=600, stateful_step_count=60, deadline=None)
 TestStoreAgainstModel = StoreMachine.TestCase
 
 
 @pytest.mark.stress
 @pytest.mark.timeout(1800)
 def test_store_against_model_for_long():
-    long = settings(max_examples=4000, stateful_step_count=120, deadline=None, derandomize=False, database=None)
+    long = settings(max_examples=1500, stateful_step_count=120, deadline=None, derandomize=False, database=None)
     run_state_machine_as_test(StoreMachine, settings=long)

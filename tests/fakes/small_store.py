@@ -1,0 +1,109 @@
+"""A store of one-page slots with a client that puts and reads blocks by letter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fakes.memory_executor import MemoryExecutor
+
+from kvstore.core.block import Block, Record, runs_of
+from kvstore.core.events import (
+    Accessed,
+    Committed,
+    CommittedRecord,
+    Joined,
+    LeaseWanted,
+    PopulationEnded,
+    SessionOpened,
+    SlabPopulated,
+)
+from kvstore.core.instructions import Answer, Leased, Namespaced
+from kvstore.core.namespaces import NamespaceState
+from kvstore.core.slabs import SlabAllocator
+from kvstore.core.store import Store, StoreLimits
+from kvstore.policy.lru import Lru
+from kvstore.protocol.keys import ROOT_KEY
+from kvstore.protocol.messages import PutStatus, Reason
+from kvstore.protocol.namespace import Namespace
+
+PAGE_BYTES = 4096
+SESSION = 1
+FIRST_PAGE = 512
+
+
+def key_of(letter: str) -> bytes:
+    """A key that can be read in a failure."""
+    return letter.encode().ljust(32, b"_")
+
+
+class SmallStore:
+    """``put("abc")`` puts a chain of three blocks; ``at`` goes on behind a block.
+
+    Args:
+        capacity_pages, grant_pages: of the store.
+        slab_pages: of each slab; there are as many as capacity and grants need.
+        parts: of the namespace.
+    """
+
+    def __init__(self, capacity_pages: int = 8, grant_pages: int = 8, *, slab_pages: int = 4, parts: int = 1) -> None:
+        slabs = -(-(capacity_pages + grant_pages) // slab_pages)
+        limits = StoreLimits(
+            capacity_bytes=capacity_pages * PAGE_BYTES,
+            grant_bytes=grant_pages * PAGE_BYTES,
+            grant_bytes_per_session=grant_pages * PAGE_BYTES,
+        )
+        self.store = Store(limits, SlabAllocator(slabs, slab_pages * PAGE_BYTES, FIRST_PAGE), Lru())
+        self.executor = MemoryExecutor(self.store)
+        for index in range(slabs):
+            self.executor.apply(SlabPopulated(index))
+        self.executor.apply(PopulationEnded())
+        self.executor.apply(SessionOpened(SESSION))
+        self.namespace = self.join(Namespace(name="small", parts=parts))
+
+    def join(self, description: Namespace) -> NamespaceState:
+        answer = self.executor.apply(Joined(description))
+        assert isinstance(answer, Namespaced)
+        return answer.namespace
+
+    def grant(self, pages: int = 1) -> int:
+        granted = self.executor.want_slot(SESSION, pages * PAGE_BYTES - 1)
+        assert isinstance(granted, Record), f"{granted}"
+        return granted.slot
+
+    def record(self, letter: str, parent: str = "", *, part: int = 0, pages: int = 1) -> CommittedRecord:
+        """A granted and written record, ready to be committed."""
+        slot = self.grant(pages)
+        self.executor.write(slot, (letter, part))
+        above = key_of(parent) if parent else ROOT_KEY
+        length = pages * PAGE_BYTES - 1
+        return CommittedRecord(slot, key_of(letter), above, self.namespace.digest, part, length, 0, 0)
+
+    def commit(self, *records: CommittedRecord, access: int = 0) -> list[tuple[PutStatus, Reason]]:
+        answer = self.executor.apply(Committed(SESSION, self.namespace.id, records, access))
+        assert isinstance(answer, Answer)
+        for record in records:
+            if record.slot not in self.store.records:
+                self.executor.forget(record.slot)
+        return list(zip(answer.statuses, answer.reasons, strict=True))
+
+    def put(self, letters: str, *, at: str = "", access: int = 0, pages: int = 1) -> list[tuple[PutStatus, Reason]]:
+        parents = [at, *letters]
+        records = [self.record(letter, parents[index], pages=pages) for index, letter in enumerate(letters)]
+        return self.commit(*records, access=access)
+
+    def blocks(self, letters: str) -> list[Block]:
+        return [self.namespace.blocks[key_of(letter)] for letter in letters]
+
+    def touch(self, letters: str) -> None:
+        self.executor.apply(Accessed(SESSION, 0, runs_of(self.blocks(letters)), len(letters)))
+
+    def lease(self, letters: str, duration_ns: int = 10**9) -> int:
+        answer = self.executor.apply(LeaseWanted(SESSION, self.blocks(letters), duration_ns))
+        assert isinstance(answer, Leased)
+        return answer.lease
+
+    def resident(self) -> str:
+        return "".join(sorted(key.rstrip(b"_").decode() for key in self.namespace.blocks))
+
+    def hits(self, letters: Sequence[str]) -> int:
+        return len(self.store.leading(self.namespace.id, [key_of(letter) for letter in letters]))

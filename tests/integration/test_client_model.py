@@ -1,0 +1,226 @@
+"""Hypothesis drives two clients, one of each kind, against a live daemon and a plain dict: the same answers, always.
+
+The tier is large enough for everything, so a block that was stored is there until it is removed.
+"""
+
+from __future__ import annotations
+
+import random
+from contextlib import ExitStack
+from itertools import count
+
+import pytest
+from client_adapter import CLIENTS, AnyClient
+from daemon_process import DaemonProcess
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from kvstore_client import Namespace, PutStatus
+
+PARTS = 2
+BLOCKS = 24
+CHAIN = 6
+"""Blocks 0 to 5 are one chain, 6 to 11 the next, ..."""
+
+BLOCK = st.integers(0, BLOCKS - 1)
+PART = st.integers(0, PARTS - 1)
+LENGTH = st.sampled_from([1, 3, 100, 3840, 3841, 4096, 20_000, 65_280, 65_536, 150_000])
+WHO = st.sampled_from([0, 1])
+
+_runs = count()
+
+
+def key(block: int) -> bytes:
+    return (block + 1).to_bytes(4, "big") * 8
+
+
+def parent(block: int) -> bytes | None:
+    return key(block - 1) if block % CHAIN else None
+
+
+def payload(seed: int, length: int) -> bytes:
+    return random.Random(seed).randbytes(length)
+
+
+class Clients(RuleBasedStateMachine):
+    """``blocks[block][part]`` is what both clients of the current generation must find."""
+
+    daemon: DaemonProcess
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = ExitStack()
+        self.blocks: dict[int, dict[int, bytes]] = {}
+        self.generation = 0
+        self.generations = [0, 0]
+        self.leases: list[object] = []
+        self.seeds = count()
+        self.namespace = Namespace(name=f"model-{next(_runs)}", parts=PARTS)
+
+    @initialize(kinds=st.permutations(list(CLIENTS)))
+    def connect(self, kinds: list[str]) -> None:
+        self.kinds = kinds[:2]
+        self.clients = [self.make(kind) for kind in self.kinds]
+
+    def make(self, kind: str) -> AnyClient:
+        return self.stack.enter_context(CLIENTS[kind](self.daemon.endpoint, namespace=self.namespace, timeout=20.0))
+
+    def current(self, who: int) -> bool:
+        return self.generations[who] == self.generation
+
+    def visible(self, who: int) -> dict[int, dict[int, bytes]]:
+        return self.blocks if self.current(who) else {}
+
+    def store(self, who: int, block: int, part: int, data: bytes) -> PutStatus:
+        """What a put must answer, and what it changes."""
+        if not self.current(who):
+            return PutStatus.REJECTED
+        parts = self.blocks.setdefault(block, {})
+        if part in parts:
+            return PutStatus.EXISTS
+        parts[part] = data
+        return PutStatus.STORED
+
+    # -------------------------------------------------------------- writing
+
+    @rule(who=WHO, block=BLOCK, part=PART, length=LENGTH)
+    def put(self, who: int, block: int, part: int, length: int) -> None:
+        data = payload(next(self.seeds), length)
+        expected = self.store(who, block, part, data)
+        assert self.clients[who].put(key(block), data, parent=parent(block), part=part) is expected
+
+    @rule(who=WHO, chain=st.integers(0, BLOCKS // CHAIN - 1), first=st.integers(0, CHAIN - 1), part=PART, length=LENGTH)
+    def put_chain(self, who: int, chain: int, first: int, part: int, length: int) -> None:
+        numbers = range(chain * CHAIN + first, (chain + 1) * CHAIN)
+        datas = [payload(next(self.seeds), length) for _ in numbers]
+        expected = [self.store(who, block, part, data) for block, data in zip(numbers, datas, strict=True)]
+        keys = [key(block) for block in numbers]
+        assert self.clients[who].put_many(keys, datas, parent=parent(numbers[0]), part=part) == expected
+
+    @rule(who=WHO, blocks=st.lists(BLOCK, min_size=1, max_size=5), part=PART, length=LENGTH)
+    def put_without_wait(self, who: int, blocks: list[int], part: int, length: int) -> None:
+        client = self.clients[who]
+        expected = []
+        for block in blocks:
+            data = payload(next(self.seeds), length)
+            expected.append(self.store(who, block, part, data))
+            assert client.put(key(block), data, parent=parent(block), part=part, wait=False) is PutStatus.PENDING
+        assert client.get(key(blocks[-1]), part=part) == self.visible(who).get(blocks[-1], {}).get(part)
+        done = client.flush()
+        assert (done.stored, done.exists, done.rejected, done.throttled, done.lost) == (
+            expected.count(PutStatus.STORED),
+            expected.count(PutStatus.EXISTS),
+            expected.count(PutStatus.REJECTED),
+            0,
+            0,
+        )
+
+    @rule(who=WHO, blocks=st.lists(BLOCK, max_size=4))
+    def remove(self, who: int, blocks: list[int]) -> None:
+        there = self.visible(who)
+        expected = sum(there.pop(block, None) is not None for block in blocks)
+        assert self.clients[who].remove([key(block) for block in blocks]) == expected
+
+    @rule(who=WHO)
+    def clear(self, who: int) -> None:
+        there = self.visible(who)
+        assert self.clients[who].clear() == len(there)
+        there.clear()
+
+    @rule(who=WHO)
+    def invalidate(self, who: int) -> None:
+        self.clients[who].invalidate()
+        if self.current(who):
+            self.generation += 1
+            self.blocks.clear()
+        self.generations[who] = self.generation
+        assert self.clients[who].generation == self.generation
+
+    # -------------------------------------------------------------- reading
+
+    @rule(who=WHO, block=BLOCK, part=PART)
+    def get(self, who: int, block: int, part: int) -> None:
+        assert self.clients[who].get(key(block), part=part) == self.visible(who).get(block, {}).get(part)
+
+    @rule(who=WHO, blocks=st.lists(BLOCK, max_size=8), part=PART)
+    def get_many_into(self, who: int, blocks: list[int], part: int) -> None:
+        outs = [bytearray(150_000) for _ in blocks]
+        lengths = self.clients[who].get_many_into([key(block) for block in blocks], outs, part=part)
+        for block, out, length in zip(blocks, outs, lengths, strict=True):
+            expected = self.visible(who).get(block, {}).get(part)
+            assert length == (None if expected is None else len(expected))
+            assert out[: length or 0] == (expected or b"")
+            assert not any(out[length or 0 :])
+
+    @rule(who=WHO, block=BLOCK, part=PART)
+    def view(self, who: int, block: int, part: int) -> None:
+        with self.clients[who].view(key(block), part=part) as found:
+            assert found == self.visible(who).get(block, {}).get(part)
+
+    @rule(who=WHO)
+    def exists_and_prefetch(self, who: int) -> None:
+        keys = [key(block) for block in range(BLOCKS)]
+        complete = [len(self.visible(who).get(block, {})) == PARTS for block in range(BLOCKS)]
+        assert self.clients[who].exists(keys) == complete
+        assert self.clients[who].prefetch(keys) == sum(complete)
+
+    @rule(who=WHO, chain=st.integers(0, BLOCKS // CHAIN - 1), lease=st.none() | st.just(30.0))
+    def match(self, who: int, chain: int, lease: float | None) -> None:
+        numbers = range(chain * CHAIN, (chain + 1) * CHAIN)
+        complete = [len(self.visible(who).get(block, {})) == PARTS for block in numbers]
+        expected = complete.index(False) if False in complete else CHAIN
+        found = self.clients[who].match([key(block) for block in numbers], lease=lease)
+        assert (len(found), found.tiers) == (expected, ["dram"] * expected)
+        assert bool(found.lease) == (lease is not None and expected > 0)
+        if found.lease:
+            self.leases.append(found)
+
+    @precondition(lambda self: self.leases)
+    @rule()
+    def release(self) -> None:
+        self.leases.pop().release()  # type: ignore[attr-defined]
+
+    # -------------------------------------------------------------- life
+
+    @rule(who=WHO)
+    def reconnect(self, who: int) -> None:
+        self.clients[who].close()
+        self.leases.clear()
+        self.clients[who] = self.make(self.kinds[who])
+        self.generations[who] = self.generation
+        assert self.clients[who].generation == self.generation
+
+    @invariant()
+    def nothing_is_lent(self) -> None:
+        if hasattr(self, "clients"):
+            stats = self.clients[0].stats()
+            assert (stats.dram.granted_bytes, stats.eviction.evicted_blocks) == (0, 0)
+            assert stats.eviction.corrupt_records == 0
+
+    def teardown(self) -> None:
+        if hasattr(self, "clients"):
+            client = self.clients[0]
+            if not self.current(0):
+                client.invalidate()
+            assert client.verify().problems == []
+            client.clear()
+        self.stack.close()
+
+
+@pytest.mark.timeout(150)
+def test_clients_answer_as_a_dict_does(daemon: DaemonProcess):
+    machine = type("ClientsOfTheDaemon", (Clients,), {"daemon": daemon})
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+        ),
+    )
