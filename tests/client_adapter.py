@@ -52,7 +52,7 @@ class AsyncAdapter:
         **options: Any,
     ) -> None:
         self._loop = factory()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="client-loop")
+        self._thread = threading.Thread(target=self._loop.run_forever, name="client-loop", daemon=True)
         self._thread.start()
         try:
             self.client = self.run(self._make(endpoint, options))

@@ -290,6 +290,8 @@ class AsyncClient(BaseClient):
 
     async def _exchange(self, ask: Ask, deadline: float) -> Told:
         """Send one request and wait for its reply."""
+        if ask.pause_s:
+            await asyncio.sleep(max(min(ask.pause_s, deadline - time.monotonic()), 0.0))
         return await self._answer(await self._send(ask, deadline), deadline)
 
     async def _send(self, ask: Ask, deadline: float) -> asyncio.Future[Told]:

@@ -339,6 +339,8 @@ class Client(BaseClient):
 
     def _exchange(self, link: Link, ask: Ask, deadline: float) -> Told:
         """Send one request and wait for its reply."""
+        if ask.pause_s:
+            time.sleep(max(min(ask.pause_s, deadline - time.monotonic()), 0.0))
         request = self._session.request(ask, deadline - time.monotonic())
         try:
             link.send(encode(request), ask.payloads)

@@ -36,12 +36,13 @@ ReplyT = TypeVar("ReplyT", bound=Reply)
 
 @dataclass(slots=True)
 class Ask:
-    """A request to be made: its type, the fields behind the envelope, payload frames."""
+    """A request to be made: its type, the fields behind the envelope, payload frames, a pause before it is sent."""
 
     type: type[Request]
     fields: tuple[Any, ...] = ()
     access: int = 0
     payloads: Sequence[Buffer] = ()
+    pause_s: float = 0.0
 
 
 class Told(NamedTuple):

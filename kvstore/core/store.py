@@ -48,7 +48,7 @@ from kvstore.core.instructions import (
 from kvstore.core.leases import Leases
 from kvstore.core.namespaces import Namespaces, NamespaceState, descendants
 from kvstore.core.slabs import Slab, SlabAllocator
-from kvstore.core.story import Chapter, Story
+from kvstore.core.story import Story
 from kvstore.errors import InvalidTransition
 from kvstore.format.constants import PAGE_BYTES
 from kvstore.policy.base import EvictionPolicy
@@ -300,7 +300,8 @@ class Store:
             self.records[target] = copy
             assert record.block is not None
             record.block.parts[record.part] = copy
-            self._note(record.block.key, copy, RecordState.GRANTED, RecordState.RESIDENT, "moved here")
+            told = (self._now_ns, record.block.key, copy.part, target, RecordState.GRANTED, copy.state, "moved here")
+            self.story.add(told)
             moves.append(Move(record.slot, target, record.slot_bytes))
             self.resident_bytes += record.slot_bytes
             self.resident_record_bytes += record.record_bytes
@@ -335,7 +336,8 @@ class Store:
         instructions: list[Instruction] = []
         if self.resident_bytes > self.limits.capacity_bytes:
             instructions.append(Withdraw(self._fit_capacity(placed)))
-            self._answer_for_evicted(event, statuses, reasons)
+            if None in [record.block for record in placed] or not all(block.parts for block in touched):
+                self._answer_for_evicted(event, statuses, reasons)
         instructions.append(Answer(statuses, reasons))
         return instructions
 
@@ -383,12 +385,13 @@ class Store:
     def _fit_capacity(self, placed: list[Record]) -> list[int]:
         """Evict until resident records fit; where nothing else may leave, what was just placed must. Their slots."""
         slots: list[int] = []
+        newest_first = reversed(placed)
         while self.resident_bytes > self.limits.capacity_bytes:
             victim = self._next_victim()
             if victim is not None:
                 slots += self._evict(victim)
                 continue
-            record = placed.pop()
+            record = next(newest_first)
             block = record.block
             if block is None:
                 continue
@@ -562,7 +565,4 @@ class Store:
                 f"happen; its story: {self.story.tell(key, record.slot) or 'nothing remembered'}"
             )
         record.state = after
-        self._note(key, record, before, after, cause)
-
-    def _note(self, key: bytes, record: Record, before: RecordState, after: RecordState, cause: str) -> None:
-        self.story.add(Chapter(self._now_ns, key, record.part, record.slot, before, after, cause))
+        self.story.add((self._now_ns, key, record.part, record.slot, before, after, cause))

@@ -48,6 +48,7 @@ class Reads:
         blocks = []
         missing = []
         room = self._outbound.room(session.id)
+        polled = False
         total = 0
         for index, key in enumerate(keys):
             record = store.find(request.namespace_id, key, request.part)
@@ -55,8 +56,13 @@ class Reads:
                 missing.append(key)
                 continue
             if total + record.record_bytes > room and (total or self._outbound.bytes_of(session.id)):
-                statuses[index] = GetStatus.THROTTLED
-                continue
+                if not polled:
+                    polled = True
+                    self._outbound.poll()
+                    room = self._outbound.room(session.id)
+                if total + record.record_bytes > room and (total or self._outbound.bytes_of(session.id)):
+                    statuses[index] = GetStatus.THROTTLED
+                    continue
             total += record.record_bytes
             statuses[index] = GetStatus.HIT
             payloads.append(self._executor.arena.record(record.slot, record.record_bytes))

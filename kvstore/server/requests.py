@@ -50,6 +50,7 @@ from kvstore.protocol.messages import (
     Ping,
     Prefetch,
     Put,
+    Reason,
     Release,
     Remove,
     Reply,
@@ -305,6 +306,7 @@ class Requests:
             )
         if self._overload.refuses(request, session.last_ns, session.same_host):
             self._counters.throttled += request.count
+            self._counters.reasons[Reason.OVERLOADED.name.lower()] += request.count
             return refused(request, self._incarnation)
         return self._puts.put(session, request, payloads, self._incarnation)
 

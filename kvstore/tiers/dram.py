@@ -49,7 +49,11 @@ class Arena:
     def __init__(self, path: Path, header: ArenaHeader, mode: int, gid: int = -1) -> None:
         self.header = header
         self._file = SharedFile(path, header.arena_bytes, mode, gid)
-        self._file.allocate(0, PAGE_BYTES)
+        try:
+            self._file.allocate(0, PAGE_BYTES)
+        except BaseException:
+            self._file.close()
+            raise
         encoded = encode_arena_header(header)
         self._file.map[: len(encoded)] = encoded
         self._view = memoryview(self._file.map)
@@ -78,14 +82,20 @@ class Arena:
         return self._view[offset : offset + record_bytes].toreadonly()
 
     def write(self, slot: int, slot_bytes: int, header: Buffer, sections: Buffer) -> None:
-        """Write a record and zero the rest of its slot."""
+        """Write a record and zero the rest of its slot.
+
+        Raises:
+            ValueError: the record does not fit the slot, which was not touched.
+        """
         offset = slot * PAGE_BYTES
         view = self._view
         begin = offset + RECORD_HEADER_BYTES
         end = begin + len(sections)
+        rest = offset + slot_bytes - end
+        if rest < 0:
+            raise ValueError(f"a record of {end - offset} bytes does not fit a slot of {slot_bytes}")
         view[offset:begin] = header
         view[begin:end] = sections
-        rest = offset + slot_bytes - end
         if rest:
             view[end : end + rest] = bytes(rest)
 

@@ -14,10 +14,12 @@ import stat
 from pathlib import Path
 from typing import Final
 
-from kvstore.errors import InsufficientMemory, PermissionRefused, ResourceTaken
+from kvstore.errors import InsufficientMemory, KVStoreError, PermissionRefused, ResourceTaken
 from kvstore.mapped.session_file import lock_kind, lock_request
 
 _MADV_POPULATE_WRITE: Final = 23
+_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EFBIG})
+"""Errors that say that there is no room, where others say that it is not allowed."""
 
 
 def make_directory(path: Path, mode: int, gid: int = -1, *, private: bool = True) -> None:
@@ -61,24 +63,33 @@ class OwnerLock:
 
     Raises:
         ResourceTaken: another process holds it; the message names its pid and ``what``.
-        PermissionRefused: the lock file cannot be opened.
+        PermissionRefused: the lock file cannot be opened or locked.
+        InsufficientMemory: the file system is too full to hold even a pid.
     """
 
     def __init__(self, path: Path, what: str, remedy: str) -> None:
         self._path = path
         self._fd = self._locked_fd(what, remedy)
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+        pid = f"{os.getpid()}\n".encode()
+        try:
+            os.pwrite(self._fd, pid, 0)
+            os.ftruncate(self._fd, len(pid))
+        except OSError as error:
+            self.release()
+            raise _refused(f"cannot write the lock file {path}", error) from None
 
     def _locked_fd(self, what: str, remedy: str) -> int:
         while True:
             try:
                 fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             except OSError as error:
-                raise PermissionRefused(f"cannot open the lock file {self._path}: {error.strerror}") from None
+                raise _refused(f"cannot open the lock file {self._path}", error) from None
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except OSError as error:
+                if not isinstance(error, BlockingIOError):
+                    os.close(fd)
+                    raise _refused(f"cannot lock {self._path}", error) from None
                 owner = os.pread(fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
                 os.close(fd)
                 raise ResourceTaken(f"{what} is in use by another daemon (pid {owner}); {remedy}") from None
@@ -115,9 +126,7 @@ class SharedFile:
                 path.unlink(missing_ok=True)
                 raise
         except OSError as error:
-            if error.errno == errno.ENOMEM:
-                raise InsufficientMemory(f"cannot map {size_bytes} bytes of {path}: {error.strerror}") from None
-            raise PermissionRefused(f"cannot make {path}: {error.strerror}") from None
+            raise _refused(f"cannot make and map {path} of {size_bytes} bytes", error) from None
 
     def allocate(self, offset: int, length: int) -> None:
         """Give a range its memory, so that touching it can never fail (SIGBUS).
@@ -149,16 +158,24 @@ class SharedFile:
 
 
 class SessionFile:
-    """A client's file as the daemon sees it: made here, locked by the client."""
+    """A client's file as the daemon sees it: made here, locked by the client.
+
+    Raises:
+        OSError: it cannot be made; nothing is left behind.
+    """
 
     def __init__(self, path: Path, content: bytes, size_bytes: int, mode: int, gid: int = -1) -> None:
         self.path = path
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        os.fchmod(self._fd, mode)
-        if gid >= 0:
-            os.fchown(self._fd, -1, gid)
-        os.ftruncate(self._fd, size_bytes)
-        os.pwrite(self._fd, content, 0)
+        try:
+            os.fchmod(self._fd, mode)
+            if gid >= 0:
+                os.fchown(self._fd, -1, gid)
+            os.ftruncate(self._fd, size_bytes)
+            os.pwrite(self._fd, content, 0)
+        except BaseException:
+            self.close()
+            raise
 
     def locked(self) -> bool:
         """Whether some process holds the lock."""
@@ -183,6 +200,9 @@ def remove_stale(directory: Path, prefix: str, state: tuple[int, bytes] | None =
 
     Returns:
         How many were removed.
+
+    Raises:
+        PermissionRefused: something of that name is there that cannot be removed.
     """
     removed = 0
     for path in directory.glob(prefix + "*"):
@@ -193,9 +213,19 @@ def remove_stale(directory: Path, prefix: str, state: tuple[int, bytes] | None =
                     os.pwrite(fd, state[1], state[0])
                 finally:
                     os.close(fd)
-        path.unlink(missing_ok=True)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise PermissionRefused(
+                f"cannot remove {path}, which looks like a dead daemon's: {error.strerror}; remove it"
+            ) from None
         removed += 1
     return removed
+
+
+def _refused(what: str, error: OSError) -> KVStoreError:
+    kind = InsufficientMemory if error.errno in _FULL else PermissionRefused
+    return kind(f"{what}: {error.strerror}")
 
 
 def free_bytes(directory: Path) -> int:

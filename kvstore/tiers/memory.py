@@ -34,12 +34,31 @@ def _require(need_bytes: int, have_bytes: int, what: str, remedy: str) -> None:
 
 
 def _container_limit_bytes() -> int | None:
-    """What this process's cgroup (v2) still allows, or None without a limit."""
+    """What this process's cgroup and those above it (v2, or v1's memory controller) still allow; None without a limit.
+
+    Pages of files that the kernel would give up count as free. In a container the path may be the host's, which is not
+    there; the container's own group then is the root.
+    """
+    rooms = []
     for line in read_text("/proc/self/cgroup").splitlines():
-        if line.startswith("0::"):
-            group = f"/sys/fs/cgroup{line[3:].rstrip('/')}"
-            limit = read_text(f"{group}/memory.max").strip() or read_text("/sys/fs/cgroup/memory.max").strip()
-            used = read_text(f"{group}/memory.current").strip() or read_text("/sys/fs/cgroup/memory.current").strip()
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if number == "0" and not controllers:
+            root, limit_name, used_name = "/sys/fs/cgroup", "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            root, limit_name, used_name = "/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        parts = [part for part in path.split("/") if part]
+        for depth in range(len(parts), -1, -1):
+            group = "/".join([root, *parts[:depth]])
+            limit, used = read_text(f"{group}/{limit_name}").strip(), read_text(f"{group}/{used_name}").strip()
             if limit.isdigit() and used.isdigit():
-                return max(int(limit) - int(used), 0)
-    return None
+                rooms.append(int(limit) - int(used) + _reclaimable_bytes(read_text(f"{group}/memory.stat")))
+    return max(min(rooms), 0) if rooms else None
+
+
+def _reclaimable_bytes(memory_stat: str) -> int:
+    counts = dict(line.split(" ", 1) for line in memory_stat.splitlines() if " " in line)
+    text = counts.get("total_inactive_file", counts.get("inactive_file", "0"))
+    return int(text) if text.isdigit() else 0

@@ -36,7 +36,7 @@ def small_tmpfs(tmp_path: Path) -> Iterator[Path]:
     if done.returncode:
         pytest.skip(f"cannot mount a tmpfs here: {done.stderr.decode().strip()}")
     yield mounted
-    subprocess.run(["umount", str(mounted)], check=True)
+    subprocess.run(["umount", "-l", str(mounted)], check=True)
 
 
 def one_line(output: str) -> str:

@@ -8,10 +8,11 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import pytest
 from client_adapter import CLIENTS, AnyClient
-from daemon_process import DaemonProcess, wait_until
+from daemon_process import DaemonProcess, read_line, script, wait_until
 
 from kvstore_client import ConnectionLost, DaemonUnavailable, KVStoreError, PutStatus
 
@@ -49,45 +50,79 @@ OPERATIONS: list[Callable[[AnyClient], object]] = [
 ]
 
 
+@pytest.fixture
+def clients(kind: str, stack: ExitStack) -> Callable[[DaemonProcess], list[AnyClient]]:
+    """Makes a client for each operation, each in a namespace of its own."""
+
+    def make(daemon: DaemonProcess) -> list[AnyClient]:
+        return [
+            stack.enter_context(CLIENTS[kind](daemon.endpoint, namespace=f"own-{number}", timeout=10.0))
+            for number in range(len(OPERATIONS))
+        ]
+
+    return make
+
+
+INVALIDATE = 10
+
+
 @pytest.mark.parametrize("number", ENDS)
-def test_operations_after_the_daemons_end_fail_at_once_and_work_after_its_return(kind: str, number: signal.Signals):
+def test_operations_after_the_daemons_end_fail_at_once_and_work_after_its_return(
+    clients: Callable[[DaemonProcess], list[AnyClient]], number: signal.Signals
+):
     with DaemonProcess() as daemon:
-        clients = [CLIENTS[kind](daemon.endpoint, timeout=10.0) for _ in OPERATIONS]
-        for client in clients:
+        made = clients(daemon)
+        for client in made:
             client.put(key(1), b"before")
-        incarnation = clients[0].incarnation
+        incarnation = made[0].incarnation
         end(daemon, number)
-        for client, operation in zip(clients, OPERATIONS, strict=True):
+        for client, operation in zip(made, OPERATIONS, strict=True):
             for _ in range(2):
                 begin = time.monotonic()
                 with pytest.raises(DaemonUnavailable, match="no daemon at .*kvstore serve --endpoint"):
                     operation(client)
                 assert time.monotonic() - begin < 1.0
         daemon.start()
-        for client, operation in zip(clients, OPERATIONS, strict=True):
+        for client, operation in zip(made, OPERATIONS, strict=True):
             operation(client)
             assert client.incarnation != incarnation
             client.clear()
             assert client.put(key(1), b"after") is PutStatus.STORED
             assert client.get(key(1)) == b"after"
-        for client in clients:
-            client.close()
+        assert [client.generation for client in made].index(1) == INVALIDATE
 
 
 @pytest.mark.parametrize("number", ENDS)
-def test_restarted_daemon_is_used_without_an_error(kind: str, number: signal.Signals):
+def test_restarted_daemon_is_used_without_an_error(
+    clients: Callable[[DaemonProcess], list[AnyClient]], number: signal.Signals
+):
     with DaemonProcess() as daemon:
-        clients = [CLIENTS[kind](daemon.endpoint, timeout=10.0) for _ in OPERATIONS]
-        for client in clients:
+        made = clients(daemon)
+        for client in made:
             client.put(key(1), b"before")
         end(daemon, number)
         daemon.start()
-        for client, operation in zip(clients, OPERATIONS, strict=True):
+        for client, operation in zip(made, OPERATIONS, strict=True):
             operation(client)
-            client.clear()
-        assert clients[0].get(key(1)) is None
-        for client in clients:
-            client.close()
+        assert made[0].get(key(1)) is None
+        assert [client.generation for client in made].index(1) == INVALIDATE
+
+
+def test_invalidate_by_a_client_that_was_stale_before_a_restart_leaves_its_generation(kind: str, stack: ExitStack):
+    """The new daemon knows of no later generation, so joining its current one would not be enough."""
+    with DaemonProcess() as daemon:
+        new, old, other = (stack.enter_context(CLIENTS[kind](daemon.endpoint, timeout=10.0)) for _ in range(3))
+        new.invalidate()
+        daemon.restart()
+        new.ping()
+        assert old.put(key(1), b"x") is PutStatus.REJECTED
+        assert old.stale
+        daemon.restart()
+        assert other.put(key(1), b"old weights") is PutStatus.STORED
+        old.invalidate()
+        assert old.generation == 1
+        assert old.get(key(1)) is None
+        assert other.get(key(1)) is None
 
 
 def test_puts_that_the_daemon_took_with_it_are_counted_as_lost(kind: str):
@@ -102,10 +137,10 @@ def test_puts_that_the_daemon_took_with_it_are_counted_as_lost(kind: str):
         assert client.flush().lost == 0
 
 
-def test_generation_survives_the_daemons_restart(kind: str):
+def test_generation_survives_the_daemons_restart(kind: str, stack: ExitStack):
     """Blocks of weights that a client gave up do not come back through a daemon that forgot the generation."""
     with DaemonProcess() as daemon:
-        new, old = (CLIENTS[kind](daemon.endpoint, timeout=10.0) for _ in range(2))
+        new, old = (stack.enter_context(CLIENTS[kind](daemon.endpoint, timeout=10.0)) for _ in range(2))
         old.put(key(1), b"old weights")
         new.invalidate()
         daemon.restart()
@@ -121,8 +156,6 @@ def test_generation_survives_the_daemons_restart(kind: str):
         daemon.restart()
         assert old.put(key(2), b"old first") is PutStatus.STORED
         assert new.get(key(2)) == b"old first"
-        for client in (new, old):
-            client.close()
 
 
 @pytest.mark.parametrize("number", ENDS)
@@ -278,8 +311,6 @@ def test_term_during_a_verification_answers_it_and_ends():
 def test_parent_that_dies_takes_its_daemon_with_it():
     """What the tests rely on: no daemon outlives them."""
     with DaemonProcess() as daemon:
-        from daemon_process import read_line, script
-
         source = (
             "import os, subprocess, sys, time\n"
             "child = subprocess.Popen([sys.executable, '-P', '-m', 'kvstore', 'serve', '--endpoint', sys.argv[1], "

@@ -387,6 +387,24 @@ class StoreMachine(RuleBasedStateMachine):
             if records:
                 self._commit(session, space.id, records, access)
 
+    @rule(
+        place=SESSIONS,
+        namespace=SPACES,
+        links=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=4),
+        part=st.integers(0, 1),
+    )
+    def put_under_any_parent(self, place: int, namespace: int, links: list[tuple[int, int]], part: int) -> None:
+        """Trees that no engine would make; circles are refused."""
+        session, space = self.pick_session(place), self.space(namespace)
+        records = []
+        for index, above in links:
+            granted = self._reserve(session, PAGE_BYTES)
+            if granted is not None:
+                header = (KEYS[-1 - index], KEYS[-1 - above], space.digest, part % space.parts, PAGE_BYTES, 7, 0)
+                records.append(CommittedRecord(granted.slot, *header))
+        if records:
+            self._commit(session, space.id, records, 0)
+
     def _commit(self, session: int, namespace_id: int, records: list[CommittedRecord], access: int) -> None:
         held = self.model.grants[session]
         number = self.model.access_number(session, access)
