@@ -254,7 +254,7 @@ class AsyncClient(BaseClient):
             if time.monotonic() >= deadline:
                 raise self._late()
             self._loop = asyncio.get_running_loop()
-            link = self._link = Link(self.endpoint, max(deadline - time.monotonic(), 0.001))
+            link = self._link = Link(self.endpoint, max(deadline - time.monotonic(), 0.001), own=self._own)
             for descriptor in link.descriptors():
                 self._loop.add_reader(descriptor, self._on_readable)
             greeting = self._session.greet()

@@ -59,9 +59,15 @@ class BaseClient:
             raise InvalidArgument("mapped=True: this version reads over ZeroMQ only; use mapped=None or mapped=False")
         if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 < timeout < 1e6:
             raise InvalidArgument(f"timeout must be a positive number of seconds, got {timeout!r}")
-        if any(not isinstance(size, int) or size <= 0 for size in payload_bytes) or len(payload_bytes) > 64:
+        if (
+            not isinstance(payload_bytes, Sequence)
+            or any(not isinstance(size, int) or size <= 0 for size in payload_bytes)
+            or len(payload_bytes) > 64
+        ):
             raise InvalidArgument("payload_bytes takes up to 64 positive sizes in bytes")
-        self.endpoint = check_endpoint(endpoint or os.environ.get(ENDPOINT_VARIABLE) or default_endpoint())
+        named = endpoint or os.environ.get(ENDPOINT_VARIABLE)
+        self.endpoint = check_endpoint(named or default_endpoint())
+        self._own = not named
         self.timeout = float(timeout)
         described = Namespace.parse(namespace)
         _check_revision(described, unknown_revision)

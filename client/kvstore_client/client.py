@@ -315,7 +315,8 @@ class Client(BaseClient):
         Raises:
             DaemonUnavailable, PermissionRefused, ProtocolMismatch, DeadlineExceeded: why not.
         """
-        link = self._link = Link(self.endpoint, max(deadline - time.monotonic(), 0.001))
+        left_s = max(deadline - time.monotonic(), 0.001)
+        link = self._link = Link(self.endpoint, left_s, patience=left_s, own=self._own)
         greeting = self._session.greet()
         try:
             ask = next(greeting)

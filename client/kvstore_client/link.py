@@ -7,7 +7,10 @@ another life of the daemon, which knows nothing of this client's session.
 from __future__ import annotations
 
 import errno
+import os
 import socket
+import struct
+import time
 from collections.abc import Sequence
 
 import zmq
@@ -17,6 +20,9 @@ from kvstore.format.record import Buffer
 from kvstore.protocol.endpoint import ipc_path
 from kvstore.protocol.version import MAX_OUTSTANDING_REQUESTS
 
+_CREDENTIALS = struct.Struct("@iII")
+"""``struct ucred``: pid, user, group."""
+
 _LOST = (
     zmq.EVENT_DISCONNECTED
     | zmq.EVENT_CLOSED
@@ -25,19 +31,36 @@ _LOST = (
 )
 
 
-def probe(endpoint: str, timeout: float) -> None:
-    """Find out at once whether anybody listens.
+_RETRY_S = 0.01
+
+
+def probe(endpoint: str, timeout: float, patience: float, own: bool) -> None:
+    """Find out at once whether anybody listens, and who.
+
+    Args:
+        endpoint: where.
+        timeout: seconds for the connection.
+        patience: seconds to try again while too many others are waiting to be let in.
+        own: accept only a daemon of this user or of root: nobody named the endpoint, and its place can be guessed.
 
     Raises:
         DaemonUnavailable: nobody does.
-        PermissionRefused: somebody does, and does not let this user in.
+        PermissionRefused: somebody does, and does not let this user in, or is somebody else.
     """
     path = ipc_path(endpoint)
     start = f"start one with `kvstore serve --endpoint {endpoint}`"
+    end = time.monotonic() + patience
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probing:
         probing.settimeout(timeout)
         try:
-            probing.connect(str(path))
+            while True:
+                try:
+                    probing.connect(str(path))
+                    break
+                except BlockingIOError:
+                    if time.monotonic() >= end:
+                        raise
+                    time.sleep(_RETRY_S)
         except FileNotFoundError:
             raise DaemonUnavailable(f"no daemon at {endpoint}: the socket does not exist; {start}") from None
         except ConnectionRefusedError:
@@ -54,17 +77,25 @@ def probe(endpoint: str, timeout: float) -> None:
             if error.errno in (errno.ENOTSOCK, errno.EPROTOTYPE):
                 raise DaemonUnavailable(f"no daemon at {endpoint}: {path} is no socket of a daemon; {start}") from None
             raise DaemonUnavailable(f"cannot reach the daemon at {endpoint}: {error}") from None
+        user = _CREDENTIALS.unpack(probing.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))[1]
+    if own and user not in (os.geteuid(), 0):
+        raise PermissionRefused(
+            f"the daemon at the default endpoint {endpoint} is user {user}'s, not yours; if that is meant, name the "
+            "endpoint (endpoint= or KVSTORE_ENDPOINT)"
+        )
 
 
 class Link:
     """A connected socket. Not thread-safe.
 
+    Args: as ``probe``.
+
     Raises:
         DaemonUnavailable, PermissionRefused: as ``probe``.
     """
 
-    def __init__(self, endpoint: str, timeout: float) -> None:
-        probe(endpoint, timeout)
+    def __init__(self, endpoint: str, timeout: float, *, patience: float = 0.0, own: bool = False) -> None:
+        probe(endpoint, timeout, patience, own)
         self._context = zmq.Context(io_threads=1)
         self.socket = self._context.socket(zmq.DEALER)
         self.socket.setsockopt(zmq.LINGER, 0)

@@ -146,6 +146,7 @@ class Operations:
         access = next(self._accesses) if request is None and len(keys) > 1 else request or 0
         previous = check_parent(parent)
         check_part(part)
+        check_request(request)
         session = self._session
         asks: list[Ask] = []
         frames: list[Buffer] = []
@@ -235,6 +236,7 @@ class Operations:
             Throttled: the daemon would not send more now.
         """
         check_part(part)
+        check_request(request)
         joined = join_keys(keys)
         access = next(self._accesses) if request is None and len(keys) > 1 else request or 0
         found: dict[int, memoryview | None] = {}
@@ -377,6 +379,16 @@ class Operations:
     def ping(self) -> Steps[None]:
         """A round trip."""
         expect((yield Ask(Ping)), Done)
+
+
+def check_request(request: object) -> None:
+    """Refuse what is no ``Match.request``.
+
+    Raises:
+        InvalidArgument: not None and not a whole number below 2**63.
+    """
+    if request is not None and (type(request) is not int or not 0 <= request < 1 << 63):
+        raise InvalidArgument(f"request must be the .request of a match, got {request!r}")
 
 
 def check_part(part: object) -> None:

@@ -51,9 +51,11 @@ def check_endpoint(endpoint: object) -> str:
         raise InvalidArgument(f"endpoint {endpoint!r} names no socket file; use ipc:///path/to/socket")
     path = os.path.abspath(path)
     try:
-        path_bytes = len(os.fsencode(path))
+        path_bytes = len(path.encode())
     except UnicodeEncodeError:
-        raise InvalidArgument(f"endpoint {endpoint!r} names no socket file; use ipc:///path/to/socket") from None
+        raise InvalidArgument(
+            f"endpoint {endpoint!r} is no UTF-8 text; use another path, or a UTF-8 locale (LC_ALL=C.UTF-8)"
+        ) from None
     if path_bytes > IPC_PATH_BYTES:
         raise InvalidArgument(
             f"endpoint {endpoint!r}: the socket's path has {path_bytes} bytes, a unix socket allows "

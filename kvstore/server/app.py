@@ -39,10 +39,13 @@ from kvstore.server.statistics import Statistics
 from kvstore.server.transport import RouterTransport
 from kvstore.settings import Settings
 from kvstore.tiers.dram import Arena, automatic_slab_bytes, slab_count
-from kvstore.tiers.files import OwnerLock, make_directory, read_text, remove_stale
+from kvstore.tiers.files import OwnerLock, make_directory, read_text, remove_stale, require_socket_or_nothing
 from kvstore.tiers.memory import check_arena_fits
 
 _TICK_S: Final = 1.0
+_SAME_STOP_NS: Final = 500_000_000
+"""Signals this close together are one wish to stop: runners signal a process and its group."""
+
 _FRAME_SLACK_BYTES: Final = 8 << 20
 _DIRECTORY_MODES: Final = {0o600: 0o700, 0o660: 0o750, 0o666: 0o755}
 """Whoever may open the files must be able to enter their directory; only the daemon writes into it."""
@@ -92,6 +95,7 @@ class Daemon:
             Path(f"{socket_path}.lock"), f"the socket {socket_path}", "stop it, or choose another --endpoint"
         )
         self._undo.callback(socket_lock.release)
+        require_socket_or_nothing(socket_path)
         directory = settings.dram.directory or default_arena_directory(settings.endpoint)
         existed = directory.is_dir()
         make_directory(directory, directory_mode, gid, private=settings.dram.directory is None)
@@ -263,12 +267,19 @@ async def _serve(settings: Settings) -> int:
     stopped = asyncio.Event()
     log = get_log()
 
+    first_ns = 0
+    finished = False
+
     def stop(number: signal.Signals) -> None:
-        if stopped.is_set():
+        nonlocal first_ns
+        now_ns = time.monotonic_ns()
+        if not first_ns:
+            first_ns = now_ns
+            log.info("stopping", signal=number.name)
+            stopped.set()
+        elif not finished and now_ns - first_ns > _SAME_STOP_NS:
             log.warning("forced_stop", signal=number.name)
             os._exit(128 + number)
-        log.info("stopping", signal=number.name)
-        stopped.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop, number)
@@ -277,6 +288,7 @@ async def _serve(settings: Settings) -> int:
     gc.freeze()
     await stopped.wait()
     await daemon.stop()
+    finished = True
     log.info("stopped")
     return 0
 

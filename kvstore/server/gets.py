@@ -67,9 +67,10 @@ class Reads:
             statuses[index] = GetStatus.HIT
             payloads.append(self._executor.arena.record(record.slot, record.record_bytes))
             slots.append(record.slot)
+            # At once: verifying a later key may withdraw this very record, if it was asked for twice.
+            self._executor.pin([record.slot])
             assert record.block is not None
             blocks.append(record.block)
-        self._executor.pin(slots)
         counters = self._counters
         counters.gets += 1
         counters.get_keys += len(keys)

@@ -225,8 +225,6 @@ class Requests:
             session = self._sessions.open(identity, request.pid, request.client_version[:64], same_host, self._clock())
         except TooManySessions as error:
             raise Refused(ErrorCode.LIMIT, str(error)) from None
-        except OSError as error:
-            raise Refused(ErrorCode.LIMIT, f"the daemon cannot make a session file: {error.strerror}") from None
         self._executor.apply(SessionOpened(session.id))
         self._send(
             identity,

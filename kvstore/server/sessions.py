@@ -6,6 +6,7 @@ second. Any other client's session ends when nothing was heard from it for ``ses
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,7 +91,9 @@ class Sessions:
         file = None
         if same_host:
             path = self._directory / f"client-{number:016x}"
-            file = SessionFile(path, header, SESSION_FILE_BYTES, self._mode, self._gid)
+            # Where there is no room for it, the session does without, and ends when it is silent for too long.
+            with contextlib.suppress(OSError):
+                file = SessionFile(path, header, SESSION_FILE_BYTES, self._mode, self._gid)
         session = Session(number, identity, pid, version, same_host, now_ns, file)
         self._by_id[number] = self._by_identity[identity] = session
         self.opened += 1

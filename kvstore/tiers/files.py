@@ -58,6 +58,20 @@ def make_directory(path: Path, mode: int, gid: int = -1, *, private: bool = True
         raise PermissionRefused(f"cannot write into {path}; choose another place or fix its permissions")
 
 
+def require_socket_or_nothing(path: Path) -> None:
+    """Refuse a path where binding a socket would replace something that is no socket.
+
+    Raises:
+        ResourceTaken: a file, directory or link is there.
+    """
+    try:
+        kind = path.lstat().st_mode
+    except OSError:
+        return
+    if not stat.S_ISSOCK(kind):
+        raise ResourceTaken(f"{path} exists and is no socket; remove it or choose another --endpoint")
+
+
 class OwnerLock:
     """Exclusive lock on a file that says who owns something; freed by the kernel when the process ends.
 

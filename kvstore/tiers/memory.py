@@ -7,6 +7,7 @@ from pathlib import Path
 import psutil
 
 from kvstore.errors import InsufficientMemory
+from kvstore.sizes import format_size
 from kvstore.tiers.files import free_bytes, read_text
 
 
@@ -28,8 +29,8 @@ def check_arena_fits(directory: Path, arena_bytes: int) -> None:
 def _require(need_bytes: int, have_bytes: int, what: str, remedy: str) -> None:
     if need_bytes > have_bytes:
         raise InsufficientMemory(
-            f"the arena needs {need_bytes / 2**30:.2f} GiB (capacity and grants) but {what} has "
-            f"{have_bytes / 2**30:.2f} GiB; lower dram.capacity_bytes (--capacity) or {remedy}"
+            f"the arena needs {format_size(need_bytes)} (capacity and grants) but {what} has "
+            f"{format_size(have_bytes)}; lower dram.capacity_bytes (--capacity) or {remedy}"
         )
 
 

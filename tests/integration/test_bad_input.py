@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
 import stat
 import subprocess
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from daemon_process import MIB, DaemonProcess
+from daemon_process import MIB, DaemonProcess, wait_until
 
+import kvstore_client.base
+import kvstore_client.link
 import kvstore_client.session
-from kvstore.errors import DaemonUnavailable, DeadlineExceeded, InsufficientMemory, InvalidArgument, ProtocolMismatch
+from kvstore.errors import (
+    DaemonUnavailable,
+    DeadlineExceeded,
+    InsufficientMemory,
+    InvalidArgument,
+    PermissionRefused,
+    ProtocolMismatch,
+)
 from kvstore.mapped.arena import ARENA_HEADER_BYTES
 from kvstore.server.app import Daemon, run
 from kvstore.settings import Settings
@@ -54,7 +66,7 @@ def test_arena_larger_than_its_file_system_is_refused_with_sizes_and_remedy(smal
         daemon._remove()
     assert status == 2 or status == 1
     assert "the file system of" in one_line(line)
-    assert "0.01 GiB" in line
+    assert "8.0 MiB" in line
     assert "--capacity" in line
     assert list(small_tmpfs.iterdir()) == []
 
@@ -215,3 +227,98 @@ def test_daemon_without_access_to_its_directories_says_which(tmp_path: Path):
     assert said.startswith("PermissionRefused")
     assert str(place) in said
     assert list(place.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "directory"])
+def test_endpoint_that_is_something_else_is_refused_and_left_alone(kind: str, tmp_path: Path):
+    target = tmp_path / "precious"
+    target.write_text("data")
+    place = {"file": target, "link": tmp_path / "link", "directory": tmp_path / "folder"}[kind]
+    if kind == "link":
+        place.symlink_to(target)
+    elif kind == "directory":
+        place.mkdir()
+    daemon = DaemonProcess()
+    try:
+        status, line = daemon.refused("--endpoint", str(place))
+        assert status != 0
+        assert "exists and is no socket" in one_line(line)
+        assert target.read_text() == "data"
+        assert os.path.lexists(place)
+    finally:
+        daemon._remove()
+
+
+@needs_root
+def test_full_file_system_keeps_no_client_out_and_leaks_nothing(small_tmpfs: Path):
+    with DaemonProcess(
+        "--arena-dir", str(small_tmpfs / "arena"), "--slab", "256KiB", capacity="3MiB", grant="1MiB"
+    ) as daemon:
+        (small_tmpfs / "filler").open("wb").close()
+        with (small_tmpfs / "filler").open("r+b", buffering=0) as filler, suppress(OSError):
+            while True:
+                filler.write(bytes(4096))
+        before = daemon.resources()
+        for number in range(1, 40):
+            with daemon.connect(namespace="full") as client:
+                assert client.put(bytes([number]) * 32, b"x" * 100) is PutStatus.STORED
+        wait_until(lambda: daemon.resources().fds <= before.fds)
+        assert len(list((small_tmpfs / "arena").glob("client-*"))) == 0
+        (small_tmpfs / "filler").unlink()
+
+
+def test_default_endpoint_of_another_user_is_not_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("KVSTORE_ENDPOINT", raising=False)
+    with DaemonProcess() as daemon:
+        monkeypatch.setattr(kvstore_client.base, "default_endpoint", lambda: daemon.endpoint)
+        with Client() as client:
+            client.ping()
+        monkeypatch.setattr(kvstore_client.link, "_CREDENTIALS", SquatterCredentials())
+        with pytest.raises(PermissionRefused, match="is user 4711's, not yours"):
+            Client()
+        with Client(daemon.endpoint) as client:
+            client.ping()
+
+
+class SquatterCredentials:
+    """Says that the peer is user 4711."""
+
+    size = 12
+
+    def unpack(self, data: bytes) -> tuple[int, int, int]:
+        assert len(data) == self.size
+        return 1, 4711, 4711
+
+
+def test_two_signals_at_once_are_one_graceful_stop():
+    with DaemonProcess() as daemon:
+        os.kill(daemon.pid, signal.SIGTERM)
+        time.sleep(0.002)
+        os.kill(daemon.pid, signal.SIGTERM)
+        assert daemon.process is not None
+        assert daemon.process.wait(10) == 0
+        assert daemon.files() == []
+        assert "forced_stop" not in daemon.log()
+
+
+def test_crowd_that_greets_a_stopped_daemon_gets_in_when_it_goes_on():
+    with DaemonProcess() as daemon:
+        outcomes: list[str] = []
+
+        def greet() -> None:
+            try:
+                with daemon.connect(timeout=20.0) as client:
+                    client.ping()
+                outcomes.append("in")
+            except Exception as error:
+                outcomes.append(repr(error))
+
+        os.kill(daemon.pid, signal.SIGSTOP)
+        threads = [threading.Thread(target=greet) for _ in range(130)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.5)
+        os.kill(daemon.pid, signal.SIGCONT)
+        for thread in threads:
+            thread.join()
+        assert set(outcomes) == {"in"}

@@ -77,7 +77,7 @@ def percentile(sorted_values: Sequence[int | float], fraction: float) -> float:
 
 def table_of(report: Report, title: str) -> RenderableType:
     """A report for people."""
-    columns = ["operation", "keys", "depth", "median", "p99", "per second", "baseline", "ratio", "aim", ""]
+    columns = ["operation", "keys", "depth", "daemon", "p99", "echo", "ratio", "aim", ""]
     made = render.table(title, [*columns[:-1], render.text_column(columns[-1])])
     for row in report.rows:
         if row.core_share is not None:
@@ -87,9 +87,8 @@ def table_of(report: Report, title: str) -> RenderableType:
             row.op,
             render.count(row.batch),
             str(row.depth or 1),
-            _us(row.median_us),
+            _us(row.median_us) if latency_row else _per_second(row.ops_per_s),
             _us(row.p99_us),
-            _per_second(row.ops_per_s),
             _us(row.baseline_median_us) if latency_row else _per_second(row.baseline_ops_per_s),
             render.NOTHING if row.ratio is None else f"{row.ratio:.2f}",
             render.NOTHING if row.limit is None else f">= {row.limit:.2f}",
@@ -123,4 +122,4 @@ def _us(value_us: float | None) -> str:
 
 
 def _per_second(value: float | None) -> str:
-    return render.NOTHING if value is None else f"{value:,.0f}"
+    return render.NOTHING if value is None else f"{value:,.0f}/s"

@@ -65,7 +65,7 @@ def test_check_endpoint_relative_path_is_made_absolute(tmp_path: Path, monkeypat
         ("ipc://@abstract", "names no socket file"),
         ("ipc:///run/kv/", "names no socket file"),
         ("ipc:///run/\0kv", "names no socket file"),
-        ("ipc:///run/\ud800", "names no socket file"),
+        ("ipc:///run/\ud800", "is no UTF-8 text"),
         ("ipc:///" + "x" * IPC_PATH_BYTES, f"has {IPC_PATH_BYTES + 1} bytes, a unix socket allows {IPC_PATH_BYTES}"),
         ("ipc:///" + "ä" * 54, "has 109 bytes"),
     ],
