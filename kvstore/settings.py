@@ -39,6 +39,8 @@ __all__ = [
 _PAGE_BYTES: Final = 4096
 _SMALLEST_CAPACITY_BYTES: Final = 1 << 20
 _GRANT_BYTES_PER_SESSION: Final = 32 << 20
+_RECORDS_FROM: Final = 1 << 16
+_TYPICAL_RECORD_BYTES: Final = 16 << 10
 _MODES: Final = {0o600: "0600", 0o660: "0660", 0o666: "0666"}
 
 
@@ -136,11 +138,30 @@ class DramSettings(_Section):
     slab_bytes: SizeBytes | None = None
     """Unit in which memory moves between slot sizes, a multiple of 4096; None: chosen from the capacity."""
 
+    mapped: bool = True
+    """Whether clients of this host may read and write the arena themselves, without a message for each block."""
+
+    max_records: Count | None = None
+    """Most records at a time, for which the index has room (146 bytes each); None: chosen from the capacity."""
+
     verify: Literal["always", "sampled", "off"] = "sampled"
     """When a read checks the record's checksum. ``always`` costs about one more pass over the bytes."""
 
     verify_every: Count = 64
     """With ``sampled``: one read in this many is checked."""
+
+    @property
+    def verified_every(self) -> int:
+        """One read in this many is verified, 0 for none."""
+        return {"always": 1, "sampled": self.verify_every, "off": 0}[self.verify]
+
+    @property
+    def record_limit(self) -> int:
+        """``max_records``, or one chosen so that the index stays near a hundredth of the capacity."""
+        if self.max_records is not None:
+            return self.max_records
+        pages = self.capacity_bytes // _PAGE_BYTES
+        return max(min(pages, max(_RECORDS_FROM, self.capacity_bytes // _TYPICAL_RECORD_BYTES)), 1)
 
     @model_validator(mode="after")
     def _check_sizes(self) -> Self:
@@ -211,6 +232,12 @@ class LimitSettings(_Section):
 
     grant_bytes_per_session: SizeBytes = _GRANT_BYTES_PER_SESSION
     """Granted bytes that one client may hold; by default at most ``dram.grant_bytes``."""
+
+    hazard_bytes_per_session: SizeBytes = 64 << 20
+    """Slots that one client may read in place at a time; at most a quarter of ``dram.capacity_bytes`` is used."""
+
+    reclaim_grace_s: Annotated[float, BeforeValidator(_no_bool), Field(ge=0, allow_inf_nan=False)] = 2.0
+    """After a client with a device context died, how long its slots are left alone: transfers may still run."""
 
 
 class EvictionSettings(_Section):

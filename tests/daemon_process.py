@@ -197,7 +197,11 @@ class DaemonProcess:
         try:
             alive = self.alive()
             status = self.terminate() if alive else None
-            if error is None:
+            if error is not None:
+                error.add_note(
+                    f"the daemon {'lived' if alive else 'was dead'}; its log ends with:\n{self.log()[-2000:]}"
+                )
+            else:
                 assert not alive or status == 0, f"exit status {status}: {self.log()}"
                 assert not self.errors(), f"the daemon logged errors: {self.errors()}"
                 if alive:

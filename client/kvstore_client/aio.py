@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import zmq
 
@@ -16,10 +16,15 @@ from kvstore.errors import ConnectionLost, DeadlineExceeded, KVStoreError
 from kvstore.protocol.framing import decode_reply, encode
 from kvstore.protocol.messages import Bye, DaemonStats, PutStatus, TierName, VerifyReply
 from kvstore.protocol.version import MAX_OUTSTANDING_REQUESTS
-from kvstore_client.base import GOODBYE_MS, UNWAITED_BYTES, VERIFY_TIMEOUT_S, BaseClient, is_lost_session
+from kvstore_client.base import DRAM, GOODBYE_MS, UNWAITED_BYTES, VERIFY_TIMEOUT_S, BaseClient, is_lost_session
 from kvstore_client.link import Link
+from kvstore_client.operations import NOT_THERE, check_read
 from kvstore_client.results import FlushResult, MatchResult
 from kvstore_client.session import Ask, Steps, Told
+from kvstore_client.views import AsyncView
+
+if TYPE_CHECKING:
+    from kvstore_client.mapped_session import MappedSession
 
 R = TypeVar("R")
 
@@ -61,6 +66,7 @@ class AsyncClient(BaseClient):
         super().__init__(endpoint, **options)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._greeted = False
+        self._loaded = False
         self._connecting = asyncio.Lock()
         self._slots = asyncio.Semaphore(MAX_OUTSTANDING_REQUESTS)
         self._replies: dict[int, asyncio.Future[Told]] = {}
@@ -76,6 +82,9 @@ class AsyncClient(BaseClient):
             DaemonUnavailable, PermissionRefused, ProtocolMismatch, DeadlineExceeded: why not.
         """
         self._check_usable()
+        if not self._loaded:
+            await asyncio.to_thread(self._load_compiled)
+            self._loaded = True
         await self._connect(time.monotonic() + self.timeout)
 
     async def close(self) -> None:
@@ -87,7 +96,9 @@ class AsyncClient(BaseClient):
                 await self.flush()
         self._closed = True
         link = self._link
-        if link is not None:
+        # While a view is open the daemon must not think that this client reads nothing any more.
+        reading = self._mapped is not None and self._mapped.open_views
+        if link is not None and not reading:
             with contextlib.suppress(zmq.ZMQError):
                 link.send(encode(self._session.request(Ask(Bye), 0.2)))
         self._disconnect(ConnectionLost("the client was closed"), GOODBYE_MS)
@@ -114,6 +125,11 @@ class AsyncClient(BaseClient):
         request: int | None = None,
     ) -> PutStatus:
         """See ``Client.put``."""
+        mapped = self._mapped
+        if mapped is not None and not wait and mapped.put_unwaited(key, data, parent, part, request):
+            if mapped.refused:
+                self._operations.note_mapped(mapped)
+            return PutStatus.PENDING
         return (await self.put_many([key], [data], parent=parent, part=part, wait=wait, request=request))[0]
 
     async def put_many(
@@ -128,40 +144,70 @@ class AsyncClient(BaseClient):
     ) -> list[PutStatus]:
         """See ``Client.put_many``."""
         await self.connect()
+        chain = self._operations.check_chain(keys, datas, parent, part, request)
         if wait:
-            return await self._run(self._operations.put_many(keys, datas, parent, part, request))
+            return await self._run(self._operations.put_chain(chain))
+        rest = await self._run(self._operations.put_unwaited(chain))
         deadline = time.monotonic() + self.timeout
-        for ask in self._operations.put_asks(keys, datas, parent, part, request):
+        for ask in self._operations.put_asks(rest):
             await self._send_unwaited(ask, deadline)
         return [PutStatus.PENDING] * len(keys)
 
     async def get(self, key: bytes, *, part: int = 0, request: int | None = None) -> bytes | None:
         """See ``Client.get``."""
-        payload = (await self._run(self._operations.get_payloads([key], part, request)))[0]
-        return None if payload is None else bytes(payload)
+        async with self.view(key, part=part, request=request) as payload:
+            return None if payload is None else bytes(payload)
 
     async def get_into(self, key: bytes, out: object, *, part: int = 0, request: int | None = None) -> int | None:
         """See ``Client.get_into``."""
-        return (await self.get_many_into([key], [out], part=part, request=request))[0]
+        mapped = await self._mapping()
+        if mapped is not None:
+            check_read(part, request)
+            length = mapped.get_into(key, out, part, request or 0)
+            if length >= 0:
+                return length
+            if length in NOT_THERE and not self._puts:
+                return None
+        return (await self._receive_into([key], [out], part, request))[0]
 
     async def get_many_into(
         self, keys: Sequence[bytes], outs: Sequence[object], *, part: int = 0, request: int | None = None
     ) -> list[int | None]:
-        """See ``Client.get_many_into``."""
+        """See ``Client.get_many_into``. Copying from mapped memory keeps the loop for as long as it takes."""
+        mapped = await self._mapping()
+        if mapped is None or len(keys) != len(outs) or not keys:
+            return await self._receive_into(keys, outs, part, request)
+        found = self._read_mapped(mapped, keys, outs, part, request, sure=not self._puts)
+        if found.asked:
+            some = await self._receive_into(*found.arguments(), part, found.access or None)
+            found.fill(some)
+        return found.lengths
+
+    async def _receive_into(
+        self, keys: Sequence[bytes], outs: Sequence[object], part: int, request: int | None
+    ) -> list[int | None]:
         return await self._run(self._operations.get_into(keys, outs, part, request))
 
-    @contextlib.asynccontextmanager
-    async def view(self, key: bytes, *, part: int = 0, request: int | None = None) -> AsyncIterator[memoryview | None]:
+    async def _receive_one(self, key: bytes, part: int, request: int | None) -> memoryview | None:
+        return (await self._run(self._operations.get_payloads([key], part, request)))[0]
+
+    async def _mapping(self) -> MappedSession | None:
+        """The daemon's memory, after connecting where that was not done yet."""
+        if self._mapped is None and not self._greeted:
+            await self.connect()
+        return self._mapped
+
+    def view(self, key: bytes, *, part: int = 0, request: int | None = None) -> AsyncView:
         """See ``Client.view``."""
-        payload = (await self._run(self._operations.get_payloads([key], part, request)))[0]
-        try:
-            yield payload
-        finally:
-            if payload is not None:
-                payload.release()
+        return AsyncView(self, key, part, request)
 
     async def match(self, keys: Sequence[bytes], *, lease: float | None = None) -> AsyncMatch:
         """See ``Client.match``."""
+        mapped = await self._mapping()
+        if mapped is not None and lease is None and not self._puts:
+            known = self._match_mapped(mapped, keys)
+            if known is not None:
+                return AsyncMatch(known[0], DRAM * known[0], known[1], 0, 0.0, self, 0)
         found = await self._run(self._operations.match(keys, lease))
         return AsyncMatch(
             found.hits, found.tiers, found.request, found.lease, found.lease_s, self, self._session.number
@@ -214,9 +260,8 @@ class AsyncClient(BaseClient):
     # -------------------------------------------------------------- waiting
 
     async def _run(self, steps: Steps[R], timeout: float | None = None) -> R:
-        self._check_usable()
+        await self.connect()
         deadline = time.monotonic() + (self.timeout if timeout is None else timeout)
-        await self._connect(deadline)
         try:
             ask = next(steps)
             while True:
@@ -263,7 +308,7 @@ class AsyncClient(BaseClient):
                 while True:
                     ask = greeting.send(await self._exchange(ask, deadline))
             except StopIteration:
-                self._greeted = True
+                pass
             except _LinkLost:
                 raise ConnectionLost(
                     f"the daemon at {self.endpoint} closed the connection during the greeting"
@@ -271,9 +316,16 @@ class AsyncClient(BaseClient):
             except BaseException:
                 self._disconnect(_LinkLost())
                 raise
+            try:
+                self._begin_mapping()
+            except BaseException:
+                self._disconnect(_LinkLost())
+                raise
+            self._greeted = True
 
     def _disconnect(self, error: Exception, linger_ms: int = 0) -> None:
         """Give the link up; every operation under way gets ``error``."""
+        self._end_mapping()
         link, self._link = self._link, None
         self._greeted = False
         if link is not None and self._loop is not None:

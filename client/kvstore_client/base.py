@@ -5,19 +5,35 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
-from typing import Any, Final, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal
 
-from kvstore.errors import ConnectionLost, DeadlineExceeded, ErrorCode, ForkedClient, InvalidArgument
+from kvstore.errors import (
+    ConnectionLost,
+    DeadlineExceeded,
+    ErrorCode,
+    ForkedClient,
+    InvalidArgument,
+    PermissionRefused,
+)
 from kvstore.protocol.endpoint import check_endpoint, default_endpoint
 from kvstore.protocol.keys import chain_keys
-from kvstore.protocol.messages import ErrorReply, Reply
+from kvstore.protocol.messages import ErrorReply, Reply, TierName
 from kvstore.protocol.namespace import Namespace
+from kvstore.protocol.version import MAX_KEYS_PER_REQUEST
 from kvstore_client.link import Link
-from kvstore_client.operations import Operations
+from kvstore_client.mapped_watch import unwatch, watch
+from kvstore_client.operations import NOT_THERE, Operations, check_read, list_of
+from kvstore_client.results import ReadBatch
 from kvstore_client.session import Session
 
+if TYPE_CHECKING:
+    from kvstore_client.mapped_session import MappedSession
+
 ENDPOINT_VARIABLE: Final = "KVSTORE_ENDPOINT"
+DIRECTORY_VARIABLE: Final = "KVSTORE_DIRECTORY"
 VERIFY_TIMEOUT_S: Final = 600.0
+DRAM: Final[list[TierName]] = ["dram"]
 UNWAITED_BYTES: Final = 64 << 20
 """Payload bytes of ``wait=False`` puts that may be unanswered before the next one waits."""
 
@@ -36,10 +52,13 @@ class BaseClient:
     Args:
         endpoint: ``ipc:///path`` or a path; None: ``$KVSTORE_ENDPOINT``, else the user's default.
         namespace: name or description of the namespace.
-        mapped: None or False; True is refused by this version, which has no mapped path.
+        mapped: None maps the daemon's memory where that is possible; False does everything over the socket; True
+            refuses to connect where it is not possible.
         timeout: seconds that an operation may take in all.
         payload_bytes: sizes that will be put, for slots without waste.
         unknown_revision: see ``OnUnknownRevision``.
+        directory: where the daemon's memory directory is for this process, where that is not where it is for the daemon
+            (another container); None: ``$KVSTORE_DIRECTORY``, else the daemon's path.
 
     Raises:
         InvalidArgument: naming the argument.
@@ -54,9 +73,10 @@ class BaseClient:
         timeout: float = 5.0,
         payload_bytes: Sequence[int] = (),
         unknown_revision: OnUnknownRevision = "warn",
+        directory: str | os.PathLike[str] | None = None,
     ) -> None:
-        if mapped:
-            raise InvalidArgument("mapped=True: this version reads over ZeroMQ only; use mapped=None or mapped=False")
+        if mapped not in (None, True, False):
+            raise InvalidArgument(f"mapped must be None, True or False, got {mapped!r}")
         if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 < timeout < 1e6:
             raise InvalidArgument(f"timeout must be a positive number of seconds, got {timeout!r}")
         if (
@@ -71,7 +91,16 @@ class BaseClient:
         self.timeout = float(timeout)
         described = Namespace.parse(namespace)
         _check_revision(described, unknown_revision)
-        self._session = Session(described, payload_bytes)
+        self._want = mapped
+        self._unmapped = "mapped=False" if mapped is False else "not connected"
+        self._mapped: MappedSession | None = None
+        where = directory or os.environ.get(DIRECTORY_VARIABLE)
+        self._session = Session(
+            described,
+            payload_bytes,
+            wants_mapping=mapped is not False,
+            directory=Path(where) if where else None,
+        )
         self._operations = Operations(self._session)
         self._link: Link | None = None
         self._pid = os.getpid()
@@ -81,9 +110,122 @@ class BaseClient:
         link = getattr(self, "_link", None)
         if link is None or self._closed or self._is_of_another_process():
             return
+        self._mapped = None
         link.close()
         self._session.forget()
         warnings.warn(f"unclosed {type(self).__name__} of {self.endpoint}", ResourceWarning, stacklevel=2, source=self)
+
+    @property
+    def mapped(self) -> bool:
+        """Whether reads and puts of this client go through mapped memory, without a message."""
+        return self._mapped is not None
+
+    @property
+    def unmapped(self) -> str:
+        """Why they do not, "" where they do."""
+        return "" if self._mapped is not None else self._unmapped
+
+    def _load_compiled(self) -> None:
+        """Load, or on a machine's first use compile, what reads shared memory: before any deadline runs."""
+        if self._want is not False:
+            try:
+                import kvstore_client.mapped_session  # noqa: F401
+            except ImportError as error:
+                self._cannot_map(f"the compiled readers cannot be loaded: {error}")
+                self._session.wants_mapping = False
+
+    def _cannot_map(self, why: str) -> None:
+        """Raises: PermissionRefused: mapping was demanded."""
+        self._unmapped = why
+        if self._want:
+            raise PermissionRefused(f"mapped=True: {why}")
+
+    def _begin_mapping(self) -> None:
+        """Map the memory of the session that was just opened.
+
+        Raises:
+            PermissionRefused: it cannot be mapped, and ``mapped=True`` demands it.
+        """
+        self._mapped = None
+        session = self._session
+        welcome = session.welcome
+        if not session.wants_mapping or welcome is None:
+            return
+        if not welcome.index_file:
+            self._cannot_map(welcome.unmapped or f"the daemon (kvstored {welcome.daemon_version}) does not offer it")
+            return
+        if session.file < 0:
+            self._cannot_map(f"the session's file {welcome.session_file} cannot be locked by this process")
+            return
+        from kvstore_client.mapped_session import MappedSession, NotMapped
+
+        try:
+            session.mapped = MappedSession(
+                welcome,
+                session.file,
+                session.namespace_id,
+                session.namespace.parts,
+                session.digest,
+                session.directory,
+            )
+        except NotMapped as error:
+            self._cannot_map(str(error))
+            return
+        self._mapped = session.mapped
+        watch(self)
+
+    def daemon_lives(self) -> bool:
+        """Whether the mapped daemon is still there; True where nothing is mapped."""
+        mapped = self._mapped
+        return mapped is None or mapped.daemon_lives()
+
+    def drop_mapping(self) -> None:
+        """Refer to the mapping no more; the next operation connects anew."""
+        self._mapped = None
+        self._unmapped = "the daemon is gone"
+        self._session.mapped = None
+
+    def _end_mapping(self) -> None:
+        """The session is over: puts that nobody waited for are lost."""
+        mapped, self._mapped = self._mapped, None
+        if mapped is not None:
+            self._unmapped = "not connected"
+            self._operations.note_mapped(mapped)
+            self._operations.note_lost(mapped.take_unanswered())
+        unwatch(self)
+
+    def _match_mapped(self, mapped: MappedSession, keys: Sequence[bytes]) -> tuple[int, int] | None:
+        """Leading hits and the engine request's id; None where the daemon must be asked."""
+        given = list_of(keys)
+        if len(given) > MAX_KEYS_PER_REQUEST:
+            return None
+        access = self._operations.next_access()
+        hits = mapped.match(given, access)
+        return None if hits < 0 else (hits, access)
+
+    def _read_mapped(
+        self,
+        mapped: MappedSession,
+        keys: Sequence[bytes],
+        outs: Sequence[object],
+        part: int,
+        request: int | None,
+        *,
+        sure: bool,
+    ) -> ReadBatch:
+        """Copy what mapped memory has; the rest has to be asked for. ``sure``: a miss there is a miss."""
+        check_read(part, request)
+        given, targets = list_of(keys), list_of(outs)
+        access = self._operations.next_access() if request is None and len(given) > 1 else request or 0
+        results = mapped.get_many_into(given, targets, part, access)
+        if isinstance(results, int):
+            return ReadBatch(given, targets, access, [None] * len(given), list(range(len(given))))
+        if min(results) >= 0:
+            return ReadBatch(given, targets, access, list(results), [])
+        known = NOT_THERE if sure else frozenset()
+        lengths = [result if result >= 0 else None for result in results]
+        asked = [index for index, result in enumerate(results) if result < 0 and result not in known]
+        return ReadBatch(given, targets, access, lengths, asked)
 
     @property
     def namespace(self) -> Namespace:
@@ -111,7 +253,8 @@ class BaseClient:
     @property
     def corrupt_records(self) -> int:
         """Records received with a wrong checksum or identity, each answered as a miss."""
-        return self._operations.corrupt
+        mapped = self._mapped
+        return self._operations.corrupt + (0 if mapped is None else mapped.corrupt)
 
     @staticmethod
     def chain_keys(

@@ -16,6 +16,7 @@ from kvstore.errors import ConnectionLost, DeadlineExceeded, KVStoreError
 from kvstore.protocol.framing import decode_reply, encode
 from kvstore.protocol.messages import Bye, DaemonStats, PutStatus, TierName, VerifyReply
 from kvstore_client.base import (
+    DRAM,
     GOODBYE_MS,
     UNWAITED_BYTES,
     UNWAITED_REQUESTS,
@@ -24,8 +25,10 @@ from kvstore_client.base import (
     is_lost_session,
 )
 from kvstore_client.link import Link
+from kvstore_client.operations import NOT_THERE, check_read
 from kvstore_client.results import FlushResult, MatchResult
 from kvstore_client.session import Ask, Steps, Told
+from kvstore_client.views import View
 
 R = TypeVar("R")
 
@@ -71,6 +74,7 @@ class Client(BaseClient):
 
     def __init__(self, endpoint: str | None = None, **options: Any) -> None:
         super().__init__(endpoint, **options)
+        self._load_compiled()
         self._lock = threading.Lock()
         self._unwaited: dict[int, tuple[int, int]] = {}
         self._unwaited_bytes = 0
@@ -89,9 +93,13 @@ class Client(BaseClient):
         with self._lock:
             self._closed = True
             link, self._link = self._link, None
+            # While a view is open the daemon must not think that this client reads nothing any more.
+            reading = self._mapped is not None and self._mapped.open_views
+            self._end_mapping()
             if link is not None:
-                with contextlib.suppress(zmq.ZMQError):
-                    link.send(encode(self._session.request(Ask(Bye), 0.2)))
+                if not reading:
+                    with contextlib.suppress(zmq.ZMQError):
+                        link.send(encode(self._session.request(Ask(Bye), 0.2)))
                 link.close(GOODBYE_MS)
             self._session.forget()
 
@@ -132,6 +140,11 @@ class Client(BaseClient):
         Raises:
             InvalidArgument: a bad key, parent, part or buffer, or more data than the largest slot holds.
         """
+        mapped = self._mapped
+        if mapped is not None and not wait and mapped.put_unwaited(key, data, parent, part, request):
+            if mapped.refused:
+                self._operations.note_mapped(mapped)
+            return PutStatus.PENDING
         return self.put_many([key], [data], parent=parent, part=part, wait=wait, request=request)[0]
 
     def put_many(
@@ -145,12 +158,16 @@ class Client(BaseClient):
         request: int | None = None,
     ) -> list[PutStatus]:
         """Store one part of each block of a chain: ``keys[i - 1]`` is the parent of ``keys[i]``. See ``put``."""
+        self._check_usable()
+        chain = self._operations.check_chain(keys, datas, parent, part, request)
         if wait:
-            return self._run(self._operations.put_many(keys, datas, parent, part, request))
-        deadline = time.monotonic() + self.timeout
-        with self._held(deadline):
-            for ask in self._operations.put_asks(keys, datas, parent, part, request):
-                self._send_unwaited(ask, deadline)
+            return self._run(self._operations.put_chain(chain))
+        rest = self._run(self._operations.put_unwaited(chain))
+        if rest.blocks:
+            deadline = time.monotonic() + self.timeout
+            with self._held(deadline):
+                for ask in self._operations.put_asks(rest):
+                    self._send_unwaited(ask, deadline)
         return [PutStatus.PENDING] * len(keys)
 
     def get(self, key: bytes, *, part: int = 0, request: int | None = None) -> bytes | None:
@@ -159,8 +176,8 @@ class Client(BaseClient):
         Raises:
             Throttled: the daemon would not send it now.
         """
-        payload = self._run(self._operations.get_payloads([key], part, request))[0]
-        return None if payload is None else bytes(payload)
+        with self.view(key, part=part, request=request) as payload:
+            return None if payload is None else bytes(payload)
 
     def get_into(self, key: bytes, out: object, *, part: int = 0, request: int | None = None) -> int | None:
         """Copy the data into a writable contiguous buffer; its length in bytes, or None for a miss.
@@ -168,26 +185,46 @@ class Client(BaseClient):
         Raises:
             InvalidArgument: ``out`` is too small, read-only or not contiguous; it is unchanged then.
         """
-        return self.get_many_into([key], [out], part=part, request=request)[0]
+        mapped = self._mapped
+        if mapped is not None:
+            check_read(part, request)
+            length = mapped.get_into(key, out, part, request or 0)
+            if length >= 0:
+                return length
+            if length in NOT_THERE and not self._unwaited:
+                return None
+        return self._receive_into([key], [out], part, request)[0]
 
     def get_many_into(
         self, keys: Sequence[bytes], outs: Sequence[object], *, part: int = 0, request: int | None = None
     ) -> list[int | None]:
         """Copy the data of several blocks, each into its buffer; lengths, None for a miss. See ``get_into``."""
+        mapped = self._mapped
+        if mapped is None or len(keys) != len(outs) or not keys:
+            return self._receive_into(keys, outs, part, request)
+        found = self._read_mapped(mapped, keys, outs, part, request, sure=not self._unwaited)
+        if found.asked:
+            found.fill(self._receive_into(*found.arguments(), part, found.access or None))
+        return found.lengths
+
+    def _receive_into(
+        self, keys: Sequence[bytes], outs: Sequence[object], part: int, request: int | None
+    ) -> list[int | None]:
         return self._run(self._operations.get_into(keys, outs, part, request))
 
-    @contextlib.contextmanager
-    def view(self, key: bytes, *, part: int = 0, request: int | None = None) -> Iterator[memoryview | None]:
-        """A read-only view of the data, valid inside the ``with``; None for a miss.
+    def _receive_one(self, key: bytes, part: int, request: int | None) -> memoryview | None:
+        return self._run(self._operations.get_payloads([key], part, request))[0]
 
-        Over ZeroMQ it is a view of the received frame: nothing the daemon does can change it.
+    def view(self, key: bytes, *, part: int = 0, request: int | None = None) -> View:
+        """A read-only memoryview of the data, valid inside the ``with``; None for a miss.
+
+        Mapped, it is the daemon's memory itself, which is kept from being used again until the ``with`` ends: nothing
+        made from it (a slice, an array) may be used afterwards. Else it is a received copy.
+
+        Raises:
+            BufferError: at the end of the ``with``, where an array made from the view is still there.
         """
-        payload = self._run(self._operations.get_payloads([key], part, request))[0]
-        try:
-            yield payload
-        finally:
-            if payload is not None:
-                payload.release()
+        return View(self, key, part, request)
 
     def match(self, keys: Sequence[bytes], *, lease: float | None = None) -> Match:
         """How many leading blocks are complete, and in which tiers.
@@ -200,6 +237,11 @@ class Client(BaseClient):
             InvalidArgument: a lease longer than the daemon's ``limits.max_lease_s``.
             Throttled: this client holds too many leases.
         """
+        mapped = self._mapped
+        if mapped is not None and lease is None and not self._unwaited:
+            known = self._match_mapped(mapped, keys)
+            if known is not None:
+                return Match(known[0], DRAM * known[0], known[1], 0, 0.0, self, 0)
         found = self._run(self._operations.match(keys, lease))
         return Match(found.hits, found.tiers, found.request, found.lease, found.lease_s, self, self._session.number)
 
@@ -323,15 +365,21 @@ class Client(BaseClient):
             while True:
                 ask = greeting.send(self._exchange(link, ask, deadline))
         except StopIteration:
-            return
+            pass
         except _LinkLost:
             self._disconnect()
             raise ConnectionLost(f"the daemon at {self.endpoint} closed the connection during the greeting") from None
         except BaseException:
             self._disconnect()
             raise
+        try:
+            self._begin_mapping()
+        except BaseException:
+            self._disconnect()
+            raise
 
     def _disconnect(self) -> None:
+        self._end_mapping()
         self._lose_unwaited()
         if self._link is not None:
             self._link.close()

@@ -6,13 +6,14 @@ import itertools
 import logging
 import sys
 import time
-from collections import Counter
-from collections.abc import Sequence
-from typing import Any, Final, get_args
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, get_args
 
 from kvstore.errors import CorruptRecord, ErrorCode, InvalidArgument, RemoteError, Throttled
 from kvstore.format.constants import RECORD_HEADER_BYTES
 from kvstore.format.record import Buffer, decode_record, encode_header, raw_header
+from kvstore.mapped.context import CORRUPT, FULL, MISS, NO_GRANT, NO_LANE, OVER, STALE
 from kvstore.protocol.keys import check_key, check_parent, join_keys
 from kvstore.protocol.messages import (
     Attached,
@@ -37,6 +38,8 @@ from kvstore.protocol.messages import (
     Reason,
     Release,
     Remove,
+    Reserve,
+    Reserved,
     Stats,
     StatsReply,
     TierId,
@@ -48,6 +51,9 @@ from kvstore.protocol.version import MAX_KEYS_PER_REQUEST, MAX_LEASE_MS, MAX_PAY
 from kvstore_client.results import FlushResult, MatchResult
 from kvstore_client.session import Ask, Session, Steps, Told, expect
 
+if TYPE_CHECKING:
+    from kvstore_client.mapped_session import MappedSession
+
 _log: Final = logging.getLogger("kvstore_client")
 
 _PUT_BYTES: Final = 32 << 20
@@ -57,6 +63,11 @@ _GET_PAUSES_S: Final = (0.002, 0.004, 0.008, 0.016, 0.032)
 """Pauses before a get is asked again of which the daemon sent nothing; then it is throttled."""
 
 _LOG_EVERY_S: Final = 5.0
+NOT_THERE: Final = frozenset({MISS, STALE, CORRUPT})
+"""Results of a mapped read that are a miss, as they would be if they were asked for."""
+
+_PUT_TRIES: Final = 4
+"""How often slots or ring places are asked for before a block is sent instead."""
 
 _TIER_NAMES: Final[dict[int, TierName]] = {
     TierId.HBM: "hbm",
@@ -111,6 +122,14 @@ def _uint8_of(tensor: Any) -> Any:
     return sys.modules[type(tensor).__module__.partition(".")[0]].uint8
 
 
+class Chain(NamedTuple):
+    """Checked arguments of a put: key, parent and payload of each block, and what all of them share."""
+
+    blocks: list[tuple[bytes, bytes, memoryview]]
+    part: int
+    access: int
+
+
 class Operations:
     """The operations in one session.
 
@@ -126,17 +145,21 @@ class Operations:
         self._logged: dict[int, float] = {}
         self.corrupt = 0
 
+    def next_access(self) -> int:
+        """The id of another engine request."""
+        return next(self._accesses)
+
     # -------------------------------------------------------------- puts
 
-    def put_asks(
+    def check_chain(
         self,
         keys: Sequence[bytes],
         datas: Sequence[object],
         parent: bytes | None,
         part: int,
         request: int | None,
-    ) -> list[Ask]:
-        """The requests that store a chain; all arguments are checked before the first is sent.
+    ) -> Chain:
+        """Check all arguments of a put before any of it is done.
 
         Raises:
             InvalidArgument: a bad key, parent, part or buffer, unequal lengths, or data larger than the largest slot.
@@ -147,40 +170,109 @@ class Operations:
         previous = check_parent(parent)
         check_part(part)
         check_request(request)
-        session = self._session
-        asks: list[Ask] = []
-        frames: list[Buffer] = []
-        total = 0
+        max_record_bytes = self._session.max_record_bytes
+        blocks: list[tuple[bytes, bytes, memoryview]] = []
         for index, (given, data) in enumerate(zip(keys, datas, strict=True)):
             key = check_key(given, f"keys[{index}]")
             payload = buffer_of(data, f"data of keys[{index}]")
-            if RECORD_HEADER_BYTES + payload.nbytes > session.max_record_bytes:
+            if RECORD_HEADER_BYTES + payload.nbytes > max_record_bytes:
                 raise InvalidArgument(
                     f"data of keys[{index}] has {payload.nbytes} bytes; the daemon's largest record holds "
-                    f"{session.max_record_bytes - RECORD_HEADER_BYTES}; raise dram.slab_bytes, dram.grant_bytes and "
+                    f"{max_record_bytes - RECORD_HEADER_BYTES}; raise dram.slab_bytes, dram.grant_bytes and "
                     "limits.grant_bytes_per_session, or use fewer tokens a block"
                 )
             if key == previous:
                 raise InvalidArgument(f"keys[{index}] is its own parent")
+            blocks.append((key, previous, payload))
+            previous = key
+        return Chain(blocks, part, access)
+
+    def put_asks(self, chain: Chain) -> list[Ask]:
+        """The requests that store a chain by sending it."""
+        digest = self._session.digest
+        asks: list[Ask] = []
+        frames: list[Buffer] = []
+        total = 0
+        for key, previous, payload in chain.blocks:
             if frames and (total + payload.nbytes > _PUT_BYTES or len(frames) >= MAX_PAYLOAD_FRAMES):
-                asks.append(Ask(Put, (len(frames) // 2,), access, frames))
+                asks.append(Ask(Put, (len(frames) // 2,), chain.access, frames))
                 frames, total = [], 0
-            header = raw_header(
-                key=key, parent_key=previous, namespace_digest=session.digest, part=part, payload=payload
-            )
+            header = raw_header(key=key, parent_key=previous, namespace_digest=digest, part=chain.part, payload=payload)
             frames += (encode_header(header), payload)
             total += payload.nbytes
-            previous = key
         if frames:
-            asks.append(Ask(Put, (len(frames) // 2,), access, frames))
+            asks.append(Ask(Put, (len(frames) // 2,), chain.access, frames))
         return asks
 
-    def put_many(
-        self, keys: Sequence[bytes], datas: Sequence[object], parent: bytes | None, part: int, request: int | None
-    ) -> Steps[list[PutStatus]]:
-        """Store a chain and wait for each answer."""
+    def put_chain(self, chain: Chain) -> Steps[list[PutStatus]]:
+        """Store a chain and wait for each answer: through mapped memory as far as that goes, else by sending it."""
+        mapped = self._session.mapped
+        if mapped is None or not mapped.writable:
+            return (yield from self._put_sent(chain))
+        waiting: deque[int] = deque()
+        answers: list[int] = []
+        for key, previous, payload in chain.blocks:
+            number = yield from self._put_mapped(mapped, key, previous, payload, chain)
+            if number < 0:
+                break
+            waiting.append(number)
+            while waiting and (answer := mapped.answer(waiting[0])) >= 0:
+                answers.append(answer)
+                waiting.popleft()
+        if waiting:
+            # The daemon deals with what was written into the ring before it answers a later request.
+            expect((yield Ask(Ping)), Done)
+            answers += [answer for number in waiting if (answer := mapped.answer(number)) >= 0]
+        statuses = [self._answered(answer) for answer in answers]
+        # The rest, and what a daemon that is gone did not answer: a repeated put changes nothing.
+        rest = Chain(chain.blocks[len(answers) :], chain.part, chain.access)
+        return statuses + (yield from self._put_sent(rest))
+
+    def _answered(self, answer: int) -> PutStatus:
+        reason = answer >> 8
+        if reason:
+            self._log_refusal(reason, 1)
+        return PutStatus(answer & 0xFF)
+
+    def put_unwaited(self, chain: Chain) -> Steps[Chain]:
+        """Write a chain into mapped memory without waiting for answers; what has to be sent instead."""
+        mapped = self._session.mapped
+        if mapped is None or not mapped.writable:
+            return chain
+        for index, (key, previous, payload) in enumerate(chain.blocks):
+            number = yield from self._put_mapped(mapped, key, previous, payload, chain)
+            if number < 0:
+                return Chain(chain.blocks[index:], chain.part, chain.access)
+            mapped.expect_answer(number, key)
+        return Chain([], chain.part, chain.access)
+
+    def _put_mapped(
+        self, mapped: MappedSession, key: bytes, previous: bytes, payload: memoryview, chain: Chain
+    ) -> Steps[int]:
+        """Number of the commit, or below 0 where the block has to be sent. Asks for slots where there are none."""
+        for _ in range(_PUT_TRIES):
+            if self._session.mapped is not mapped:
+                return OVER
+            number = mapped.put(key, previous, payload, chain.part, chain.access)
+            if number >= 0:
+                return number
+            if number == FULL:
+                expect((yield Ask(Ping)), Done)
+            elif number in (NO_LANE, NO_GRANT):
+                record_bytes = RECORD_HEADER_BYTES + payload.nbytes
+                lane = mapped.lane_for(record_bytes)
+                mapped.close_lane(lane, record_bytes)
+                reserved = expect((yield Ask(Reserve, (record_bytes, lane))), Reserved)
+                if reserved.reason or self._session.mapped is not mapped:
+                    return NO_GRANT
+                mapped.open_lane(lane, record_bytes, reserved.slot_bytes)
+            else:
+                return number
+        return NO_GRANT
+
+    def _put_sent(self, chain: Chain) -> Steps[list[PutStatus]]:
         statuses: list[PutStatus] = []
-        for ask in self.put_asks(keys, datas, parent, part, request):
+        for ask in self.put_asks(chain):
             statuses += self.put_answer((yield ask))
         return statuses
 
@@ -215,6 +307,15 @@ class Operations:
                 self._unflushed_reasons[_reason_name(reason)] += 1
                 self._log_refusal(reason, 1)
 
+    def note_mapped(self, mapped: MappedSession) -> None:
+        """Count what became of puts through mapped memory that nobody waited for."""
+        for answer, records in mapped.take_answers().items():
+            self._unflushed[PutStatus(answer & 0xFF).name.lower()] += records
+            reason = answer >> 8
+            if reason:
+                self._unflushed_reasons[_reason_name(reason)] += records
+                self._log_refusal(reason, records)
+
     def note_lost(self, records: int) -> None:
         """Count records whose answer will never come."""
         self._unflushed["lost"] += records
@@ -222,6 +323,10 @@ class Operations:
     def flush(self) -> Steps[FlushResult]:
         """Wait until all earlier puts of this client are published or refused."""
         expect((yield Ask(Flush)), Done)
+        mapped = self._session.mapped
+        if mapped is not None:
+            mapped.settle()
+            self.note_mapped(mapped)
         result = FlushResult(**self._unflushed, reasons=dict(self._unflushed_reasons))
         self._unflushed.clear()
         self._unflushed_reasons.clear()
@@ -315,7 +420,7 @@ class Operations:
         joined = join_keys(keys)
         if len(keys) > MAX_KEYS_PER_REQUEST:
             raise InvalidArgument(f"match takes at most {MAX_KEYS_PER_REQUEST} keys, got {len(keys)}")
-        access = next(self._accesses)
+        access = self.next_access()
         reply = expect((yield Ask(Match, (joined, lease_ms), access)), MatchReply)
         tiers = [_TIER_NAMES[tier] for tier, count in reply.tiers for _ in range(count)]
         return MatchResult(reply.hits, tiers, access, reply.lease, lease_ms / 1000 if reply.lease else 0.0)
@@ -379,6 +484,27 @@ class Operations:
     def ping(self) -> Steps[None]:
         """A round trip."""
         expect((yield Ask(Ping)), Done)
+
+
+def list_of(items: Sequence[Any]) -> list[Any]:
+    """A list, as compiled functions take it, without a copy where it is one.
+
+    Raises:
+        InvalidArgument: it is no sequence of several things, but one key.
+    """
+    if type(items) is list:
+        return items
+    if isinstance(items, (bytes, bytearray, memoryview, str)) or not isinstance(items, Iterable):
+        raise InvalidArgument(f"keys must be a sequence of 32-byte keys, got one {type(items).__name__}")
+    return list(items)
+
+
+def check_read(part: object, request: object) -> None:
+    """``check_part`` and ``check_request``, the usual case first."""
+    if request is None and type(part) is int and 0 <= part < 1 << 16:
+        return
+    check_part(part)
+    check_request(request)
 
 
 def check_request(request: object) -> None:

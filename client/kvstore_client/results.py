@@ -31,6 +31,32 @@ class MatchResult:
         return self.hits
 
 
+@dataclass(slots=True)
+class ReadBatch:
+    """What became of a batch of reads in mapped memory.
+
+    Attributes:
+        lengths: of each key's data, None for a miss and for what is in ``asked``.
+        asked: positions that must be asked for over the socket.
+        access: the engine request.
+    """
+
+    keys: list[bytes]
+    outs: list[object]
+    access: int
+    lengths: list[int | None]
+    asked: list[int]
+
+    def arguments(self) -> tuple[list[bytes], list[object]]:
+        """Keys and buffers of what must be asked for."""
+        return [self.keys[at] for at in self.asked], [self.outs[at] for at in self.asked]
+
+    def fill(self, lengths: list[int | None]) -> None:
+        """Take over what was answered."""
+        for at, length in zip(self.asked, lengths, strict=True):
+            self.lengths[at] = length
+
+
 @dataclass(frozen=True, slots=True)
 class FlushResult:
     """What became of the ``wait=False`` puts since the last flush, counted in records.

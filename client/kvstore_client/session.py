@@ -11,7 +11,8 @@ import os
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import kvstore
 from kvstore.errors import (
@@ -25,10 +26,14 @@ from kvstore.errors import (
     Throttled,
 )
 from kvstore.format.record import Buffer
+from kvstore.mapped.index_file import MAPPED_LAYOUT
 from kvstore.mapped.session_file import decode_session_header, lock_request
 from kvstore.protocol.messages import AnyReply, Attach, Attached, ErrorReply, Hello, Reply, Request, Welcome
 from kvstore.protocol.namespace import Namespace
 from kvstore.protocol.version import PROTOCOL_OLDEST, PROTOCOL_VERSION
+
+if TYPE_CHECKING:
+    from kvstore_client.mapped_session import MappedSession
 
 R = TypeVar("R")
 ReplyT = TypeVar("ReplyT", bound=Reply)
@@ -79,15 +84,29 @@ class Session:
         generation: of the namespace, -1 before the first greeting.
         digest: 32 bytes, goes into every record.
         max_record_bytes: largest record the daemon takes, header included.
+        wants_mapping: whether to ask for the daemon's memory.
+        directory: where the daemon's directory is for this process, None for where it is for the daemon.
+        mapped: the daemon's memory, None where it is not mapped.
     """
 
-    def __init__(self, namespace: Namespace, payload_bytes: Sequence[int]) -> None:
+    def __init__(
+        self,
+        namespace: Namespace,
+        payload_bytes: Sequence[int],
+        *,
+        wants_mapping: bool = False,
+        directory: Path | None = None,
+    ) -> None:
         self.namespace = namespace
+        self.wants_mapping = wants_mapping
+        self.directory = directory
         self._payload_bytes = tuple(payload_bytes)
         self._boot_id = _boot_id()
         self._ids = itertools.count(1)
         self._same_host = False
         self._lock_fd = -1
+        self.mapped: MappedSession | None = None
+        self.welcome: Welcome | None = None
         self.number = 0
         self.incarnation = 0
         self.daemon_version = ""
@@ -105,7 +124,7 @@ class Session:
             self.namespace_id,
             time.monotonic_ns() if self._same_host else 0,
             min(int(max(timeout_s, 0.0) * 1000) + 1, 1 << 31),
-            0,
+            0 if self.mapped is None else self.mapped.head(),
             ask.access,
             *ask.fields,
         )
@@ -117,8 +136,10 @@ class Session:
             ProtocolMismatch: no common version.
         """
         self.forget()
-        hello = Ask(Hello, (PROTOCOL_OLDEST, PROTOCOL_VERSION, kvstore.__version__, os.getpid(), self._boot_id))
+        versions = (PROTOCOL_OLDEST, PROTOCOL_VERSION, kvstore.__version__)
+        hello = Ask(Hello, (*versions, os.getpid(), self._boot_id, MAPPED_LAYOUT if self.wants_mapping else 0))
         welcome = expect((yield hello), Welcome)
+        self.welcome = welcome
         self.number = welcome.session
         self.incarnation = welcome.incarnation
         self.daemon_version = welcome.daemon_version
@@ -136,6 +157,11 @@ class Session:
         """Whether this client holds the lock on its session file."""
         return self._lock_fd >= 0
 
+    @property
+    def file(self) -> int:
+        """Descriptor of the locked session file, -1 where there is none."""
+        return self._lock_fd
+
     def joined(self, attached: Attached) -> None:
         """Take over a namespace's id; a stale answer keeps the generation this client was in."""
         self.namespace_id = attached.namespace_id
@@ -143,19 +169,31 @@ class Session:
         if attached.namespace_id:
             self.generation = attached.generation
             self.digest = attached.digest
+        if self.mapped is not None:
+            self.mapped.join(self.namespace_id, self.digest)
 
     def forget(self) -> None:
-        """The session is over; the generation is remembered."""
+        """The session is over; the generation is remembered. Views that are open keep their slots until they end."""
         self.number = 0
         self.namespace_id = 0
+        mapped, self.mapped = self.mapped, None
+        if mapped is not None:
+            mapped.release()
+            if mapped.open_views and self._lock_fd >= 0:
+                mapped.keep_until_unused(self._lock_fd)
+                self._lock_fd = -1
         if self._lock_fd >= 0:
             os.close(self._lock_fd)
             self._lock_fd = -1
 
     def _lock(self, welcome: Welcome) -> bool:
         """Lock the session file; False where this process cannot (another container, another user)."""
+        path = Path(welcome.session_file)
         try:
-            fd = os.open(welcome.session_file, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            fd = os.open(
+                path if self.directory is None else self.directory / path.name,
+                os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW,
+            )
         except OSError:
             return False
         try:

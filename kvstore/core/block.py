@@ -40,10 +40,22 @@ class Record:
     Attributes:
         slot: first page in the arena.
         slot_bytes, record_bytes: size of the slot, and of header and sections in it.
+        codec: id of the numerics of its sections.
         session: who writes it while it is granted, 0 afterwards.
     """
 
-    __slots__ = ("block", "checksum", "fidelity", "part", "record_bytes", "session", "slot", "slot_bytes", "state")
+    __slots__ = (
+        "block",
+        "checksum",
+        "codec",
+        "fidelity",
+        "part",
+        "record_bytes",
+        "session",
+        "slot",
+        "slot_bytes",
+        "state",
+    )
 
     def __init__(self, slot: int, slot_bytes: int, session: int) -> None:
         self.slot = slot
@@ -54,6 +66,7 @@ class Record:
         self.part = 0
         self.record_bytes = 0
         self.checksum = 0
+        self.codec = 0
         self.fidelity = 0
 
 

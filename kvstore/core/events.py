@@ -42,10 +42,14 @@ class Joined(msgspec.Struct, frozen=True):
 
 
 class SlotWanted(msgspec.Struct, frozen=True):
-    """A session wants a slot to write a record of ``record_bytes`` into."""
+    """A session wants a slot to write a record of ``record_bytes`` into.
+
+    ``ahead``: it would be for later; refuse it rather than make room for it.
+    """
 
     session: int
     record_bytes: int
+    ahead: bool = False
 
 
 class CommittedRecord(msgspec.Struct, frozen=True):
@@ -59,6 +63,7 @@ class CommittedRecord(msgspec.Struct, frozen=True):
     record_bytes: int
     checksum: int
     fidelity: int
+    codec: int = 1
 
 
 class Committed(msgspec.Struct, frozen=True):
@@ -128,6 +133,13 @@ class InvalidateWanted(msgspec.Struct, frozen=True):
     namespace_id: int
 
 
+class Displaced(msgspec.Struct, frozen=True):
+    """There is no place in the index for a record's slot unless one of the other slots' records leaves."""
+
+    slot: int
+    others: list[int]
+
+
 class FoundCorrupt(msgspec.Struct, frozen=True):
     """A resident record's bytes are not what was committed."""
 
@@ -160,6 +172,7 @@ Event = (
     | RemoveWanted
     | ClearWanted
     | InvalidateWanted
+    | Displaced
     | FoundCorrupt
     | Quiesced
     | Ticked

@@ -15,8 +15,23 @@ class Withdraw(msgspec.Struct, frozen=True):
     slots: list[int]
 
 
+class Publish(msgspec.Struct, frozen=True):
+    """Make committed records readable without asking. Where there is no place for one, answer ``Displaced``."""
+
+    records: list[Record]
+
+
+class EndNamespace(msgspec.Struct, frozen=True):
+    """Say that a namespace's generation is over, before its records are withdrawn."""
+
+    namespace_id: int
+
+
 class Move(msgspec.Struct, frozen=True):
-    """Copy a resident record's slot to another one of equal size; the source is withdrawn by the next instruction."""
+    """Copy a resident record's slot to another one of equal size and let readers find it there.
+
+    The source is withdrawn by a later instruction of the same answer.
+    """
 
     source: int
     target: int
@@ -66,4 +81,6 @@ class Count(msgspec.Struct, frozen=True):
     count: int
 
 
-Instruction = Withdraw | Move | Grant | TryAgain | Refuse | Answer | Namespaced | Leased | Count
+Instruction = (
+    Withdraw | Publish | EndNamespace | Move | Grant | TryAgain | Refuse | Answer | Namespaced | Leased | Count
+)

@@ -64,6 +64,7 @@ def _check_accounting(store: Store) -> None:
     _require(record_bytes == store.resident_record_bytes, "resident record bytes are miscounted")
     limits = store.limits
     _require(store.resident_bytes <= limits.capacity_bytes, f"{store.resident_bytes} resident bytes, over capacity")
+    _require(store.record_count <= limits.max_records, f"{store.record_count} records, over the limit")
     _require(store.granted_bytes <= limits.grant_bytes, f"{store.granted_bytes} granted bytes, over the limit")
     granted = 0
     for session in store.sessions.values():

@@ -17,6 +17,7 @@ from kvstore.core.events import (
     ClearWanted,
     Committed,
     CommittedRecord,
+    Displaced,
     Event,
     FoundCorrupt,
     GrantsReturned,
@@ -36,11 +37,13 @@ from kvstore.core.events import (
 from kvstore.core.instructions import (
     Answer,
     Count,
+    EndNamespace,
     Grant,
     Instruction,
     Leased,
     Move,
     Namespaced,
+    Publish,
     Refuse,
     TryAgain,
     Withdraw,
@@ -73,12 +76,14 @@ class StoreLimits:
         grant_bytes: what granted slots may occupy together, outside the capacity.
         grant_bytes_per_session: of these, what one client may hold.
         leases_per_session: leases that one client may hold.
+        max_records: resident records, for which the index has room.
     """
 
     capacity_bytes: int
     grant_bytes: int
     grant_bytes_per_session: int
     leases_per_session: int = 4096
+    max_records: int = 1 << 62
 
 
 @dataclass(slots=True)
@@ -149,6 +154,7 @@ class Store:
             RemoveWanted: self._remove_wanted,
             ClearWanted: self._clear_wanted,
             InvalidateWanted: self._invalidate_wanted,
+            Displaced: self._displaced,
             FoundCorrupt: self._found_corrupt,
             Quiesced: self._quiesced,
             Ticked: self._ticked,
@@ -160,6 +166,10 @@ class Store:
     def max_record_bytes(self) -> int:
         """The largest record that can ever be stored; whole pages."""
         return self._max_slot_bytes
+
+    def slot_bytes_for(self, record_bytes: int) -> int:
+        """Size of the slot that a record would get, if it is not too large."""
+        return min(self.slabs.slot_bytes_for(record_bytes), self._max_slot_bytes)
 
     def find(self, namespace_id: int, key: bytes, part: int) -> Record | None:
         """The resident record of one part of a block, or None."""
@@ -223,12 +233,13 @@ class Store:
     def _advance(self, namespace: NamespaceState, generation: int) -> list[Instruction]:
         # First what may fail for want of ids: the blocks are not lost for nothing then.
         successor = self.namespaces.advance(namespace, generation)
-        return [*self._withdraw_all(list(namespace.blocks.values())), Namespaced(successor)]
+        withdrawn = self._withdraw_all(list(namespace.blocks.values()))
+        return [EndNamespace(namespace.id), *withdrawn, Namespaced(successor)]
 
     def _slot_wanted(self, event: SlotWanted) -> list[Instruction]:
         if event.record_bytes > self._max_slot_bytes:
             return [Refuse(PutStatus.REJECTED, Reason.TOO_LARGE)]
-        slot_bytes = min(self.slabs.slot_bytes_for(event.record_bytes), self._max_slot_bytes)
+        slot_bytes = self.slot_bytes_for(event.record_bytes)
         session = self.sessions[event.session]
         if session.granted_bytes + slot_bytes > self.limits.grant_bytes_per_session:
             return [Refuse(PutStatus.THROTTLED, Reason.GRANT_LIMIT)]
@@ -236,7 +247,7 @@ class Store:
             return [Refuse(PutStatus.THROTTLED, Reason.GRANT_LIMIT)]
         slot = self.slabs.allocate(slot_bytes)
         if slot is None:
-            return self._make_room(slot_bytes)
+            return [Refuse(PutStatus.THROTTLED, Reason.ALL_HELD)] if event.ahead else self._make_room(slot_bytes)
         record = Record(slot, slot_bytes, event.session)
         self.records[slot] = record
         session.grants[slot] = record
@@ -296,7 +307,8 @@ class Store:
             assert target is not None
             copy = Record(target, record.slot_bytes, 0)
             copy.block, copy.part, copy.record_bytes = record.block, record.part, record.record_bytes
-            copy.checksum, copy.fidelity, copy.state = record.checksum, record.fidelity, RecordState.RESIDENT
+            copy.checksum, copy.codec, copy.fidelity = record.checksum, record.codec, record.fidelity
+            copy.state = RecordState.RESIDENT
             self.records[target] = copy
             assert record.block is not None
             record.block.parts[record.part] = copy
@@ -334,10 +346,13 @@ class Store:
         for block in touched:
             self.policy.touch(block, 1, access)
         instructions: list[Instruction] = []
-        if self.resident_bytes > self.limits.capacity_bytes:
+        if self._over_capacity():
             instructions.append(Withdraw(self._fit_capacity(placed)))
             if None in [record.block for record in placed] or not all(block.parts for block in touched):
                 self._answer_for_evicted(event, statuses, reasons)
+                placed = [record for record in placed if record.state is RecordState.RESIDENT]
+        if placed:
+            instructions.append(Publish(placed))
         instructions.append(Answer(statuses, reasons))
         return instructions
 
@@ -371,7 +386,8 @@ class Store:
             if commit.parent_key != block.parent_key:
                 return PutStatus.REJECTED, Reason.BAD_PARENT
         record.block, record.part, record.session = block, commit.part, 0
-        record.record_bytes, record.checksum, record.fidelity = commit.record_bytes, commit.checksum, commit.fidelity
+        record.record_bytes, record.checksum = commit.record_bytes, commit.checksum
+        record.codec, record.fidelity = commit.codec, commit.fidelity
         self._change(record, RecordState.RESIDENT, commit.key, "committed")
         block.parts[commit.part] = record
         block.slot_bytes += record.slot_bytes
@@ -382,11 +398,14 @@ class Store:
         self.record_count += 1
         return PutStatus.STORED, Reason.NONE
 
+    def _over_capacity(self) -> bool:
+        return self.resident_bytes > self.limits.capacity_bytes or self.record_count > self.limits.max_records
+
     def _fit_capacity(self, placed: list[Record]) -> list[int]:
         """Evict until resident records fit; where nothing else may leave, what was just placed must. Their slots."""
         slots: list[int] = []
         newest_first = reversed(placed)
-        while self.resident_bytes > self.limits.capacity_bytes:
+        while self._over_capacity():
             victim = self._next_victim()
             if victim is not None:
                 slots += self._evict(victim)
@@ -482,6 +501,18 @@ class Store:
         namespace = self.namespaces.by_id.get(event.namespace_id)
         blocks = [] if namespace is None else list(namespace.blocks.values())
         return [*self._withdraw_all(blocks), Count(len(blocks))]
+
+    def _displaced(self, event: Displaced) -> list[Instruction]:
+        record = self.records[event.slot]
+        if record.block is None:
+            return []
+        others = [other.block for slot in event.others if (other := self.records.get(slot)) and other.block]
+        free = [block for block in others if block is not record.block and not block.leases]
+        # Better one that nothing depends on; better any other than the one that was just put.
+        leaves = [block for block in free if not block.children]
+        for block in leaves or free:
+            return [Withdraw(self._evict(block)), Publish([record])]
+        return [Withdraw(self._evict(record.block))]
 
     def _found_corrupt(self, event: FoundCorrupt) -> list[Instruction]:
         record = self.records.get(event.slot)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final
 
+import msgspec
 import xxhash
 
 from kvstore.errors import CorruptRecord, InvalidArgument
 from kvstore.format.constants import (
+    DTYPE_BYTES,
     DTYPE_SIZES,
     FIDELITY_EXACT,
     MAX_DIMENSIONS,
@@ -39,11 +40,12 @@ _CHECKSUM: Final = struct.Struct("<Q")
 _CHECKED_BYTES: Final = RECORD_HEADER_BYTES - 8
 _NO_PARAMETERS: Final = bytes(16)
 _ZEROS: Final = bytes(1 << 16)
+_CODECS: Final = {int(codec): codec for codec in CodecId}
+_DTYPES: Final = {name.encode("ascii").ljust(DTYPE_BYTES, b"\0"): name for name in DTYPE_SIZES}
 assert _LAYOUT.size == RECORD_HEADER_BYTES
 
 
-@dataclass(frozen=True, slots=True)
-class RecordHeader:
+class RecordHeader(msgspec.Struct, frozen=True):
     """What a record says of itself.
 
     Attributes:
@@ -171,7 +173,8 @@ def decode_header(data: Buffer) -> RecordHeader:
     Raises:
         CorruptRecord: too short, wrong magic, version, checksum, or any field outside its bounds.
     """
-    raw = bytes(memoryview(data).cast("B")[:RECORD_HEADER_BYTES])
+    whole = type(data) is bytes and len(data) == RECORD_HEADER_BYTES
+    raw = bytes(data) if whole else bytes(memoryview(data).cast("B")[:RECORD_HEADER_BYTES])
     if len(raw) != RECORD_HEADER_BYTES:
         raise CorruptRecord(f"a record begins with {RECORD_HEADER_BYTES} bytes of header, got {len(raw)}")
     fields = _LAYOUT.unpack(raw)
@@ -192,14 +195,12 @@ def decode_header(data: Buffer) -> RecordHeader:
         raise CorruptRecord("the record's key is the root")
     if key == parent_key:
         raise CorruptRecord("the record is its own parent")
-    try:
-        codec_id = CodecId(codec)
-    except ValueError:
-        raise CorruptRecord(f"unknown codec id {codec}") from None
-    name = dtype_raw.rstrip(b"\0")
-    dtype = name.decode("ascii", "replace")
-    if dtype not in DTYPE_SIZES:
-        raise CorruptRecord(f"unknown logical dtype {dtype!r}")
+    codec_id = _CODECS.get(codec)
+    if codec_id is None:
+        raise CorruptRecord(f"unknown codec id {codec}")
+    dtype = _DTYPES.get(dtype_raw)
+    if dtype is None:
+        raise CorruptRecord(f"unknown logical dtype {dtype_raw.rstrip(bytes(1)).decode('ascii', 'replace')!r}")
     if not 1 <= dimensions <= MAX_DIMENSIONS or any(shape[dimensions:]) or not all(shape[:dimensions]):
         raise CorruptRecord(f"impossible shape {shape} of {dimensions} dimensions")
     lengths = section_bytes[:sections]

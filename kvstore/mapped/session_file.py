@@ -14,6 +14,11 @@ from kvstore.errors import CorruptRecord
 
 SESSION_MAGIC: Final = b"KVCLIENT"
 SESSION_VERSION: Final = 1
+"""A file that is only locked."""
+
+MAPPED_SESSION_VERSION: Final = 2
+"""A file that client and daemon also share as memory (``client_file``)."""
+
 SESSION_FILE_BYTES: Final = 4096
 
 # magic 8 | version u32 | reserved u32 | incarnation u64 | session u64
@@ -27,11 +32,13 @@ class SessionHeader:
 
     incarnation: int
     session: int
+    mapped: bool = False
 
 
 def encode_session_header(header: SessionHeader) -> bytes:
-    """The used bytes of the file."""
-    return _LAYOUT.pack(SESSION_MAGIC, SESSION_VERSION, 0, header.incarnation, header.session)
+    """The first bytes of the file."""
+    version = MAPPED_SESSION_VERSION if header.mapped else SESSION_VERSION
+    return _LAYOUT.pack(SESSION_MAGIC, version, 0, header.incarnation, header.session)
 
 
 def decode_session_header(data: bytes) -> SessionHeader:
@@ -43,9 +50,9 @@ def decode_session_header(data: bytes) -> SessionHeader:
     if len(data) < _LAYOUT.size:
         raise CorruptRecord(f"no session file: {len(data)} bytes")
     magic, version, reserved, incarnation, session = _LAYOUT.unpack(data[: _LAYOUT.size])
-    if magic != SESSION_MAGIC or version != SESSION_VERSION or reserved:
+    if magic != SESSION_MAGIC or version not in (SESSION_VERSION, MAPPED_SESSION_VERSION) or reserved:
         raise CorruptRecord("no session file of this version")
-    return SessionHeader(incarnation, session)
+    return SessionHeader(incarnation, session, version == MAPPED_SESSION_VERSION)
 
 
 def lock_request(kind: int) -> bytes:

@@ -126,6 +126,8 @@ class Hello(Request, tag=1):
     client_version: Ident = ""
     pid: Unsigned = 0
     boot_id: Ident = ""
+    mapped_layout: Unsigned = 0
+    """Layout of shared memory that the client would map, 0 for none."""
 
 
 class Attach(Request, tag=2):
@@ -213,6 +215,13 @@ class Verify(Request, tag=14):
     """Asks the daemon to check its invariants and the checksum of every resident record."""
 
 
+class Reserve(Request, tag=17):
+    """Asks for slots for records of a size to be kept in one of the client's lanes."""
+
+    record_bytes: Unsigned
+    lane: Unsigned
+
+
 class Ping(Request, tag=15):
     """Asks for nothing."""
 
@@ -238,6 +247,7 @@ AnyRequest = (
     | Verify
     | Ping
     | Bye
+    | Reserve
 )
 
 # ------------------------------------------------------------------ replies
@@ -268,6 +278,8 @@ class Welcome(Reply, tag=102):
         session_file: path that the client locks to show that it lives, "" where there is none.
         same_host: whether client and daemon share a kernel, so that ``sent_ns`` means something.
         pid: the daemon's; a client of the same process does not lock (its lock would not show its death).
+        arena_file, index_file, doorbell: what the client may map and ring, "" where it may not.
+        unmapped: why it may not, for people.
     """
 
     protocol: Unsigned
@@ -277,6 +289,10 @@ class Welcome(Reply, tag=102):
     session_file: str = ""
     same_host: bool = False
     pid: Unsigned = 0
+    arena_file: str = ""
+    index_file: str = ""
+    doorbell: str = ""
+    unmapped: str = ""
 
 
 class Attached(Reply, tag=103):
@@ -328,6 +344,14 @@ class Done(Reply, tag=109):
     """Answer to flush and ping."""
 
 
+class Reserved(Reply, tag=112):
+    """The lane's slots: their size, how many are kept lent, or why there are none (``reason`` not 0)."""
+
+    slot_bytes: Unsigned
+    slots: Unsigned
+    reason: Unsigned = 0
+
+
 class NamespaceStats(msgspec.Struct, kw_only=True):
     """One namespace: its name, generation, resident blocks and slot bytes."""
 
@@ -354,6 +378,8 @@ class DramStats(msgspec.Struct, kw_only=True):
         arena_bytes, populated_bytes: the slabs, and those of them that have memory.
         resident_bytes, record_bytes: slots of resident records, and the records in them without padding.
         granted_bytes, limbo_bytes: slots lent for writing, and slots that wait for readers to finish.
+        index_bytes: the index that clients map, outside the capacity; 0 where they do not.
+        max_records: what the index has room for.
         problem: why the tier is smaller than configured, "" where it is not.
     """
 
@@ -370,10 +396,17 @@ class DramStats(msgspec.Struct, kw_only=True):
     free_slabs: Unsigned
     problem: str
     classes: list[SlotClassStats]
+    index_bytes: Unsigned = 0
+    max_records: Unsigned = 0
 
 
 class LookupStats(msgspec.Struct, kw_only=True):
-    """Lookups since the start. A request's match, gets and puts with one access id count each once."""
+    """Lookups since the start. A request's match, gets and puts with one access id count each once.
+
+    Attributes:
+        mapped_reads: matches and gets that clients served themselves; the other counts include them.
+        dropped_reports: of clients that are there now, what they could not tell because their ring was full.
+    """
 
     matches: Unsigned
     match_keys: Unsigned
@@ -383,6 +416,8 @@ class LookupStats(msgspec.Struct, kw_only=True):
     get_hits: Unsigned
     get_throttled: Unsigned
     bytes_out: Unsigned
+    mapped_reads: Unsigned = 0
+    dropped_reports: Unsigned = 0
 
 
 class PutStats(msgspec.Struct, kw_only=True):
@@ -418,6 +453,7 @@ class SessionStats(msgspec.Struct, kw_only=True):
     granted_bytes: Unsigned
     outbound_bytes: Unsigned
     version: str
+    mapped: bool = False
 
 
 class ServerStats(msgspec.Struct, kw_only=True):
@@ -479,6 +515,7 @@ AnyReply = (
     | Done
     | StatsReply
     | VerifyReply
+    | Reserved
 )
 
 TierName = Literal["hbm", "dram", "ssd", "remote"]

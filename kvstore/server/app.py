@@ -21,6 +21,8 @@ from kvstore.core.slabs import SlabAllocator
 from kvstore.core.store import Store, StoreLimits
 from kvstore.errors import InvalidArgument, SettingsError
 from kvstore.mapped.arena import FIRST_SLAB_PAGE, STATE_OFFSET, ArenaHeader, ArenaState
+from kvstore.mapped.index_file import STATE_OFFSET as INDEX_STATE_OFFSET
+from kvstore.mapped.index_file import IndexHeader, IndexState, bucket_count_for
 from kvstore.observability.logs import Log, RepeatedLog, configure_logs, get_log
 from kvstore.policy.registry import make_policy
 from kvstore.protocol.endpoint import default_arena_directory, default_directory, ipc_path
@@ -29,6 +31,7 @@ from kvstore.server.descriptors import reserve_descriptors
 from kvstore.server.executor import Executor
 from kvstore.server.gets import Reads
 from kvstore.server.http import start_http
+from kvstore.server.mapping import Mapping
 from kvstore.server.outbound import Outbound
 from kvstore.server.overload import Overload
 from kvstore.server.population import Population, populate_first
@@ -39,7 +42,8 @@ from kvstore.server.statistics import Statistics
 from kvstore.server.transport import RouterTransport
 from kvstore.settings import Settings
 from kvstore.tiers.dram import Arena, automatic_slab_bytes, slab_count
-from kvstore.tiers.files import OwnerLock, make_directory, read_text, remove_stale, require_socket_or_nothing
+from kvstore.tiers.files import Doorbell, OwnerLock, make_directory, read_text, remove_stale, require_socket_or_nothing
+from kvstore.tiers.index import Index
 from kvstore.tiers.memory import check_arena_fits
 
 _TICK_S: Final = 1.0
@@ -106,13 +110,15 @@ class Daemon:
         )
         self._undo.callback(arena_lock.release)
         stale = remove_stale(directory, "arena-", (STATE_OFFSET, int(ArenaState.DEAD).to_bytes(4, "little")))
+        remove_stale(directory, "index-", (INDEX_STATE_OFFSET, int(IndexState.DEAD).to_bytes(8, "little")))
         remove_stale(directory, "client-")
+        remove_stale(directory, "doorbell-")
         if stale:
             self._log.warning("removed_stale_arena", directory=str(directory), why="a daemon did not stop cleanly")
 
         incarnation = secrets.randbits(62) | 1
-        store, arena = self._make_store(directory, incarnation, mode, gid)
-        executor = Executor(store, arena, self._clock)
+        store, arena, index = self._make_store(directory, incarnation, mode, gid)
+        executor = Executor(store, arena, self._clock, index)
         executor.apply(SlabPopulated(0))
         sessions = Sessions(
             directory,
@@ -126,22 +132,39 @@ class Daemon:
         counters = RequestCounters()
         outbound = Outbound(executor, settings.limits.outbound_bytes_per_session, loop.call_later)
         overload = Overload(settings.limits.max_queue_delay_ms)
-        verify_every = {"always": 1, "sampled": settings.dram.verify_every, "off": 0}[settings.dram.verify]
+        reads = Reads(executor, outbound, counters, settings.dram.verified_every, RepeatedLog(self._log))
+        bell = None
+        if index is not None:
+            bell = Doorbell(directory / f"doorbell-{incarnation:016x}", mode, gid)
+            self._undo.callback(bell.close)
+        mapping = Mapping(
+            executor,
+            bell,
+            counters,
+            reads,
+            RepeatedLog(self._log),
+            loop,
+            _hazard_bytes(settings),
+            int(settings.limits.reclaim_grace_s * 1e9),
+        )
+        self._undo.callback(mapping.stop)
         requests = Requests(
             executor=executor,
             sessions=sessions,
             outbound=outbound,
             overload=overload,
-            reads=Reads(executor, outbound, counters, verify_every, RepeatedLog(self._log)),
-            puts=Puts(executor, counters),
+            reads=reads,
+            puts=Puts(executor, counters, mapping.have_back),
             counters=counters,
             incarnation=incarnation,
             boot_id=read_text("/proc/sys/kernel/random/boot_id").strip(),
             max_lease_s=settings.limits.max_lease_s,
             pid=os.getpid(),
+            mapping=mapping,
             clock=self._clock,
             log=self._log,
         )
+        mapping.end_session = requests.close_session
         transport = RouterTransport(
             settings.endpoint,
             max_frame_bytes=store.max_record_bytes + _FRAME_SLACK_BYTES,
@@ -162,9 +185,11 @@ class Daemon:
             overload=overload,
             transport=transport,
             counters=counters,
+            mapping=mapping,
+            index=index,
         )
         requests.transport, requests.statistics = transport, self._statistics
-        self._requests, self._executor, self._sessions = requests, executor, sessions
+        self._requests, self._executor, self._sessions, self._mapping = requests, executor, sessions, mapping
 
         http_address = "off"
         if settings.http != "off":
@@ -186,10 +211,11 @@ class Daemon:
             arena=str(arena.path),
             policy=store.policy.name,
             version=kvstore.__version__,
+            index=str(index.path) if index is not None else "none: dram.mapped is off",
             hbm="none: this version has no GPU tier",
         )
 
-    def _make_store(self, directory: Path, incarnation: int, mode: int, gid: int) -> tuple[Store, Arena]:
+    def _make_store(self, directory: Path, incarnation: int, mode: int, gid: int) -> tuple[Store, Arena, Index | None]:
         settings = self.settings
         dram, limits = settings.dram, settings.limits
         try:
@@ -199,20 +225,33 @@ class Daemon:
         slab_bytes = dram.slab_bytes or automatic_slab_bytes(dram.capacity_bytes, dram.grant_bytes)
         slabs = slab_count(dram.capacity_bytes, dram.grant_bytes, slab_bytes)
         header = ArenaHeader(incarnation, slab_bytes, slabs, os.getpid())
-        check_arena_fits(directory, header.arena_bytes)
+        index_header = IndexHeader(
+            incarnation,
+            bucket_count_for(dram.record_limit),
+            secrets.randbits(62),
+            header.arena_bytes,
+            dram.verified_every,
+            _hazard_bytes(settings),
+        )
+        check_arena_fits(directory, header.arena_bytes + (index_header.index_bytes if dram.mapped else 0))
         arena = Arena(directory / f"arena-{incarnation:016x}", header, mode, gid)
         self._undo.callback(arena.close)
         populate_first(arena)
+        index = None
+        if dram.mapped:
+            index = Index(directory / f"index-{incarnation:016x}", index_header, mode, gid)
+            self._undo.callback(index.close)
         store = Store(
             StoreLimits(
                 capacity_bytes=dram.capacity_bytes,
                 grant_bytes=dram.grant_bytes,
                 grant_bytes_per_session=min(limits.grant_bytes_per_session, dram.grant_bytes),
+                max_records=dram.record_limit if dram.mapped else 1 << 62,
             ),
             SlabAllocator(slabs, slab_bytes, FIRST_SLAB_PAGE),
             policy,
         )
-        return store, arena
+        return store, arena, index
 
     async def stop(self) -> None:
         """Stop serving and leave nothing behind."""
@@ -239,7 +278,8 @@ class Daemon:
         while True:
             await asyncio.sleep(_TICK_S)
             self._executor.apply(Ticked())
-            for session in self._sessions.gone(self._clock()):
+            self._mapping.tick()
+            for session in self._sessions.gone(self._clock(), self._mapping.grace_ns):
                 self._log.info("client_gone", pid=session.pid, locked=session.locked, requests=session.requests)
                 self._requests.close_session(session)
 
@@ -248,6 +288,10 @@ class Daemon:
             self._ticker.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._ticker
+
+
+def _hazard_bytes(settings: Settings) -> int:
+    return min(settings.limits.hazard_bytes_per_session, settings.dram.capacity_bytes // 4)
 
 
 def _remove_directory(directory: Path) -> None:

@@ -20,6 +20,7 @@ class RequestCounters:
     get_hits: int = 0
     get_throttled: int = 0
     bytes_out: int = 0
+    mapped_reads: int = 0
     stored: int = 0
     exists: int = 0
     throttled: int = 0

@@ -1,4 +1,4 @@
-"""Carries out the store's instructions on the arena, and answers ``Quiesced`` when nobody reads a slot any more."""
+"""Carries the store's instructions out on arena and index; answers ``Quiesced`` when nobody reads a slot any more."""
 
 from __future__ import annotations
 
@@ -6,27 +6,41 @@ from collections import Counter
 from collections.abc import Callable
 
 from kvstore.core.block import Record
-from kvstore.core.events import Event, Quiesced, SlotWanted
-from kvstore.core.instructions import Grant, Instruction, Move, Refuse, TryAgain, Withdraw
+from kvstore.core.events import Displaced, Event, Quiesced, SlotWanted
+from kvstore.core.instructions import (
+    EndNamespace,
+    Grant,
+    Instruction,
+    Move,
+    Namespaced,
+    Publish,
+    Refuse,
+    TryAgain,
+    Withdraw,
+)
 from kvstore.core.store import Store
 from kvstore.tiers.dram import Arena
+from kvstore.tiers.index import Index
 
 
 class Executor:
-    """Between the store, which decides, and the arena, which holds the bytes.
+    """Between the store, which decides, and the arena and the index, which hold the bytes.
 
     Args:
         store: the state.
         arena: the memory its slots lie in.
         clock: nanoseconds, monotonic.
+        index: what clients read; None where none of them maps.
     """
 
-    def __init__(self, store: Store, arena: Arena, clock: Callable[[], int]) -> None:
+    def __init__(self, store: Store, arena: Arena, clock: Callable[[], int], index: Index | None = None) -> None:
         self.store = store
         self.arena = arena
+        self.index = index
         self._clock = clock
         self._pins: Counter[int] = Counter()
         self._withdrawn: set[int] = set()
+        self._hazarded: dict[int, None] = {}
 
     def apply(self, event: Event) -> Instruction | None:
         """Give an event to the store and carry out what it wants; its answer, where it has one."""
@@ -34,10 +48,18 @@ class Executor:
         for instruction in self.store.handle(event, self._clock()):
             if isinstance(instruction, Withdraw):
                 self._withdraw(instruction.slots)
+            elif isinstance(instruction, Publish):
+                self._publish(instruction.records)
             elif isinstance(instruction, Move):
-                self.arena.move(instruction.source, instruction.target, instruction.slot_bytes)
+                self._move(instruction)
+            elif isinstance(instruction, EndNamespace):
+                if self.index is not None:
+                    self.index.end_namespace(instruction.namespace_id)
             else:
                 answer = instruction
+        if isinstance(answer, Namespaced) and self.index is not None:
+            state = answer.namespace
+            self.index.begin_namespace(state.id, state.generation, state.parts, state.digest)
         return answer
 
     def want_slot(self, session: int, record_bytes: int) -> Record | Refuse:
@@ -64,7 +86,8 @@ class Executor:
                 del self._pins[slot]
                 if slot in self._withdrawn:
                     self._withdrawn.discard(slot)
-                    quiesced.append(slot)
+                    if slot not in self._hazarded:
+                        quiesced.append(slot)
         if quiesced:
             self.apply(Quiesced(quiesced))
 
@@ -73,11 +96,46 @@ class Executor:
         """Slots that transfers read at this moment."""
         return len(self._pins)
 
+    @property
+    def hazarded_slots(self) -> int:
+        """Withdrawn slots that were last seen to be read in place by a client."""
+        return len(self._hazarded)
+
+    def hazarded_bytes(self, slots: list[int]) -> int:
+        """Bytes of those of the slots that are withdrawn and wait for a client."""
+        records = self.store.records
+        return sum(records[slot].slot_bytes for slot in set(slots) if slot in self._hazarded)
+
+    def look_at_hazards(self) -> None:
+        """Let go of withdrawn slots that no client reads in place any more."""
+        if not self._hazarded or self.index is None:
+            return
+        waiting = list(self._hazarded)
+        self._hazarded = dict.fromkeys(self.index.still_read(waiting))
+        quiesced = [slot for slot in waiting if slot not in self._hazarded and slot not in self._withdrawn]
+        if quiesced:
+            self.apply(Quiesced(quiesced))
+
+    def _publish(self, records: list[Record]) -> None:
+        if self.index is None:
+            return
+        for record in self.index.publish(records):
+            # Making room for an earlier one may have cost this one its place.
+            if record.block is not None:
+                self.apply(Displaced(record.slot, self.index.others(record)))
+
+    def _move(self, instruction: Move) -> None:
+        self.arena.move(instruction.source, instruction.target, instruction.slot_bytes)
+        if self.index is not None:
+            self.index.move(instruction.source, instruction.target)
+
     def _withdraw(self, slots: list[int]) -> None:
+        held = self.index.withdraw(slots) if self.index is not None else []
+        if held:
+            self._hazarded.update(dict.fromkeys(held))
         if self._pins:
-            pinned = [slot for slot in slots if slot in self._pins]
-            if pinned:
-                self._withdrawn.update(pinned)
-                slots = [slot for slot in slots if slot not in self._pins]
+            self._withdrawn.update(slot for slot in slots if slot in self._pins)
+        if held or self._pins:
+            slots = [slot for slot in slots if slot not in self._hazarded and slot not in self._withdrawn]
         if slots:
             self.store.handle(Quiesced(slots), self._clock())

@@ -85,8 +85,10 @@ class Reads:
         if not self._verify_every:
             return True
         self._reads += 1
-        if self._reads % self._verify_every:
-            return True
+        return bool(self._reads % self._verify_every) or self.check(record)
+
+    def check(self, record: Record) -> bool:
+        """Verify a resident record now; one that is not what was committed leaves the store."""
         block = record.block
         assert block is not None
         try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import zmq
 
 from kvstore.core.block import Record
@@ -23,11 +25,18 @@ _SHORT_OF_SLOTS = (Reason.GRANT_LIMIT, Reason.ALL_HELD)
 
 
 class Puts:
-    """The write path of clients that send their payloads."""
+    """The write path of clients that send their payloads.
 
-    def __init__(self, executor: Executor, counters: RequestCounters) -> None:
+    Args:
+        executor: carries the store's instructions out.
+        counters: of the request path.
+        have_back: takes slots back that mapped clients were lent ahead and do not use; how many.
+    """
+
+    def __init__(self, executor: Executor, counters: RequestCounters, have_back: Callable[[], int]) -> None:
         self._executor = executor
         self._counters = counters
+        self._have_back = have_back
 
     def put(self, session: Session, request: Put, frames: list[zmq.Frame], incarnation: int) -> PutReply:
         """Store the records of one request, each written straight from its frame into its slot.
@@ -82,7 +91,10 @@ class Puts:
         return header
 
     def _slot(self, session: Session, record_bytes: int) -> Record | Refuse:
-        return self._executor.want_slot(session.id, record_bytes)
+        granted = self._executor.want_slot(session.id, record_bytes)
+        if isinstance(granted, Refuse) and granted.reason in _SHORT_OF_SLOTS and self._have_back():
+            granted = self._executor.want_slot(session.id, record_bytes)
+        return granted
 
     def _reply(
         self,
@@ -120,6 +132,7 @@ def _committed(granted: Record, header: RecordHeader) -> CommittedRecord:
         record_bytes=header.record_bytes,
         checksum=header.payload_checksum,
         fidelity=header.fidelity,
+        codec=int(header.codec),
     )
 
 

@@ -23,7 +23,8 @@ from kvstore.core.events import (
 )
 from kvstore.core.instructions import Count, Leased, Namespaced, Refuse
 from kvstore.errors import ErrorCode, InvalidArgument
-from kvstore.format.constants import RECORD_HEADER_BYTES
+from kvstore.format.constants import MAX_RECORD_BYTES, RECORD_HEADER_BYTES
+from kvstore.mapped.client_file import LANE_COUNT
 from kvstore.observability.logs import Log, RepeatedLog
 from kvstore.protocol.framing import decode_request, encode, request_id
 from kvstore.protocol.keys import KEY_BYTES, split_keys
@@ -54,6 +55,8 @@ from kvstore.protocol.messages import (
     Release,
     Remove,
     Reply,
+    Reserve,
+    Reserved,
     Stats,
     StatsReply,
     TierId,
@@ -65,6 +68,7 @@ from kvstore.protocol.version import MAX_KEYS_PER_REQUEST, PROTOCOL_OLDEST, PROT
 from kvstore.server.counters import RequestCounters
 from kvstore.server.executor import Executor
 from kvstore.server.gets import Reads
+from kvstore.server.mapping import Mapping
 from kvstore.server.outbound import Outbound
 from kvstore.server.overload import Overload
 from kvstore.server.puts import Puts, refused
@@ -105,6 +109,7 @@ class Requests:
         boot_id: str,
         max_lease_s: float,
         pid: int,
+        mapping: Mapping,
         clock: Callable[[], int],
         log: Log,
     ) -> None:
@@ -120,6 +125,7 @@ class Requests:
         self._boot_id = boot_id
         self._max_lease_s = max_lease_s
         self._pid = pid
+        self._mapping = mapping
         self._clock = clock
         self._log = RepeatedLog(log)
         self._verification: asyncio.Task[Verified] | None = None
@@ -142,6 +148,7 @@ class Requests:
             Invalidate: self._invalidate,
             Prefetch: self._prefetch,
             Release: self._release,
+            Reserve: self._reserve,
             Stats: self._stats,
         }
 
@@ -189,6 +196,8 @@ class Requests:
             raise Refused(ErrorCode.UNKNOWN_SESSION, "no session of this connection has that number; greet again")
         session.last_ns = self._clock()
         session.requests += 1
+        # What the client did before it asked comes first: its remove does not overtake its put.
+        self._mapping.before_request(session)
         if request.namespace_id and request.namespace_id not in session.namespaces:
             raise Refused(
                 ErrorCode.UNKNOWN_NAMESPACE, f"namespace id {request.namespace_id} was not given to this session"
@@ -221,11 +230,15 @@ class Requests:
         if before is not None:
             self.close_session(before)
         same_host = bool(request.boot_id) and request.boot_id == self._boot_id
+        unmapped = self._mapping.refuses(request, same_host, self._pid)
         try:
-            session = self._sessions.open(identity, request.pid, request.client_version[:64], same_host, self._clock())
+            session = self._sessions.open(
+                identity, request.pid, request.client_version[:64], same_host, self._clock(), mapped=not unmapped
+            )
         except TooManySessions as error:
             raise Refused(ErrorCode.LIMIT, str(error)) from None
         self._executor.apply(SessionOpened(session.id))
+        files = self._mapping.add(session, unmapped)
         self._send(
             identity,
             Welcome(
@@ -238,12 +251,18 @@ class Requests:
                 str(session.file.path) if session.file is not None else "",
                 same_host,
                 self._pid,
+                files.arena,
+                files.index,
+                files.doorbell,
+                files.unmapped,
             ),
         )
 
     def close_session(self, session: Session) -> None:
         """End a session: what the client held is free again."""
         self._sessions.close(session)
+        # Its hazards are forgotten first: what it was lent and read in place is nobody's then.
+        self._mapping.remove(session)
         self._executor.apply(SessionClosed(session.id))
 
     def _attach(self, session: Session, request: Attach) -> Reply:
@@ -302,6 +321,8 @@ class Requests:
             raise Refused(
                 ErrorCode.BAD_REQUEST, f"a put of {request.count} records does not have {len(payloads)} payload frames"
             )
+        # What is evicted for it depends on what clients read before.
+        self._mapping.drain_all()
         if self._overload.refuses(request, session.last_ns, session.same_host):
             self._counters.throttled += request.count
             self._counters.reasons[Reason.OVERLOADED.name.lower()] += request.count
@@ -353,6 +374,16 @@ class Requests:
 
     def _clear(self, session: Session, request: Clear) -> Reply:
         return self._count(request.id, ClearWanted(request.namespace_id))
+
+    def _reserve(self, session: Session, request: Reserve) -> Reply:
+        if not 0 <= request.lane < LANE_COUNT or not RECORD_HEADER_BYTES < request.record_bytes <= MAX_RECORD_BYTES:
+            raise Refused(ErrorCode.BAD_REQUEST, f"no lane {request.lane} for records of {request.record_bytes} bytes")
+        answer = self._mapping.reserve(session, request.lane, request.record_bytes)
+        if answer is None:
+            raise Refused(ErrorCode.BAD_REQUEST, "this session maps nothing, so it has no lanes")
+        if isinstance(answer, Refuse):
+            return Reserved(request.id, self._incarnation, 0, 0, answer.reason)
+        return Reserved(request.id, self._incarnation, answer.slot_bytes, answer.lent)
 
     def _release(self, session: Session, request: Release) -> Reply:
         return self._count(request.id, LeaseReleased(session.id, request.lease))

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvstore.errors import KVStoreError
+from kvstore.mapped.client_file import CLIENT_FILE_BYTES
 from kvstore.mapped.session_file import SESSION_FILE_BYTES, SessionHeader, encode_session_header
 from kvstore.tiers.files import SessionFile
 
@@ -30,6 +32,7 @@ class Session:
         locked: whether it holds the lock on its file.
         last_ns: when it was last heard.
         namespaces: ids of the namespaces that it joined; it has no access to others.
+        died_ns: when its lock was first seen to be free, 0 before.
     """
 
     id: int
@@ -41,7 +44,8 @@ class Session:
     file: SessionFile | None
     locked: bool = False
     requests: int = 0
-    private_accesses: int = field(default=0)
+    private_accesses: int = 0
+    died_ns: int = 0
     namespaces: set[int] = field(default_factory=set)
 
 
@@ -76,8 +80,18 @@ class Sessions:
         """Every session, oldest first."""
         return list(self._by_id.values())
 
-    def open(self, identity: bytes, pid: int, version: str, same_host: bool, now_ns: int) -> Session:
+    def open(
+        self, identity: bytes, pid: int, version: str, same_host: bool, now_ns: int, *, mapped: bool = False
+    ) -> Session:
         """A new session for a connection; the caller has closed the connection's last one.
+
+        Args:
+            identity: as in ``Session``.
+            pid: as in ``Session``.
+            version: as in ``Session``.
+            same_host: as in ``Session``.
+            now_ns: the time.
+            mapped: give it a file that is shared as memory, if there is room for one.
 
         Raises:
             TooManySessions: the limit is reached.
@@ -87,17 +101,24 @@ class Sessions:
                 f"{self._limit} clients are connected, the limit; close some or raise limits.max_sessions"
             )
         number = secrets.randbits(62) | 1
-        header = encode_session_header(SessionHeader(self._incarnation, number))
         file = None
         if same_host:
-            path = self._directory / f"client-{number:016x}"
-            # Where there is no room for it, the session does without, and ends when it is silent for too long.
-            with contextlib.suppress(OSError):
-                file = SessionFile(path, header, SESSION_FILE_BYTES, self._mode, self._gid)
+            if mapped:
+                file = self._file(number, CLIENT_FILE_BYTES, mapped=True)
+            if file is None:
+                file = self._file(number, SESSION_FILE_BYTES, mapped=False)
         session = Session(number, identity, pid, version, same_host, now_ns, file)
         self._by_id[number] = self._by_identity[identity] = session
         self.opened += 1
         return session
+
+    def _file(self, number: int, size_bytes: int, *, mapped: bool) -> SessionFile | None:
+        """A session's file. Where there is no room, the session does without, and ends when it is silent too long."""
+        header = encode_session_header(SessionHeader(self._incarnation, number, mapped))
+        path = self._directory / f"client-{number:016x}"
+        with contextlib.suppress(OSError):
+            return SessionFile(path, header, size_bytes, self._mode, self._gid, mapped=mapped)
+        return None
 
     def of(self, identity: bytes, number: int) -> Session | None:
         """The session of that number, if it is this connection's."""
@@ -115,14 +136,21 @@ class Sessions:
         if session.file is not None:
             session.file.close()
 
-    def gone(self, now_ns: int) -> list[Session]:
-        """Sessions whose client died or was not heard of for too long; counted, not closed."""
+    def gone(self, now_ns: int, grace_ns: Callable[[Session], int] = lambda session: 0) -> list[Session]:
+        """Sessions whose client died or was not heard of for too long; counted, not closed.
+
+        Args:
+            now_ns: the time.
+            grace_ns: how long after its death what a client held must be left alone.
+        """
         gone = []
         for session in self._by_id.values():
             if session.locked:
                 if session.file is not None and not session.file.locked():
-                    self.died += 1
-                    gone.append(session)
+                    session.died_ns = session.died_ns or now_ns
+                    if now_ns - session.died_ns >= grace_ns(session):
+                        self.died += 1
+                        gone.append(session)
             elif now_ns - session.last_ns > self._idle_ns:
                 self.expired += 1
                 gone.append(session)

@@ -20,11 +20,13 @@ from kvstore.protocol.messages import (
     SlotClassStats,
 )
 from kvstore.server.counters import RequestCounters
+from kvstore.server.mapping import Mapping
 from kvstore.server.outbound import Outbound
 from kvstore.server.overload import Overload
 from kvstore.server.sessions import Sessions
 from kvstore.server.transport import RouterTransport
 from kvstore.tiers.dram import Arena
+from kvstore.tiers.index import Index
 
 
 @dataclass(slots=True)
@@ -41,6 +43,8 @@ class Statistics:
     overload: Overload
     transport: RouterTransport
     counters: RequestCounters
+    mapping: Mapping
+    index: Index | None = None
     problem: str = ""
 
     def snapshot(self, now_ns: int) -> DaemonStats:
@@ -62,6 +66,8 @@ class Statistics:
                 get_hits=counters.get_hits,
                 get_throttled=counters.get_throttled,
                 bytes_out=counters.bytes_out,
+                mapped_reads=counters.mapped_reads,
+                dropped_reports=self.mapping.dropped_reports(),
             ),
             puts=PutStats(
                 stored=counters.stored,
@@ -102,6 +108,8 @@ class Statistics:
             slab_bytes=slabs.slab_bytes,
             free_slabs=slabs.free_slabs,
             problem=self.problem,
+            index_bytes=0 if self.index is None else self.index.header.index_bytes,
+            max_records=0 if self.index is None else store.limits.max_records,
             classes=[
                 SlotClassStats(
                     slot_bytes=slots.slot_pages * PAGE_BYTES,
@@ -149,6 +157,7 @@ class Statistics:
                 granted_bytes=store.sessions[session.id].granted_bytes,
                 outbound_bytes=self.outbound.bytes_of(session.id),
                 version=session.version,
+                mapped=self.mapping.is_mapped(session),
             )
             for session in self.sessions.all()
         ]

@@ -8,6 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
+import numpy as np
+
 from kvstore.errors import CorruptRecord
 from kvstore.format.constants import PAGE_BYTES, RECORD_HEADER_BYTES
 from kvstore.format.record import Buffer, RecordHeader, decode_record, padding_is_zero
@@ -57,6 +59,8 @@ class Arena:
         encoded = encode_arena_header(header)
         self._file.map[: len(encoded)] = encoded
         self._view = memoryview(self._file.map)
+        self.address = int(np.frombuffer(self._file.map, np.uint8).ctypes.data)
+        """Where it is mapped in this process."""
 
     @property
     def path(self) -> Path:

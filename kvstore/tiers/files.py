@@ -122,7 +122,11 @@ class OwnerLock:
 
 
 class SharedFile:
-    """A new file in shared memory, mapped readable and writable. Never opens or truncates an existing one."""
+    """A new file in shared memory, mapped readable and writable. Never opens or truncates an existing one.
+
+    Raises:
+        InsufficientMemory, PermissionRefused: it cannot be made; nothing is left behind.
+    """
 
     def __init__(self, path: Path, size_bytes: int, mode: int, gid: int = -1) -> None:
         self.path = path
@@ -155,6 +159,10 @@ class SharedFile:
                 f"{self.path.parent} has no room for {length} bytes more: {error.strerror}"
             ) from None
 
+    def lock_for_life(self) -> None:
+        """Hold the file's ``flock`` until it is closed: who gets it knows that this process is gone."""
+        fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
     def populate(self, offset: int, length: int) -> None:
         """Fill the page tables of an allocated range. Kernels before 5.14 cannot; pages then fault in one by one."""
         with contextlib.suppress(OSError):
@@ -174,18 +182,31 @@ class SharedFile:
 class SessionFile:
     """A client's file as the daemon sees it: made here, locked by the client.
 
+    Args:
+        path: must not exist.
+        content: its first bytes.
+        size_bytes: its size.
+        mode, gid: who may open it.
+        mapped: give it all its memory and map it.
+
     Raises:
         OSError: it cannot be made; nothing is left behind.
     """
 
-    def __init__(self, path: Path, content: bytes, size_bytes: int, mode: int, gid: int = -1) -> None:
+    def __init__(
+        self, path: Path, content: bytes, size_bytes: int, mode: int, gid: int = -1, *, mapped: bool = False
+    ) -> None:
         self.path = path
+        self.map: mmap.mmap | None = None
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             os.fchmod(self._fd, mode)
             if gid >= 0:
                 os.fchown(self._fd, -1, gid)
             os.ftruncate(self._fd, size_bytes)
+            if mapped:
+                os.posix_fallocate(self._fd, 0, size_bytes)
+                self.map = mmap.mmap(self._fd, size_bytes)
             os.pwrite(self._fd, content, 0)
         except BaseException:
             self.close()
@@ -197,11 +218,53 @@ class SessionFile:
         return lock_kind(answer) != fcntl.F_UNLCK
 
     def close(self) -> None:
-        """Remove it."""
+        """Remove it; a client that mapped it keeps its memory."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
             self.path.unlink(missing_ok=True)
+            self.map = None
+
+
+class Doorbell:
+    """A FIFO that clients write a byte into when the daemon sleeps and there is something in a ring.
+
+    Unlike an eventfd it can be opened by name, from other containers too.
+
+    Raises:
+        PermissionRefused, InsufficientMemory: it cannot be made; nothing is left behind.
+    """
+
+    def __init__(self, path: Path, mode: int, gid: int = -1) -> None:
+        self.path = path
+        self.fd = self._own_end = -1
+        try:
+            os.mkfifo(path, 0o600)
+            try:
+                path.chmod(mode)
+                if gid >= 0:
+                    os.chown(path, -1, gid)
+                self.fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+                # With a writer of our own the FIFO is never at its end, which would make it readable for ever.
+                self._own_end = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            except BaseException:
+                self.close()
+                raise
+        except OSError as error:
+            raise _refused(f"cannot make the FIFO {path}", error) from None
+
+    def silence(self) -> None:
+        """Read what was rung."""
+        with contextlib.suppress(BlockingIOError):
+            os.read(self.fd, 1 << 16)
+
+    def close(self) -> None:
+        """Remove it."""
+        for fd in (self.fd, self._own_end):
+            if fd >= 0:
+                os.close(fd)
+        self.fd = self._own_end = -1
+        self.path.unlink(missing_ok=True)
 
 
 def remove_stale(directory: Path, prefix: str, state: tuple[int, bytes] | None = None) -> int:

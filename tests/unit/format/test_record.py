@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import struct
 from collections import Counter
-from dataclasses import replace
 from math import prod
 
 import numpy as np
@@ -13,6 +12,7 @@ import pytest
 import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from kvstore.errors import CorruptRecord, InvalidArgument
 from kvstore.format.constants import (

@@ -1,0 +1,517 @@
+"""One session's view of the daemon's memory: reads and puts that need no message.
+
+Nothing here waits or sends, except for one byte into the doorbell. What cannot be done comes back as a negative result
+(``kvstore.mapped.context``), and the caller asks over ZeroMQ. Loads numba; imported only where a client maps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import mmap
+import os
+import sys
+import threading
+import time
+from collections import Counter, deque
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from kvstore.errors import CorruptRecord
+from kvstore.format.constants import PAGE_BYTES, RECORD_HEADER_BYTES
+from kvstore.format.record import encode_header, raw_header
+from kvstore.mapped import context as fields
+from kvstore.mapped.arena import decode_arena_header
+from kvstore.mapped.client_file import (
+    ANSWER_OFFSET,
+    CLIENT_FILE_BYTES,
+    FLAGS_OFFSET,
+    HEAD_OFFSET,
+    LANE_COUNT,
+    RING_RECORDS,
+    ClientFlag,
+)
+from kvstore.mapped.context import BUSY, CORRUPT, FULL, LARGE, MISS, OVER
+from kvstore.mapped.index_file import (
+    BUCKET_OFFSET,
+    NAMESPACE_ENTRY_BYTES,
+    NAMESPACE_OFFSET,
+    STATE_OFFSET,
+    decode_index_header,
+)
+from kvstore.mapped.index_reader import copy_batch, unpin
+from kvstore.mapped.index_writer import HAZARD_WORDS
+from kvstore.mapped.reads import close_batch, get_one, match, open_batch, pin_one
+from kvstore.mapped.ring import consumed
+from kvstore.mapped.session_file import decode_session_header
+from kvstore.mapped.writes import begin_put, end_put, fill_slot, give_back, put_one
+from kvstore.protocol.keys import KEY_BYTES, ROOT_KEY
+from kvstore.protocol.messages import PutStatus, Welcome
+
+__all__ = ["MappedSession", "NotMapped"]
+
+_LOCK_CHECK_NS: Final = 100_000_000
+_RANG: Final = fields.PAIR // 8
+_LENGTH_MASK: Final = (1 << 32) - 1
+_DIGEST_WORDS: Final = slice(88 // 8, 120 // 8)
+"""Of a record's header."""
+_LAST_GOOD: Final = int(PutStatus.EXISTS)
+_PUT_ITEM: Final = fields.ITEM_BYTES // 8
+
+Words = npt.NDArray[np.int64]
+
+
+class NotMapped(Exception):
+    """The daemon's memory cannot be mapped by this process; the message says why."""
+
+
+def _file(path: str, directory: Path | None) -> Path:
+    return Path(path) if directory is None else directory / Path(path).name
+
+
+def _open(path: Path, flags: int, what: str) -> int:
+    try:
+        return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except PermissionError:
+        raise NotMapped(
+            f"no access to {what} {path}: the daemon's access.mode and access.group do not let this user in"
+        ) from None
+    except FileNotFoundError:
+        raise NotMapped(
+            f"{what} {path} is not there for this process; in another container mount the daemon's directory and say "
+            "where (directory= or KVSTORE_DIRECTORY)"
+        ) from None
+    except OSError as error:
+        raise NotMapped(f"cannot open {what} {path}: {error.strerror}") from None
+
+
+class MappedSession:
+    """The memory of one session. Freed when nobody refers to it any more, so a running call cannot lose it.
+
+    Args:
+        welcome: names the files.
+        session_fd: the locked session file; stays the caller's.
+        namespace_id, parts, digest: of the namespace that was joined.
+        directory: where the daemon's directory is for this process, None for where it is for the daemon.
+
+    Attributes:
+        writable: whether puts may go this way.
+        corrupt: records found with a wrong checksum, each answered as a miss.
+        over: whether the daemon or the session is known to be gone.
+        refused: whether a put that nobody waited for was throttled or rejected since ``take_answers``.
+
+    Raises:
+        NotMapped: why it cannot be done.
+    """
+
+    def __init__(
+        self,
+        welcome: Welcome,
+        session_fd: int,
+        namespace_id: int,
+        parts: int,
+        digest: bytes,
+        directory: Path | None,
+    ) -> None:
+        self.writable = True
+        self.corrupt = 0
+        self.over = False
+        self._lock_fd = self._bell_fd = -1
+        self._kept_fd = -1
+        try:
+            self._map(welcome, session_fd, directory)
+        except (OSError, CorruptRecord, ValueError) as error:
+            self.release()
+            raise NotMapped(f"the daemon's memory cannot be mapped: {error}") from None
+        except BaseException:
+            self.release()
+            raise
+        self._prepare(namespace_id, parts, digest)
+        self._next_check_ns = time.monotonic_ns() + _LOCK_CHECK_NS
+        self._free_hazards = list(range(HAZARD_WORDS))
+        self._hazard_bytes = 0
+        self.open_views = 0
+        self._settling = threading.Lock()
+        self._pending: deque[tuple[int, bytes]] = deque()
+        self._pending_keys: dict[bytes, int] = {}
+        self._unreturned: list[int] = []
+        self._lingering: list[tuple[memoryview, int, int]] = []
+        self._last_lane = LANE_COUNT - 1
+        self._answered: Counter[int] = Counter()
+        self.refused = False
+
+    def _map(self, welcome: Welcome, session_fd: int, directory: Path | None) -> None:
+        if not decode_session_header(os.pread(session_fd, 64, 0)).mapped:
+            raise NotMapped("the session's file is not made for it")
+        if os.fstat(session_fd).st_size != CLIENT_FILE_BYTES:
+            raise NotMapped("the session's file is of another layout")
+        self._lock_fd = _open(_file(welcome.index_file, directory), os.O_RDONLY, "the index")
+        size = os.fstat(self._lock_fd).st_size
+        self._index_map = mmap.mmap(self._lock_fd, size, prot=mmap.PROT_READ)
+        self.header = decode_index_header(self._index_map[:PAGE_BYTES], size)
+        path = _file(welcome.arena_file, directory)
+        try:
+            fd = _open(path, os.O_RDWR, "the arena")
+        except NotMapped:
+            fd = _open(path, os.O_RDONLY, "the arena")
+            self.writable = False
+        try:
+            size = os.fstat(fd).st_size
+            prot = mmap.PROT_READ | (mmap.PROT_WRITE if self.writable else 0)
+            self._arena_map = mmap.mmap(fd, size, prot=prot)
+        finally:
+            os.close(fd)
+        arena = decode_arena_header(self._arena_map[:PAGE_BYTES])
+        ours = welcome.incarnation
+        if arena.arena_bytes != size or self.header.arena_bytes != size:
+            raise NotMapped("arena and index are not as large as they say")
+        if arena.incarnation != ours or self.header.incarnation != ours:
+            raise NotMapped("arena or index is another daemon's")
+        self._file_map = mmap.mmap(session_fd, CLIENT_FILE_BYTES)
+        self._bell_fd = _open(_file(welcome.doorbell, directory), os.O_WRONLY | os.O_NONBLOCK, "the doorbell")
+
+    def join(self, namespace_id: int, digest: bytes) -> None:
+        """Read and write another generation of the namespace; id 0: none, every read is ``STALE``."""
+        context = self._context
+        self._template[_DIGEST_WORDS] = np.frombuffer(digest, np.int64)
+        context[fields.NAMESPACE_ID // 8] = namespace_id
+        # A copy that another thread has under way may see one of both: the old generation's records are gone already.
+        context[fields.NAMESPACE // 8] = self._namespaces_at + namespace_id * NAMESPACE_ENTRY_BYTES
+
+    def _prepare(self, namespace_id: int, parts: int, digest: bytes) -> None:
+        self._index_words: Words = np.frombuffer(self._index_map, np.int64)
+        self._arena_bytes = np.frombuffer(self._arena_map, np.uint8)
+        self._words: Words = np.frombuffer(self._file_map, np.int64)
+        self._file_at = int(self._words.ctypes.data)
+        begin = ANSWER_OFFSET // 8
+        self._answers = self._words[begin : begin + RING_RECORDS * 2 // 8].view(np.uint16)
+        self._arena_view = memoryview(self._arena_map).toreadonly()
+        self._recent: Words = np.zeros(2 * fields.RECENT_TARGETS, np.int64)
+        self._window: Words = np.zeros(fields.WINDOW * fields.WINDOW_WORDS, np.int64)
+        template = encode_header(
+            raw_header(key=bytes(31) + b"\1", parent_key=bytes(32), namespace_digest=digest, part=0, payload=b"\0")
+        )
+        self._template: Words = np.frombuffer(template, np.int64).copy()
+        context: Words = np.zeros(fields.CONTEXT_BYTES // 8, np.int64)
+        index_at = int(self._index_words.ctypes.data)
+        self._namespaces_at = index_at + NAMESPACE_OFFSET
+        for field, value in (
+            (fields.BUCKETS, index_at + BUCKET_OFFSET),
+            (fields.BUCKET_COUNT, self.header.bucket_count),
+            (fields.SEED, self.header.hash_seed),
+            (fields.ARENA, int(self._arena_bytes.ctypes.data)),
+            (fields.ARENA_BYTES, self.header.arena_bytes),
+            (fields.EPOCH, index_at + STATE_OFFSET),
+            (fields.FILE, self._file_at),
+            (fields.PARTS, parts),
+            (fields.VERIFY_EVERY, self.header.verify_every),
+            (fields.RECENT, int(self._recent.ctypes.data)),
+            (fields.KEYS, int(self._window.ctypes.data)),
+            (fields.HEADER, int(self._template.ctypes.data)),
+        ):
+            context[field // 8] = value
+        self._context = context
+        self._at = int(context.ctypes.data)
+        self.join(namespace_id, digest)
+        if _has_device():
+            self.note_device()
+
+    # -------------------------------------------------------------- life
+
+    def note_device(self) -> None:
+        """Say that a device may read and write the arena: its transfers can outlive this process for a moment."""
+        self._words[FLAGS_OFFSET // 8] = int(self._words[FLAGS_OFFSET // 8]) | ClientFlag.DEVICE
+
+    def daemon_lives(self) -> bool:
+        """Whether the daemon still holds its lock and answers for its files."""
+        if self.over or int(self._index_words[STATE_OFFSET // 8]) != 1 or _lock_is_free(self._lock_fd):
+            self.over = True
+        return not self.over
+
+    def _look(self, now_ns: int) -> bool:
+        """Look after the daemon's lock now and then; False once it is gone."""
+        self._next_check_ns = now_ns + _LOCK_CHECK_NS
+        return self.daemon_lives()
+
+    def keep_until_unused(self, session_fd: int) -> None:
+        """The session ends while views are open: hold its lock, and with it their slots, until the last is closed."""
+        self._kept_fd = session_fd
+
+    def release(self) -> None:
+        """Give descriptors back; the memory goes with the object."""
+        for fd in (self._lock_fd, self._bell_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._lock_fd = self._bell_fd = -1
+        self.over = True
+
+    def _ring(self) -> None:
+        with contextlib.suppress(OSError):
+            # A full FIFO has woken the daemon already; one without a reader belongs to a daemon that is gone.
+            os.write(self._bell_fd, b"!")
+
+    def head(self) -> int:
+        """Records ever written into the ring."""
+        return int(self._words[HEAD_OFFSET // 8])
+
+    # -------------------------------------------------------------- reads
+
+    def get_into(self, key: bytes, out: object, part: int, access: int) -> int:
+        """Copy a record's payload into a buffer: its length, ``MISS``, or why it must be asked for."""
+        now_ns = time.monotonic_ns()
+        if now_ns >= self._next_check_ns and not self._look(now_ns):
+            return OVER
+        if self._pending:
+            self.settle()
+        result: int = get_one(self._at, id(key), id(out), part, access, now_ns)
+        if result >= 0:
+            if self._context[_RANG]:
+                self._ring()
+            return result
+        if result == LARGE:
+            results = self.get_many_into([key], [out], part, access)
+            return results[0] if isinstance(results, list) else results
+        return self._read_failed(result, key)
+
+    def _read_failed(self, result: int, key: bytes) -> int:
+        if self._context[_RANG]:
+            self._ring()
+        if result == CORRUPT:
+            self.corrupt += 1
+        elif result == MISS and key in self._pending_keys:
+            return BUSY
+        return result
+
+    def get_many_into(self, keys: list[bytes], outs: list[object], part: int, access: int) -> list[int] | int:
+        """Copy many records, without the interpreter lock; one result a key as of ``get_into``, or one for all."""
+        now_ns = time.monotonic_ns()
+        if now_ns >= self._next_check_ns and not self._look(now_ns):
+            return OVER
+        if self._pending:
+            self.settle()
+        count = len(keys)
+        items: Words = np.empty((count, fields.ITEM_BYTES // 8), np.int64)
+        at = int(items.ctypes.data)
+        refused = open_batch(self._at, id(keys), id(outs), count, at, part)
+        if refused:
+            return int(refused)
+        try:
+            copy_batch(self._at, at, count, part)
+        finally:
+            hits = close_batch(self._at, at, count, part, access, now_ns)
+        if self._context[_RANG]:
+            self._ring()
+        results: list[int] = items[:, fields.ITEM_RESULT // 8].tolist()
+        if hits < count:
+            self.corrupt += results.count(CORRUPT)
+            if self._pending_keys:
+                for index, key in enumerate(keys):
+                    if results[index] == MISS and key in self._pending_keys:
+                        results[index] = BUSY
+        return results
+
+    def match(self, keys: list[bytes], access: int) -> int:
+        """How many leading keys are there; ``BUSY`` where the first that is not was put by this client a moment ago."""
+        now_ns = time.monotonic_ns()
+        if now_ns >= self._next_check_ns and not self._look(now_ns):
+            return OVER
+        if self._pending and self.settle():
+            # What this client put and nobody published yet would end the run.
+            return BUSY
+        hits: int = match(self._at, id(keys), len(keys), access, now_ns)
+        if hits >= 0 and self._context[_RANG]:
+            self._ring()
+        return hits
+
+    def pin(self, key: bytes, part: int, access: int) -> tuple[memoryview, int, int] | int:
+        """Hold a record in place: a read-only view of its payload, the hazard's number, the bytes held; or why not."""
+        now_ns = time.monotonic_ns()
+        if now_ns >= self._next_check_ns and not self._look(now_ns):
+            return OVER
+        if self._pending:
+            self.settle()
+        if self._lingering:
+            self._look_at_lingering()
+        if not self._free_hazards:
+            return BUSY
+        hazard = self._free_hazards.pop()
+        where: int = pin_one(self._at, id(key), hazard, part, access, now_ns)
+        if where < 0:
+            self._free_hazards.append(hazard)
+            return self._read_failed(where, key)
+        length = where & _LENGTH_MASK
+        if self._hazard_bytes + length > self.header.hazard_bytes:
+            unpin(self._at, hazard)
+            self._free_hazards.append(hazard)
+            return BUSY
+        self._hazard_bytes += length
+        self.open_views += 1
+        if self._context[_RANG]:
+            self._ring()
+        begin = (where >> 32) * PAGE_BYTES + RECORD_HEADER_BYTES
+        return self._arena_view[begin : begin + length], hazard, length
+
+    def unpin(self, hazard: int, length: int) -> None:
+        """Let go of a pinned record; its view must not be used any more."""
+        unpin(self._at, hazard)
+        self._free_hazards.append(hazard)
+        self._hazard_bytes -= length
+        self.open_views -= 1
+        if self._kept_fd >= 0 and not self.open_views:
+            os.close(self._kept_fd)
+            self._kept_fd = -1
+
+    def linger(self, data: memoryview, hazard: int, length: int) -> None:
+        """A view ended while something made from it is still there: its slot stays held until that is gone."""
+        self._lingering.append((data, hazard, length))
+
+    def _look_at_lingering(self) -> None:
+        lingering, self._lingering = self._lingering, []
+        for data, hazard, length in lingering:
+            try:
+                data.release()
+            except BufferError:
+                self._lingering.append((data, hazard, length))
+            else:
+                self.unpin(hazard, length)
+
+    # -------------------------------------------------------------- puts
+
+    def put(self, key: bytes, parent: bytes, data: object, part: int, access: int) -> int:
+        """Write a record into a granted slot and commit it: the commit's number, or why not."""
+        now_ns = time.monotonic_ns()
+        if now_ns >= self._next_check_ns and not self._look(now_ns):
+            return OVER
+        if self._unreturned:
+            self._return_slots()
+        result: int = put_one(self._at, id(key), id(parent), id(data), part, access, now_ns)
+        if result == LARGE:
+            item: Words = np.empty(_PUT_ITEM, np.int64)
+            at = int(item.ctypes.data)
+            result = begin_put(self._at, at, id(key), id(data))
+            if result == 0:
+                fill_slot(self._at, at)
+                result = end_put(self._at, at, id(parent), part, access, now_ns)
+                if result == FULL:
+                    self._unreturned.append(int(item[fields.ITEM_SLOT // 8]))
+        if result < 0:
+            return result
+        if result & 1:
+            self._ring()
+        return result >> 1
+
+    def put_unwaited(self, key: object, data: object, parent: object, part: object, request: object) -> bool:
+        """One put, if its arguments are of the usual kind and a slot is at hand; False: do it by the long way."""
+        if parent is None:
+            parent = ROOT_KEY
+        if (
+            not self.writable
+            or type(key) is not bytes
+            or type(parent) is not bytes
+            or len(parent) != KEY_BYTES
+            or parent == key
+            or type(part) is not int
+            or not 0 <= part < 1 << 16
+            or not (request is None or (type(request) is int and 0 <= request < 1 << 63))
+        ):
+            return False
+        number = self.put(key, parent, data, part, request or 0)
+        if number < 0:
+            return False
+        self.expect_answer(number, key)
+        return True
+
+    def _return_slots(self) -> None:
+        while self._unreturned:
+            rang = give_back(self._at, self._unreturned[-1])
+            if rang == FULL:
+                return
+            self._unreturned.pop()
+            if rang:
+                self._ring()
+
+    def expect_answer(self, number: int, key: bytes) -> None:
+        """Remember a commit that nobody waits for, until its answer is there."""
+        self._pending.append((number, key))
+        self._pending_keys[key] = number
+        if len(self._pending) > 1:
+            self.settle()
+
+    def answer(self, number: int) -> int:
+        """Status | reason << 8 of a commit, -1 while there is none. Valid until the ring has gone once around."""
+        if consumed(self._file_at) <= number:
+            return -1
+        return int(self._answers[number & (RING_RECORDS - 1)])
+
+    def settle(self) -> int:
+        """Take over answers that have come; how many are still missing."""
+        if self._settling.acquire(blocking=False):
+            try:
+                taken = consumed(self._file_at)
+                pending = self._pending
+                while pending and pending[0][0] < taken:
+                    number, key = pending.popleft()
+                    answer = int(self._answers[number & (RING_RECORDS - 1)])
+                    self._answered[answer] += 1
+                    self.refused = self.refused or answer > _LAST_GOOD
+                    if self._pending_keys.get(key) == number:
+                        del self._pending_keys[key]
+            finally:
+                self._settling.release()
+        return len(self._pending)
+
+    def take_answers(self) -> Counter[int]:
+        """How many puts that nobody waited for got each answer (status | reason << 8) since the last call."""
+        answered, self._answered = self._answered, Counter()
+        self.refused = False
+        return answered
+
+    def take_unanswered(self) -> int:
+        """How many puts will never be answered because the session is over; they are forgotten."""
+        with self._settling:
+            lost = len(self._pending)
+            self._pending.clear()
+            self._pending_keys.clear()
+        return lost
+
+    def lane_for(self, record_bytes: int) -> int:
+        """The lane to reserve for a size: the one that has it, a free one, or the one reserved longest ago."""
+        pages = -(-record_bytes // PAGE_BYTES)
+        lanes: list[int] = self._context[fields.LANE_PAGES // 8 :][:LANE_COUNT].tolist()
+        if pages in lanes:
+            return lanes.index(pages)
+        if 0 in lanes:
+            return lanes.index(0)
+        self._last_lane = (self._last_lane + 1) % LANE_COUNT
+        return self._last_lane
+
+    def close_lane(self, lane: int, record_bytes: int) -> None:
+        """A lane is going to serve another size: until it does, nothing may be taken out of it."""
+        if int(self._context[fields.LANE_PAGES // 8 + lane]) != -(-record_bytes // PAGE_BYTES):
+            self._context[fields.LANE_PAGES // 8 + lane] = 0
+
+    def open_lane(self, lane: int, record_bytes: int, slot_bytes: int) -> None:
+        """A lane holds slots for records of a size."""
+        self._context[fields.LANE_SLOT_BYTES // 8 + lane] = slot_bytes
+        self._context[fields.LANE_PAGES // 8 + lane] = -(-record_bytes // PAGE_BYTES)
+
+
+def _lock_is_free(fd: int) -> bool:
+    """Whether nobody holds the daemon's lock on its index file."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    fcntl.flock(fd, fcntl.LOCK_UN)
+    return True
+
+
+def _has_device() -> bool:
+    """Whether this process already has a CUDA context, as far as loaded libraries know."""
+    torch: Any = sys.modules.get("torch")
+    return bool(torch is not None and hasattr(torch, "cuda") and torch.cuda.is_initialized())

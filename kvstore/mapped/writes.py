@@ -1,0 +1,219 @@
+"""Writing a record into a granted slot and committing it through the ring: compiled, for clients.
+
+``put_one`` does all of it under the interpreter lock. Large payloads take three calls, of which the middle one, the
+copy, runs without it: ``begin_put``, ``fill_slot``, ``end_put``.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from kvstore.format.constants import MAX_RECORD_BYTES, PAGE_BYTES, RECORD_HEADER_BYTES
+from kvstore.mapped.atomics import copy, fence_full, fill_zero, load, store
+from kvstore.mapped.checksum import checksum_of, copy_checksummed
+from kvstore.mapped.client_file import (
+    HEAD_OFFSET,
+    LANE_COUNT,
+    WORD_ACCESS,
+    WORD_COUNTS,
+    WORD_KIND,
+    WORD_SLOT,
+    WORD_TIME,
+    RingKind,
+)
+from kvstore.mapped.compiled import compiled, inlined
+from kvstore.mapped.context import (
+    ARENA,
+    BAD_ARGUMENT,
+    FILE,
+    FULL,
+    HEADER,
+    ITEM,
+    ITEM_BUFFER,
+    ITEM_CAPACITY,
+    ITEM_CHAINED,
+    ITEM_KEY,
+    ITEM_SEQUENCE,
+    ITEM_SLOT,
+    ITEM_TARGET,
+    LANE_PAGES,
+    LANE_SLOT_BYTES,
+    LARGE,
+    NAMESPACE_ID,
+    NO_GRANT,
+    NO_LANE,
+    PAIR,
+)
+from kvstore.mapped.grants import claim
+from kvstore.mapped.index_reader import usable
+from kvstore.mapped.python_objects import buffer_address, buffer_length, close_buffer, key_address, open_buffer
+from kvstore.mapped.reads import LARGE_BYTES
+from kvstore.mapped.ring import advance, place, room
+from kvstore.mapped.streaming import STREAM_FROM_BYTES
+
+ITEM_SLOT_BYTES: Final = ITEM_CHAINED
+"""Puts: size of the granted slot, where gets keep whether a block is chained."""
+ITEM_CHECKSUM: Final = ITEM_SEQUENCE
+"""Puts: the payload's checksum, where gets keep a sequence."""
+
+_COMMIT: Final = int(RingKind.COMMIT)
+_RETURN: Final = int(RingKind.RETURN)
+
+# Fields of a record's header that differ from put to put, by offset (``docs/record.md``).
+_VERSION_PART_CODEC: Final = 8
+_RECORD_BYTES: Final = 16
+_KEY: Final = 24
+_PARENT: Final = 56
+_SHAPE: Final = 160
+_SECTION_BYTES: Final = 192
+_PAYLOAD_CHECKSUM: Final = 224
+_HEADER_CHECKSUM: Final = RECORD_HEADER_BYTES - 8
+_PART_MASK: Final = 0xFFFF << 32
+
+
+@inlined
+def _lane_for(context: int, record_bytes: int) -> int:
+    """The lane whose slots are for records of this size, -1 for none."""
+    pages = (record_bytes + PAGE_BYTES - 1) // PAGE_BYTES
+    for lane in range(LANE_COUNT):
+        if load(context + LANE_PAGES + 8 * lane) == pages:
+            return lane
+    return -1
+
+
+@inlined
+def _begin(context: int, item: int, key_id: int, data_id: int, limit: int) -> int:
+    key = key_address(key_id, context + PAIR)
+    if key == 0 or (load(key) | load(key + 8) | load(key + 16) | load(key + 24)) == 0:
+        return BAD_ARGUMENT
+    refused = usable(context)
+    if refused != 0:
+        return refused
+    file = load(context + FILE)
+    if room(file, load(file + HEAD_OFFSET)) < 1:
+        return FULL
+    if open_buffer(data_id, item + ITEM_BUFFER, 0) == 0:
+        return BAD_ARGUMENT
+    length = buffer_length(item + ITEM_BUFFER)
+    lane = _lane_for(context, RECORD_HEADER_BYTES + length)
+    result = 0
+    if length == 0:
+        result = BAD_ARGUMENT
+    elif length >= limit:
+        result = LARGE
+    elif lane < 0:
+        result = NO_LANE
+    else:
+        slot = claim(file, lane)
+        if slot == 0:
+            result = NO_GRANT
+        store(item + ITEM_SLOT, slot)
+    if result != 0:
+        close_buffer(item + ITEM_BUFFER)
+        return result
+    copy(item + ITEM_KEY, key, 32)
+    store(item + ITEM_TARGET, buffer_address(item + ITEM_BUFFER))
+    store(item + ITEM_CAPACITY, length)
+    store(item + ITEM_SLOT_BYTES, load(context + LANE_SLOT_BYTES + 8 * lane))
+    return 0
+
+
+@inlined
+def _fill(context: int, item: int) -> None:
+    """Copy the payload into the slot behind the place of its header, and zero what is behind it."""
+    length = load(item + ITEM_CAPACITY)
+    target = load(context + ARENA) + load(item + ITEM_SLOT) * PAGE_BYTES + RECORD_HEADER_BYTES
+    # Full fence: the slot's old entry was seen withdrawn when the grant was taken; on arm64 a plain or non-temporal
+    # store could otherwise become visible to a reader of the old record before that withdrawal does.
+    fence_full()
+    # A slot that comes free was not used for long: it is not in the cache, and need not be.
+    streaming = 1 if length >= STREAM_FROM_BYTES else 0
+    store(item + ITEM_CHECKSUM, copy_checksummed(target, load(item + ITEM_TARGET), length, streaming))
+    fill_zero(target + length, load(item + ITEM_SLOT_BYTES) - RECORD_HEADER_BYTES - length)
+
+
+@inlined
+def _end(context: int, item: int, parent_id: int, part: int, access: int, now: int) -> int:
+    """Write the header, then the ring's record: number of the commit << 1 | whether the daemon must be rung."""
+    file = load(context + FILE)
+    length = load(item + ITEM_CAPACITY)
+    slot = load(item + ITEM_SLOT)
+    close_buffer(item + ITEM_BUFFER)
+    header = load(context + HEADER)
+    store(header + _VERSION_PART_CODEC, (load(header + _VERSION_PART_CODEC) & ~_PART_MASK) | part << 32)
+    store(header + _RECORD_BYTES, RECORD_HEADER_BYTES + length)
+    copy(header + _KEY, item + ITEM_KEY, 32)
+    copy(header + _PARENT, key_address(parent_id, context + PAIR), 32)
+    store(header + _SHAPE, length)
+    store(header + _SECTION_BYTES, length)
+    store(header + _PAYLOAD_CHECKSUM, load(item + ITEM_CHECKSUM))
+    store(header + _HEADER_CHECKSUM, checksum_of(header, _HEADER_CHECKSUM))
+    copy(load(context + ARENA) + slot * PAGE_BYTES, header, RECORD_HEADER_BYTES)
+    head = load(file + HEAD_OFFSET)
+    record = place(file, head)
+    store(record + WORD_KIND, _COMMIT | part << 32 | load(context + NAMESPACE_ID) << 48)
+    store(record + WORD_COUNTS, RECORD_HEADER_BYTES + length)
+    store(record + WORD_SLOT, slot)
+    store(record + WORD_ACCESS, access)
+    store(record + WORD_TIME, now)
+    return head << 1 | advance(file, head + 1)
+
+
+@compiled("int64(int64, int64, int64, int64, int64, int64, int64)")
+def put_one(context: int, key_id: int, parent_id: int, data_id: int, part: int, access: int, now: int) -> int:
+    """Store a payload under a key; its commit's number << 1 | whether the daemon must be rung.
+
+    Args:
+        context: the client's.
+        key_id: id of the key.
+        parent_id: id of 32 ``bytes``, which the caller has checked.
+        data_id: id of an object with a buffer.
+        part: of the block.
+        access: the engine request.
+        now: CLOCK_MONOTONIC in ns.
+
+    Returns:
+        Also ``LARGE`` (use the three calls), ``NO_LANE``, ``NO_GRANT``, ``FULL``, ``OVER``, ``STALE``,
+        ``BAD_ARGUMENT``: nothing was done.
+    """
+    item = context + ITEM
+    result = _begin(context, item, key_id, data_id, LARGE_BYTES)
+    if result != 0:
+        return result
+    _fill(context, item)
+    return _end(context, item, parent_id, part, access, now)
+
+
+@compiled("int64(int64, int64, int64, int64)")
+def begin_put(context: int, item: int, key_id: int, data_id: int) -> int:
+    """Hold the data's buffer and take a slot; 0, and then ``fill_slot`` and ``end_put`` must follow."""
+    return _begin(context, item, key_id, data_id, MAX_RECORD_BYTES)
+
+
+@compiled("void(int64, int64)", nogil=True)
+def fill_slot(context: int, item: int) -> None:
+    """Copy the payload, without the interpreter lock: the caller keeps mapping and item alive."""
+    _fill(context, item)
+
+
+@compiled("int64(int64, int64, int64, int64, int64, int64)")
+def end_put(context: int, item: int, parent_id: int, part: int, access: int, now: int) -> int:
+    """As ``put_one``'s result. The ring had room at ``begin_put``; where another thread took it, ``FULL``."""
+    file = load(context + FILE)
+    if room(file, load(file + HEAD_OFFSET)) < 1:
+        close_buffer(item + ITEM_BUFFER)
+        return FULL
+    return _end(context, item, parent_id, part, access, now)
+
+
+@compiled("int64(int64, int64)")
+def give_back(context: int, slot: int) -> int:
+    """Return a granted slot unwritten; whether the daemon must be rung, or ``FULL``."""
+    file = load(context + FILE)
+    head = load(file + HEAD_OFFSET)
+    if room(file, head) < 1:
+        return FULL
+    record = place(file, head)
+    store(record + WORD_KIND, _RETURN)
+    store(record + WORD_SLOT, slot)
+    return advance(file, head + 1)

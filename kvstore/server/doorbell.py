@@ -1,0 +1,107 @@
+"""When rings are looked at: on the doorbell, then every millisecond while commits keep coming, then not at all."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from typing import Final
+
+import numpy as np
+
+from kvstore.mapped.ring import lower_bells, waiting
+from kvstore.server.lanes import Lanes
+from kvstore.server.mapped_client import MappedClient
+from kvstore.server.rings import Rings
+from kvstore.tiers.files import Doorbell
+
+_POLL_S: Final = 0.001
+_QUIET_POLLS: Final = 4
+"""Looks in vain before the daemon sleeps again."""
+
+
+class Attention:
+    """Drains rings when there is something in them, and sleeps otherwise.
+
+    Args:
+        bell: what clients ring.
+        rings, lanes: what is done then.
+        loop: where it happens.
+        on_broken: called with a client whose ring is none; it should be ended.
+    """
+
+    def __init__(
+        self,
+        bell: Doorbell,
+        rings: Rings,
+        lanes: Lanes,
+        loop: asyncio.AbstractEventLoop,
+        on_broken: Callable[[MappedClient], None],
+    ) -> None:
+        self._bell = bell
+        self._rings = rings
+        self._lanes = lanes
+        self._loop = loop
+        self._on_broken = on_broken
+        self._clients: list[MappedClient] = []
+        self._heads = np.zeros(0, np.int64)
+        self._heads_at = 0
+        self._polling: asyncio.TimerHandle | None = None
+        self._quiet = 0
+        loop.add_reader(bell.fd, self._rung)
+
+    def watch(self, clients: Iterable[MappedClient]) -> None:
+        """Say whose rings there are."""
+        self._clients = list(clients)
+        self._heads = np.zeros(2 * len(self._clients), np.int64)
+        self._heads_at = int(self._heads.ctypes.data)
+
+    def drain(self, client: MappedClient) -> None:
+        """Carry out what waits in one client's ring, and lend it new slots."""
+        if self._rings.drain(client):
+            self._lanes.replenish(client)
+        if client.broken:
+            self._on_broken(client)
+
+    def drain_all(self) -> int:
+        """Carry out what waits in all rings, reports included; how many rings had something in them."""
+        count = self._waiting()
+        if count:
+            for client in list(self._clients):
+                self.drain(client)
+        return count
+
+    def _waiting(self) -> int:
+        return waiting(self._note_consumed(), len(self._clients)) if self._clients else 0
+
+    def _note_consumed(self) -> int:
+        """Refresh what the compiled calls know; address of it."""
+        flat: list[int] = []
+        for client in self._clients:
+            flat += (client.address, client.consumed)
+        self._heads[:] = flat
+        return self._heads_at
+
+    def _rung(self) -> None:
+        self._bell.silence()
+        self.drain_all()
+        self._quiet = 0
+        if self._polling is None:
+            self._polling = self._loop.call_later(_POLL_S, self._poll)
+
+    def _poll(self) -> None:
+        self._polling = None
+        self._quiet = 0 if self.drain_all() else self._quiet + 1
+        if self._quiet >= _QUIET_POLLS:
+            # The doorbell's other half: bells down, a full fence, one more look (``kvstore.mapped.ring.advance``).
+            if not self._clients or not lower_bells(self._note_consumed(), len(self._clients)):
+                return
+            self.drain_all()
+            self._quiet = 0
+        self._polling = self._loop.call_later(_POLL_S, self._poll)
+
+    def stop(self) -> None:
+        """Look no more."""
+        self._loop.remove_reader(self._bell.fd)
+        if self._polling is not None:
+            self._polling.cancel()
+            self._polling = None

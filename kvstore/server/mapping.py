@@ -1,0 +1,190 @@
+"""Everything of mapped clients that the request path needs: who may map, whose rings to look at, slots lent ahead."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from kvstore.core.instructions import Refuse
+from kvstore.mapped.index_file import MAPPED_LAYOUT
+from kvstore.observability.logs import RepeatedLog
+from kvstore.protocol.messages import Hello
+from kvstore.server.counters import RequestCounters
+from kvstore.server.doorbell import Attention
+from kvstore.server.executor import Executor
+from kvstore.server.gets import Reads
+from kvstore.server.lanes import Lanes
+from kvstore.server.mapped_client import Lane, MappedClient
+from kvstore.server.rings import Rings
+from kvstore.server.sessions import Session
+from kvstore.tiers.files import Doorbell
+
+_SWITCHED_OFF: Final = "the daemon's setting dram.mapped is off"
+
+
+@dataclass(frozen=True, slots=True)
+class SharedFiles:
+    """Paths of what a client may map and ring, or why it may not."""
+
+    arena: str = ""
+    index: str = ""
+    doorbell: str = ""
+    unmapped: str = ""
+
+
+class Mapping:
+    """Mapped clients of this daemon.
+
+    Args:
+        executor: has the arena and the index; without an index nobody maps.
+        bell: what clients ring; None without an index.
+        counters, reads, log: of the request path.
+        loop: where rings are drained.
+        hazard_bytes: what one client may hold with hazards of slots that are gone from the index.
+        grace_ns: how long after its death the slots of a client with a device context are left alone.
+        end_session: ends the session of a client that breaks the rules.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        bell: Doorbell | None,
+        counters: RequestCounters,
+        reads: Reads,
+        log: RepeatedLog,
+        loop: asyncio.AbstractEventLoop,
+        hazard_bytes: int,
+        grace_ns: int,
+    ) -> None:
+        self._executor = executor
+        self._bell = bell
+        self._log = log
+        self._hazard_bytes = hazard_bytes
+        self._grace_ns = grace_ns
+        self._clients: dict[int, MappedClient] = {}
+        self._lanes = Lanes(executor, self._all)
+        self._attention: Attention | None = None
+        self.end_session: Callable[[Session], None] = lambda session: None
+        if bell is not None:
+            rings = Rings(executor, counters, log, reads.check)
+            self._attention = Attention(bell, rings, self._lanes, loop, lambda client: self._end(client))
+
+    def __len__(self) -> int:
+        return len(self._clients)
+
+    def _all(self) -> Iterable[MappedClient]:
+        return list(self._clients.values())
+
+    def _end(self, client: MappedClient) -> None:
+        if client.session.id in self._clients:
+            self.end_session(client.session)
+
+    # -------------------------------------------------------------- who maps
+
+    def refuses(self, hello: Hello, same_host: bool, pid: int) -> str:
+        """Why a client that greets may not map, "" where it may. One that does not want to gets no reason."""
+        if not hello.mapped_layout:
+            return "it was not asked for"
+        if self._bell is None:
+            return _SWITCHED_OFF
+        if not same_host:
+            return "the client is on another host"
+        if hello.pid == pid:
+            return "the client lives in the daemon's own process, where a lock would not show its end"
+        if hello.mapped_layout != MAPPED_LAYOUT:
+            return (
+                f"the daemon's mapped layout is {MAPPED_LAYOUT}, the client's {hello.mapped_layout}; install the same "
+                "version on both sides"
+            )
+        return ""
+
+    def add(self, session: Session, unmapped: str) -> SharedFiles:
+        """Begin to serve a new session's ring, if it has one."""
+        if unmapped or self._bell is None or self._executor.index is None:
+            return SharedFiles(unmapped=unmapped)
+        client = MappedClient.of(session)
+        if client is None:
+            return SharedFiles(unmapped="the memory file system has no room for the client's file")
+        self._clients[session.id] = client
+        self._changed()
+        return SharedFiles(str(self._executor.arena.path), str(self._executor.index.path), str(self._bell.path))
+
+    def remove(self, session: Session) -> None:
+        """Hear a session no more; its hazards mean nothing from now on."""
+        client = self._clients.pop(session.id, None)
+        if client is not None:
+            client.end()
+            self._changed()
+            self._executor.look_at_hazards()
+
+    def _changed(self) -> None:
+        index = self._executor.index
+        assert index is not None
+        index.watch_hazards([client.hazards for client in self._clients.values()])
+        if self._attention is not None:
+            self._attention.watch(self._clients.values())
+
+    def is_mapped(self, session: Session) -> bool:
+        """Whether a session has a ring."""
+        return session.id in self._clients
+
+    def dropped_reports(self) -> int:
+        """Access reports that clients which are there could not make."""
+        return sum(client.dropped_reports for client in self._clients.values())
+
+    # -------------------------------------------------------------- what they say
+
+    def before_request(self, session: Session) -> None:
+        """Carry out what a client did before it sent a request."""
+        client = self._clients.get(session.id)
+        if client is not None and self._attention is not None:
+            self._attention.drain(client)
+
+    def drain_all(self) -> None:
+        """Carry out what all clients did: before a decision that rests on it."""
+        if self._attention is not None:
+            self._attention.drain_all()
+
+    def reserve(self, session: Session, lane: int, record_bytes: int) -> Lane | Refuse | None:
+        """Lend slots ahead; None where the session maps nothing."""
+        client = self._clients.get(session.id)
+        return None if client is None else self._lanes.reserve(client, lane, record_bytes)
+
+    def have_back(self) -> int:
+        """Take back slots that were lent ahead and are not used; how many."""
+        return self._lanes.take_back_idle()
+
+    # -------------------------------------------------------------- time
+
+    def grace_ns(self, session: Session) -> int:
+        """How long after its death what a session held must be left alone."""
+        client = self._clients.get(session.id)
+        return self._grace_ns if client is not None and client.has_device else 0
+
+    def tick(self) -> None:
+        """Once a second: reports that did not ring, idle lanes, hazards, and clients that hold too much."""
+        self.drain_all()
+        self._lanes.age()
+        self._executor.look_at_hazards()
+        if self._executor.hazarded_slots:
+            for client in self._all():
+                self._check_hazards(client)
+
+    def _check_hazards(self, client: MappedClient) -> None:
+        """A client may hold slots that others wait for, though not without bound: the SDK keeps to it by itself."""
+        held = self._executor.hazarded_bytes(client.hazarded_slots())
+        if held > self._hazard_bytes:
+            self._log.log_every(
+                5, "hazards", "error", "hazards_refused", pid=client.session.pid, held_bytes=held, why="over its limit"
+            )
+            self._end(client)
+
+    def stop(self) -> None:
+        """Drain no more, and tell all clients."""
+        if self._attention is not None:
+            self._attention.stop()
+            self._attention = None
+        for client in self._clients.values():
+            client.end()
