@@ -67,12 +67,17 @@ class CommittedRecord(msgspec.Struct, frozen=True):
 
 
 class Committed(msgspec.Struct, frozen=True):
-    """A session wrote granted slots. ``access``: the engine request, 0 for none."""
+    """A session wrote granted slots.
+
+    ``access`` is the engine request, 0 for one of their own: of all records together, or where they are ``separate``
+    of each.
+    """
 
     session: int
     namespace_id: int
     records: tuple[CommittedRecord, ...]
     access: int = 0
+    separate: bool = False
 
 
 class GrantsReturned(msgspec.Struct, frozen=True):

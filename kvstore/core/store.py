@@ -328,9 +328,11 @@ class Store:
         access = self._access_number(event.session, event.access)
         statuses: list[PutStatus] = []
         reasons: list[Reason] = []
-        touched: list[Block] = []
+        touched: list[tuple[Block, int]] = []
         placed: list[Record] = []
         for commit in event.records:
+            if event.separate:
+                self._access = access = self._access + 1
             record = session.grants.pop(commit.slot, None)
             if record is None:
                 status, reason = PutStatus.REJECTED, Reason.BAD_RECORD
@@ -343,12 +345,12 @@ class Store:
                     self._to_free(record, commit.key, status.name)
             statuses.append(status)
             reasons.append(reason)
-        for block in touched:
-            self.policy.touch(block, 1, access)
+        for block, number in touched:
+            self.policy.touch(block, 1, number)
         instructions: list[Instruction] = []
         if self._over_capacity():
             instructions.append(Withdraw(self._fit_capacity(placed)))
-            if None in [record.block for record in placed] or not all(block.parts for block in touched):
+            if None in [record.block for record in placed] or not all(block.parts for block, _ in touched):
                 self._answer_for_evicted(event, statuses, reasons)
                 placed = [record for record in placed if record.state is RecordState.RESIDENT]
         if placed:
@@ -362,7 +364,7 @@ class Store:
         commit: CommittedRecord,
         namespace: NamespaceState | None,
         access: int,
-        touched: list[Block],
+        touched: list[tuple[Block, int]],
     ) -> tuple[PutStatus, Reason]:
         """Publish one committed record, or say why not."""
         if namespace is None or not namespace.current:
@@ -380,7 +382,7 @@ class Store:
             self.policy.insert(block, access)
             self.block_count += 1
         else:
-            touched.append(block)
+            touched.append((block, access))
             if commit.part in block.parts:
                 return PutStatus.EXISTS, Reason.NONE
             if commit.parent_key != block.parent_key:

@@ -73,6 +73,18 @@ class Executor:
                 return answer
             assert isinstance(answer, TryAgain)
 
+    def slots_ahead(self, session: int, slot_bytes: int, count: int) -> list[Record]:
+        """Up to so many granted slots, as long as nothing has to leave for them."""
+        event = SlotWanted(session, slot_bytes, ahead=True)
+        handle, now_ns = self.store.handle, self._clock()
+        records: list[Record] = []
+        for _ in range(count):
+            (answer,) = handle(event, now_ns)
+            if not isinstance(answer, Grant):
+                break
+            records.append(answer.record)
+        return records
+
     def pin(self, slots: list[int]) -> None:
         """A transfer reads these slots: they are not reused until ``unpin``."""
         self._pins.update(slots)

@@ -13,8 +13,8 @@ from typing import Final
 import numpy as np
 
 from kvstore.core.block import Record
-from kvstore.core.events import GrantsReturned, SlotWanted
-from kvstore.core.instructions import Grant, Refuse
+from kvstore.core.events import GrantsReturned
+from kvstore.core.instructions import Refuse
 from kvstore.mapped.client_file import LANE_GRANTS
 from kvstore.mapped.grants import offer, revoke
 from kvstore.server.executor import Executor
@@ -74,25 +74,19 @@ class Lanes:
             missing = lane.target - lane.lent
             if missing <= 0 or not lane.slot_bytes:
                 continue
-            records: list[Record] = []
-            while len(records) < missing and self._may_lend(client, lane.slot_bytes):
-                answer = self._executor.apply(SlotWanted(client.session.id, lane.slot_bytes, ahead=True))
-                if not isinstance(answer, Grant):
-                    break
-                records.append(answer.record)
+            count = min(missing, self._room_bytes(client) // lane.slot_bytes)
+            records = self._executor.slots_ahead(client.session.id, lane.slot_bytes, count)
             if records:
                 kept = self._lend(client, number, records)
                 if kept < len(records):
                     rest = tuple(record.slot for record in records[kept:])
                     self._executor.apply(GrantsReturned(client.session.id, rest))
 
-    def _may_lend(self, client: MappedClient, slot_bytes: int) -> bool:
+    def _room_bytes(self, client: MappedClient) -> int:
+        """Bytes that may still be lent ahead to a client."""
         store = self._store
-        held = store.sessions[client.session.id].granted_bytes
-        return (
-            held + slot_bytes <= store.limits.grant_bytes_per_session * _AHEAD_SHARE
-            and store.granted_bytes + slot_bytes <= store.limits.grant_bytes * _AHEAD_SHARE
-        )
+        own = store.limits.grant_bytes_per_session * _AHEAD_SHARE - store.sessions[client.session.id].granted_bytes
+        return max(int(min(own, store.limits.grant_bytes * _AHEAD_SHARE - store.granted_bytes)), 0)
 
     def _lend(self, client: MappedClient, number: int, records: list[Record]) -> int:
         """Put slots into a lane; how many it took."""

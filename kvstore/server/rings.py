@@ -28,6 +28,8 @@ from kvstore.server.executor import Executor
 from kvstore.server.mapped_client import MappedClient
 
 _BATCH: Final = 256
+_COMMITS: Final = 64
+"""Most commits of one event: so much may the tier be over its capacity before what has to leave for them left."""
 _RECORD: Final = struct.Struct("<BBBxHHIIqqQqqq")
 """A ring record: kind, continuations, named keys, part, namespace, asked or bytes, hits, slot, sequence, access, time,
 payload bytes, whether it belongs to the report before it."""
@@ -113,7 +115,7 @@ class Rings:
             kind, following, named, part, namespace, asked, hits, slot, sequence, access, _, nbytes, later = unpack(
                 taken, index * RING_RECORD_BYTES
             )
-            if pending and (kind != _COMMIT or not access or (namespace, access) != pending_for):
+            if pending and (kind != _COMMIT or (namespace, access) != pending_for or len(pending) == _COMMITS):
                 self._commit(client, pending_for, pending)
                 pending = []
             if report is not None and not (kind == _GET and later and report.kind == _GET):
@@ -189,13 +191,9 @@ class Rings:
         self, client: MappedClient, namespace_access: tuple[int, int], pending: list[tuple[int, CommittedRecord]]
     ) -> None:
         namespace, access = namespace_access
-        session = client.session
-        if not access:
-            session.private_accesses -= 1
-            access = session.private_accesses
-        answer = self._executor.apply(
-            Committed(session.id, namespace, tuple([commit for _, commit in pending]), access)
-        )
+        records = tuple([commit for _, commit in pending])
+        # Puts without an engine request are requests of their own, carried out together.
+        answer = self._executor.apply(Committed(client.session.id, namespace, records, access, separate=not access))
         assert isinstance(answer, Answer)
         counters = self._counters
         for (number, commit), status, reason in zip(pending, answer.statuses, answer.reasons, strict=True):
