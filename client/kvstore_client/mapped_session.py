@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore.errors import CorruptRecord
-from kvstore.format.constants import PAGE_BYTES, RECORD_HEADER_BYTES
+from kvstore.format.constants import PAGE_BYTES
 from kvstore.format.record import encode_header, raw_header
 from kvstore.mapped import context as fields
 from kvstore.mapped.arena import decode_arena_header
@@ -34,12 +34,13 @@ from kvstore.mapped.client_file import (
     RING_RECORDS,
     ClientFlag,
 )
-from kvstore.mapped.context import BUSY, CORRUPT, FULL, LARGE, MISS, OVER
+from kvstore.mapped.context import BUSY, CORRUPT, FULL, LARGE, LOOK, MISS, STALE
 from kvstore.mapped.index_file import (
     BUCKET_OFFSET,
     NAMESPACE_ENTRY_BYTES,
     NAMESPACE_OFFSET,
     STATE_OFFSET,
+    IndexState,
     decode_index_header,
 )
 from kvstore.mapped.index_reader import copy_batch, unpin
@@ -53,11 +54,16 @@ from kvstore.protocol.messages import PutStatus, Welcome
 
 __all__ = ["MappedSession", "NotMapped"]
 
-_LOCK_CHECK_NS: Final = 100_000_000
+_LOOK_EVERY_NS: Final = 100_000_000
 _RANG: Final = fields.PAIR // 8
+_NEXT_LOOK: Final = fields.NEXT_LOOK // 8
+_MADV_POPULATE_READ: Final = 22
+_MADV_POPULATE_WRITE: Final = 23
 _LENGTH_MASK: Final = (1 << 32) - 1
 _DIGEST_WORDS: Final = slice(88 // 8, 120 // 8)
 """Of a record's header."""
+_SETTLE_EVERY: Final = 16
+"""Unanswered puts after which answers are looked for; far fewer than the ring has places."""
 _LAST_GOOD: Final = int(PutStatus.EXISTS)
 _PUT_ITEM: Final = fields.ITEM_BYTES // 8
 
@@ -119,8 +125,8 @@ class MappedSession:
         self.writable = True
         self.corrupt = 0
         self.over = False
-        self._lock_fd = self._bell_fd = -1
-        self._kept_fd = -1
+        self._lock_fd = self._bell_fd = self._kept_fd = -1
+        self._descriptors = threading.Lock()
         try:
             self._map(welcome, session_fd, directory)
         except (OSError, CorruptRecord, ValueError) as error:
@@ -130,10 +136,10 @@ class MappedSession:
             self.release()
             raise
         self._prepare(namespace_id, parts, digest)
-        self._next_check_ns = time.monotonic_ns() + _LOCK_CHECK_NS
         self._free_hazards = list(range(HAZARD_WORDS))
         self._hazard_bytes = 0
-        self.open_views = 0
+        self._max_hazard_bytes = self.header.hazard_bytes
+        self.last_hazard = 0
         self._settling = threading.Lock()
         self._pending: deque[tuple[int, bytes]] = deque()
         self._pending_keys: dict[bytes, int] = {}
@@ -188,7 +194,9 @@ class MappedSession:
         self._file_at = int(self._words.ctypes.data)
         begin = ANSWER_OFFSET // 8
         self._answers = self._words[begin : begin + RING_RECORDS * 2 // 8].view(np.uint16)
-        self._arena_view = memoryview(self._arena_map).toreadonly()
+        self.arena_view = memoryview(self._arena_map).toreadonly()
+        """All of the arena; a slot of it may be read while a hazard holds it."""
+        self._touched = np.zeros(len(self._arena_map) // fields.CHUNK_BYTES + 1, np.uint8)
         self._recent: Words = np.zeros(2 * fields.RECENT_TARGETS, np.int64)
         self._window: Words = np.zeros(fields.WINDOW * fields.WINDOW_WORDS, np.int64)
         template = encode_header(
@@ -211,9 +219,12 @@ class MappedSession:
             (fields.RECENT, int(self._recent.ctypes.data)),
             (fields.KEYS, int(self._window.ctypes.data)),
             (fields.HEADER, int(self._template.ctypes.data)),
+            (fields.TOUCHED, int(self._touched.ctypes.data)),
+            (fields.POPULATE, _MADV_POPULATE_WRITE if self.writable else _MADV_POPULATE_READ),
         ):
             context[field // 8] = value
         self._context = context
+        self._scratch = context.data
         self._at = int(context.ctypes.data)
         self.join(namespace_id, digest)
         if _has_device():
@@ -226,15 +237,19 @@ class MappedSession:
         self._words[FLAGS_OFFSET // 8] = int(self._words[FLAGS_OFFSET // 8]) | ClientFlag.DEVICE
 
     def daemon_lives(self) -> bool:
-        """Whether the daemon still holds its lock and answers for its files."""
-        if self.over or int(self._index_words[STATE_OFFSET // 8]) != 1 or _lock_is_free(self._lock_fd):
-            self.over = True
-        return not self.over
+        """Whether the daemon still holds its lock and answers for its files. May be called by any thread."""
+        with self._descriptors:
+            if not self.over:
+                marked_dead = int(self._index_words[STATE_OFFSET // 8]) != int(IndexState.LIVE)
+                self.over = marked_dead or _lock_is_free(self._lock_fd)
+            return not self.over
 
-    def _look(self, now_ns: int) -> bool:
-        """Look after the daemon's lock now and then; False once it is gone."""
-        self._next_check_ns = now_ns + _LOCK_CHECK_NS
-        return self.daemon_lives()
+    def _look(self) -> bool:
+        """Look after the daemon's lock, which compiled calls ask for now and then; False once it is gone."""
+        if not self.daemon_lives():
+            return False
+        self._scratch[_NEXT_LOOK] = time.monotonic_ns() + _LOOK_EVERY_NS
+        return True
 
     def keep_until_unused(self, session_fd: int) -> None:
         """The session ends while views are open: hold its lock, and with it their slots, until the last is closed."""
@@ -242,11 +257,12 @@ class MappedSession:
 
     def release(self) -> None:
         """Give descriptors back; the memory goes with the object."""
-        for fd in (self._lock_fd, self._bell_fd):
-            if fd >= 0:
-                os.close(fd)
-        self._lock_fd = self._bell_fd = -1
-        self.over = True
+        with self._descriptors:
+            for fd in (self._lock_fd, self._bell_fd):
+                if fd >= 0:
+                    os.close(fd)
+            self._lock_fd = self._bell_fd = -1
+            self.over = True
 
     def _ring(self) -> None:
         with contextlib.suppress(OSError):
@@ -261,14 +277,13 @@ class MappedSession:
 
     def get_into(self, key: bytes, out: object, part: int, access: int) -> int:
         """Copy a record's payload into a buffer: its length, ``MISS``, or why it must be asked for."""
-        now_ns = time.monotonic_ns()
-        if now_ns >= self._next_check_ns and not self._look(now_ns):
-            return OVER
         if self._pending:
             self.settle()
-        result: int = get_one(self._at, id(key), id(out), part, access, now_ns)
+        result: int = get_one(self._at, id(key), id(out), part, access)
+        if result == LOOK and self._look():
+            result = get_one(self._at, id(key), id(out), part, access)
         if result >= 0:
-            if self._context[_RANG]:
+            if self._scratch[_RANG]:
                 self._ring()
             return result
         if result == LARGE:
@@ -277,7 +292,7 @@ class MappedSession:
         return self._read_failed(result, key)
 
     def _read_failed(self, result: int, key: bytes) -> int:
-        if self._context[_RANG]:
+        if result in (MISS, CORRUPT, STALE) and self._scratch[_RANG]:
             self._ring()
         if result == CORRUPT:
             self.corrupt += 1
@@ -287,22 +302,21 @@ class MappedSession:
 
     def get_many_into(self, keys: list[bytes], outs: list[object], part: int, access: int) -> list[int] | int:
         """Copy many records, without the interpreter lock; one result a key as of ``get_into``, or one for all."""
-        now_ns = time.monotonic_ns()
-        if now_ns >= self._next_check_ns and not self._look(now_ns):
-            return OVER
         if self._pending:
             self.settle()
         count = len(keys)
         items: Words = np.empty((count, fields.ITEM_BYTES // 8), np.int64)
         at = int(items.ctypes.data)
-        refused = open_batch(self._at, id(keys), id(outs), count, at, part)
+        refused: int = open_batch(self._at, id(keys), id(outs), count, at, part)
+        if refused == LOOK and self._look():
+            refused = open_batch(self._at, id(keys), id(outs), count, at, part)
         if refused:
-            return int(refused)
+            return refused
         try:
             copy_batch(self._at, at, count, part)
         finally:
-            hits = close_batch(self._at, at, count, part, access, now_ns)
-        if self._context[_RANG]:
+            hits = close_batch(self._at, at, count, part, access)
+        if self._scratch[_RANG]:
             self._ring()
         results: list[int] = items[:, fields.ITEM_RESULT // 8].tolist()
         if hits < count:
@@ -314,55 +328,59 @@ class MappedSession:
         return results
 
     def match(self, keys: list[bytes], access: int) -> int:
-        """How many leading keys are there; ``BUSY`` where the first that is not was put by this client a moment ago."""
-        now_ns = time.monotonic_ns()
-        if now_ns >= self._next_check_ns and not self._look(now_ns):
-            return OVER
+        """How many leading keys are there; ``BUSY`` while puts of this client are not published."""
         if self._pending and self.settle():
             # What this client put and nobody published yet would end the run.
             return BUSY
-        hits: int = match(self._at, id(keys), len(keys), access, now_ns)
-        if hits >= 0 and self._context[_RANG]:
+        hits: int = match(self._at, id(keys), len(keys), access)
+        if hits == LOOK and self._look():
+            hits = match(self._at, id(keys), len(keys), access)
+        if hits >= 0 and self._scratch[_RANG]:
             self._ring()
         return hits
 
-    def pin(self, key: bytes, part: int, access: int) -> tuple[memoryview, int, int] | int:
-        """Hold a record in place: a read-only view of its payload, the hazard's number, the bytes held; or why not."""
-        now_ns = time.monotonic_ns()
-        if now_ns >= self._next_check_ns and not self._look(now_ns):
-            return OVER
-        if self._pending:
+    def pin(self, key: bytes, part: int, access: int) -> int:
+        """Hold a record in place: slot << 32 | length of its payload; or why not.
+
+        The hazard that holds it is the one that ``last_hazard`` names, until the next call.
+        """
+        if self._pending or self._lingering:
             self.settle()
-        if self._lingering:
             self._look_at_lingering()
-        if not self._free_hazards:
+        hazards = self._free_hazards
+        if not hazards:
             return BUSY
-        hazard = self._free_hazards.pop()
-        where: int = pin_one(self._at, id(key), hazard, part, access, now_ns)
+        hazard = hazards.pop()
+        where: int = pin_one(self._at, id(key), hazard, part, access)
+        if where == LOOK and self._look():
+            where = pin_one(self._at, id(key), hazard, part, access)
         if where < 0:
-            self._free_hazards.append(hazard)
+            hazards.append(hazard)
             return self._read_failed(where, key)
-        length = where & _LENGTH_MASK
-        if self._hazard_bytes + length > self.header.hazard_bytes:
+        held = self._hazard_bytes + (where & _LENGTH_MASK)
+        if held > self._max_hazard_bytes:
             unpin(self._at, hazard)
-            self._free_hazards.append(hazard)
+            hazards.append(hazard)
             return BUSY
-        self._hazard_bytes += length
-        self.open_views += 1
-        if self._context[_RANG]:
+        self._hazard_bytes = held
+        if self._scratch[_RANG]:
             self._ring()
-        begin = (where >> 32) * PAGE_BYTES + RECORD_HEADER_BYTES
-        return self._arena_view[begin : begin + length], hazard, length
+        self.last_hazard = hazard
+        return where
 
     def unpin(self, hazard: int, length: int) -> None:
         """Let go of a pinned record; its view must not be used any more."""
         unpin(self._at, hazard)
         self._free_hazards.append(hazard)
         self._hazard_bytes -= length
-        self.open_views -= 1
         if self._kept_fd >= 0 and not self.open_views:
             os.close(self._kept_fd)
             self._kept_fd = -1
+
+    @property
+    def open_views(self) -> int:
+        """Records that are read in place."""
+        return HAZARD_WORDS - len(self._free_hazards)
 
     def linger(self, data: memoryview, hazard: int, length: int) -> None:
         """A view ended while something made from it is still there: its slot stays held until that is gone."""
@@ -382,19 +400,18 @@ class MappedSession:
 
     def put(self, key: bytes, parent: bytes, data: object, part: int, access: int) -> int:
         """Write a record into a granted slot and commit it: the commit's number, or why not."""
-        now_ns = time.monotonic_ns()
-        if now_ns >= self._next_check_ns and not self._look(now_ns):
-            return OVER
         if self._unreturned:
             self._return_slots()
-        result: int = put_one(self._at, id(key), id(parent), id(data), part, access, now_ns)
+        result: int = put_one(self._at, id(key), id(parent), id(data), part, access)
+        if result == LOOK and self._look():
+            result = put_one(self._at, id(key), id(parent), id(data), part, access)
         if result == LARGE:
             item: Words = np.empty(_PUT_ITEM, np.int64)
             at = int(item.ctypes.data)
             result = begin_put(self._at, at, id(key), id(data))
             if result == 0:
                 fill_slot(self._at, at)
-                result = end_put(self._at, at, id(parent), part, access, now_ns)
+                result = end_put(self._at, at, id(parent), part, access)
                 if result == FULL:
                     self._unreturned.append(int(item[fields.ITEM_SLOT // 8]))
         if result < 0:
@@ -435,9 +452,10 @@ class MappedSession:
 
     def expect_answer(self, number: int, key: bytes) -> None:
         """Remember a commit that nobody waits for, until its answer is there."""
-        self._pending.append((number, key))
+        pending = self._pending
+        pending.append((number, key))
         self._pending_keys[key] = number
-        if len(self._pending) > 1:
+        if not len(pending) % _SETTLE_EVERY:
             self.settle()
 
     def answer(self, number: int) -> int:

@@ -34,15 +34,22 @@ KEYS: Final = 8 * 14
 """Address of the match's window: ``WINDOW`` times ``WINDOW_WORDS`` words. Scratch."""
 HEADER: Final = 8 * 15
 """Address of 256 bytes, the header of raw records of this client. Scratch, but for its constant fields."""
-LANE_PAGES: Final = 8 * 16
+NEXT_LOOK: Final = 8 * 16
+"""When the daemon's lock has to be looked at again, CLOCK_MONOTONIC in ns."""
+TOUCHED: Final = 8 * 17
+"""Address of a byte for each ``CHUNK_BYTES`` of the arena: 1 where this process has its pages."""
+POPULATE: Final = 8 * 18
+"""``madvise`` advice that gives this process the pages: MADV_POPULATE_WRITE, or _READ where it may not write."""
+LANE_PAGES: Final = 8 * 19
 """For each lane the pages of the records that it is for, 0 for none."""
-LANE_SLOT_BYTES: Final = 8 * (16 + LANE_COUNT)
+LANE_SLOT_BYTES: Final = 8 * (19 + LANE_COUNT)
 """For each lane the size of its slots."""
-PAIR: Final = 8 * (16 + 2 * LANE_COUNT)
-"""Two words. Scratch."""
+PAIR: Final = 8 * (19 + 2 * LANE_COUNT)
+"""Two words. Scratch; after a call the first says whether the daemon must be rung."""
 ITEM: Final = PAIR + 16
 """An item of a batch (``ITEM_BYTES``). Scratch."""
 
+CHUNK_BYTES: Final = 1 << 20
 RECENT_TARGETS: Final = 1024
 WINDOW: Final = 128
 WINDOW_WORDS: Final = 5
@@ -79,3 +86,5 @@ NO_GRANT: Final = -10
 NO_LANE: Final = -11
 FULL: Final = -12
 """The ring has no room."""
+LOOK: Final = -13
+"""Look at the daemon's lock first, then call again."""

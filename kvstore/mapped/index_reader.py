@@ -61,6 +61,7 @@ from kvstore.mapped.index_file import (
     NamespaceWord,
 )
 from kvstore.mapped.streaming import copy_streaming, goes_past_cache
+from kvstore.mapped.system import touch
 
 _TRIES: Final = 8
 _RAW: Final = int(CodecId.RAW)
@@ -143,6 +144,7 @@ def read_item(context: int, item: int, part: int, previous: int) -> None:
             result = TOO_SMALL
         else:
             result = length
+            touch(context, source, length)
             target = load(item + ITEM_TARGET)
             streaming = goes_past_cache(context, target, length)
             if is_due(context) != 0:

@@ -1,7 +1,7 @@
 """The reads that a client calls: Python objects in, one access report out. All hold the interpreter lock.
 
-Results of 0 and more are lengths, hits or addresses; what is below 0 stands in ``context``. ``REPORT_RANG`` in ``PAIR``
-says that the daemon must be rung.
+Results of 0 and more are lengths, hits or addresses; what is below 0 stands in ``context``. Afterwards ``PAIR`` says
+whether the daemon must be rung.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from kvstore.mapped.context import (
     ITEM_TARGET,
     KEYS,
     LARGE,
+    LOOK,
     MISS,
     NAMESPACE_ID,
     PAIR,
@@ -59,6 +60,7 @@ from kvstore.mapped.reports import (
     name_missing,
     report_suspect,
 )
+from kvstore.mapped.system import look_is_due, now_ns
 
 LARGE_BYTES: Final = 1 << 20
 """From here on the interpreter lock is released while copying: it would be kept for 100 us and more."""
@@ -74,7 +76,7 @@ def _is_zero(key: int) -> bool:
 @inlined
 def _is_miss(result: int) -> bool:
     """Whether a read is over without data; what is no hit and no miss either is asked for over ZeroMQ."""
-    return result == MISS or result == STALE or result == CORRUPT  # noqa: SIM109
+    return result in (MISS, STALE, CORRUPT)
 
 
 @inlined
@@ -100,12 +102,15 @@ def _report_one(context: int, part: int, result: int, item: int, key: int, acces
     store(context + PAIR, rang)
 
 
-@compiled("int64(int64, int64, int64, int64, int64, int64)")
-def get_one(context: int, key_id: int, out_id: int, part: int, access: int, now: int) -> int:
+@compiled("int64(int64, int64, int64, int64, int64)")
+def get_one(context: int, key_id: int, out_id: int, part: int, access: int) -> int:
     """Copy one record's payload into a Python buffer; its length.
 
     Returns ``LARGE`` where it should be done by a batch, ``TOO_SMALL`` without having copied anything.
     """
+    now = now_ns(context)
+    if look_is_due(context, now) != 0:
+        return LOOK
     key = key_address(key_id, context + PAIR)
     if key == 0 or _is_zero(key):
         return BAD_ARGUMENT
@@ -126,9 +131,12 @@ def get_one(context: int, key_id: int, out_id: int, part: int, access: int, now:
     return result
 
 
-@compiled("int64(int64, int64, int64, int64, int64, int64)")
-def pin_one(context: int, key_id: int, hazard: int, part: int, access: int, now: int) -> int:
+@compiled("int64(int64, int64, int64, int64, int64)")
+def pin_one(context: int, key_id: int, hazard: int, part: int, access: int) -> int:
     """Hold a record in place; slot << 32 | length of its payload, which begins 256 bytes into the slot."""
+    now = now_ns(context)
+    if look_is_due(context, now) != 0:
+        return LOOK
     key = key_address(key_id, context + PAIR)
     if key == 0 or _is_zero(key):
         return BAD_ARGUMENT
@@ -180,12 +188,15 @@ def _prepare_window(context: int, keys_id: int, begin: int, count: int) -> int:
     return good
 
 
-@compiled("int64(int64, int64, int64, int64, int64)")
-def match(context: int, keys_id: int, count: int, access: int, now: int) -> int:
+@compiled("int64(int64, int64, int64, int64)")
+def match(context: int, keys_id: int, count: int, access: int) -> int:
     """How many leading keys of a list have all their parts; ``BAD_ARGUMENT`` where one of the list is no key.
 
     The report goes out for what a chain of keys means: its deepest hit was used, and with it all above.
     """
+    now = now_ns(context)
+    if look_is_due(context, now) != 0:
+        return LOOK
     parts = load(context + PARTS)
     refused = usable(context)
     if refused != 0 and refused != STALE:
@@ -254,9 +265,11 @@ def open_batch(context: int, keys_id: int, outs_id: int, count: int, items: int,
     """Fill the items of a batch of gets from two lists and hold their buffers; 0, and then ``close_batch`` must follow.
 
     Returns:
-        ``BAD_ARGUMENT``: something is no key or no buffer; ``TOO_SMALL``: a buffer is smaller than its block; then
-        nothing is held and nothing was copied.
+        ``LOOK``; ``BAD_ARGUMENT``: something is no key or no buffer; ``TOO_SMALL``: a buffer is smaller than its block.
+        Nothing is held then, and nothing was copied.
     """
+    if look_is_due(context, now_ns(context)) != 0:
+        return LOOK
     opened = 0
     result = 0
     for index in range(count):
@@ -287,10 +300,11 @@ def open_batch(context: int, keys_id: int, outs_id: int, count: int, items: int,
     return result
 
 
-@compiled("int64(int64, int64, int64, int64, int64, int64)")
-def close_batch(context: int, items: int, count: int, part: int, access: int, now: int) -> int:
+@compiled("int64(int64, int64, int64, int64, int64)")
+def close_batch(context: int, items: int, count: int, part: int, access: int) -> int:
     """Let go of a batch's buffers and report it, one report for each run of a block and its child; hits."""
     _close_items(items, count)
+    now = now_ns(context)
     file = load(context + FILE)
     namespace = load(context + NAMESPACE_ID)
     missing = 0

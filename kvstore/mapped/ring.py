@@ -135,12 +135,17 @@ def take(file: int, taken: int, out: int, limit: int, arena: int, arena_bytes: i
     return count
 
 
-@compiled("int64(int64, int64)")
-def waiting(files: int, count: int) -> int:
-    """In how many rings something waits: ``count`` pairs of a file's address and what was taken from it."""
+@compiled("int64(int64, int64, int64)")
+def waiting(files: int, count: int, out: int) -> int:
+    """In how many rings something waits; their numbers go to ``out``.
+
+    ``files`` is the address of ``count`` pairs of words: a file's address and what was taken from its ring.
+    """
     found = 0
-    for at in range(files, files + 16 * count, 16):
+    for number in range(count):
+        at = files + 16 * number
         if load(load(at) + HEAD_OFFSET) != load(at + 8):
+            store(out + 8 * found, number)
             found += 1
     return found
 

@@ -39,6 +39,7 @@ from kvstore.mapped.context import (
     LANE_PAGES,
     LANE_SLOT_BYTES,
     LARGE,
+    LOOK,
     NAMESPACE_ID,
     NO_GRANT,
     NO_LANE,
@@ -50,6 +51,7 @@ from kvstore.mapped.python_objects import buffer_address, buffer_length, close_b
 from kvstore.mapped.reads import LARGE_BYTES
 from kvstore.mapped.ring import advance, place, room
 from kvstore.mapped.streaming import STREAM_FROM_BYTES
+from kvstore.mapped.system import look_is_due, now_ns, touch
 
 ITEM_SLOT_BYTES: Final = ITEM_CHAINED
 """Puts: size of the granted slot, where gets keep whether a block is chained."""
@@ -123,6 +125,7 @@ def _fill(context: int, item: int) -> None:
     """Copy the payload into the slot behind the place of its header, and zero what is behind it."""
     length = load(item + ITEM_CAPACITY)
     target = load(context + ARENA) + load(item + ITEM_SLOT) * PAGE_BYTES + RECORD_HEADER_BYTES
+    touch(context, target - RECORD_HEADER_BYTES, load(item + ITEM_SLOT_BYTES))
     # Full fence: the slot's old entry was seen withdrawn when the grant was taken; on arm64 a plain or non-temporal
     # store could otherwise become visible to a reader of the old record before that withdrawal does.
     fence_full()
@@ -159,8 +162,8 @@ def _end(context: int, item: int, parent_id: int, part: int, access: int, now: i
     return head << 1 | advance(file, head + 1)
 
 
-@compiled("int64(int64, int64, int64, int64, int64, int64, int64)")
-def put_one(context: int, key_id: int, parent_id: int, data_id: int, part: int, access: int, now: int) -> int:
+@compiled("int64(int64, int64, int64, int64, int64, int64)")
+def put_one(context: int, key_id: int, parent_id: int, data_id: int, part: int, access: int) -> int:
     """Store a payload under a key; its commit's number << 1 | whether the daemon must be rung.
 
     Args:
@@ -170,12 +173,14 @@ def put_one(context: int, key_id: int, parent_id: int, data_id: int, part: int, 
         data_id: id of an object with a buffer.
         part: of the block.
         access: the engine request.
-        now: CLOCK_MONOTONIC in ns.
 
     Returns:
-        Also ``LARGE`` (use the three calls), ``NO_LANE``, ``NO_GRANT``, ``FULL``, ``OVER``, ``STALE``,
+        Also ``LARGE`` (use the three calls), ``LOOK``, ``NO_LANE``, ``NO_GRANT``, ``FULL``, ``OVER``, ``STALE``,
         ``BAD_ARGUMENT``: nothing was done.
     """
+    now = now_ns(context)
+    if look_is_due(context, now) != 0:
+        return LOOK
     item = context + ITEM
     result = _begin(context, item, key_id, data_id, LARGE_BYTES)
     if result != 0:
@@ -196,14 +201,14 @@ def fill_slot(context: int, item: int) -> None:
     _fill(context, item)
 
 
-@compiled("int64(int64, int64, int64, int64, int64, int64)")
-def end_put(context: int, item: int, parent_id: int, part: int, access: int, now: int) -> int:
+@compiled("int64(int64, int64, int64, int64, int64)")
+def end_put(context: int, item: int, parent_id: int, part: int, access: int) -> int:
     """As ``put_one``'s result. The ring had room at ``begin_put``; where another thread took it, ``FULL``."""
     file = load(context + FILE)
     if room(file, load(file + HEAD_OFFSET)) < 1:
         close_buffer(item + ITEM_BUFFER)
         return FULL
-    return _end(context, item, parent_id, part, access, now)
+    return _end(context, item, parent_id, part, access, now_ns(context))
 
 
 @compiled("int64(int64, int64)")

@@ -43,8 +43,8 @@ class Attention:
         self._loop = loop
         self._on_broken = on_broken
         self._clients: list[MappedClient] = []
-        self._heads = np.zeros(0, np.int64)
-        self._heads_at = 0
+        self._heads = self._ready = np.zeros(0, np.int64)
+        self._heads_at = self._ready_at = 0
         self._polling: asyncio.TimerHandle | None = None
         self._quiet = 0
         loop.add_reader(bell.fd, self._rung)
@@ -52,34 +52,31 @@ class Attention:
     def watch(self, clients: Iterable[MappedClient]) -> None:
         """Say whose rings there are."""
         self._clients = list(clients)
-        self._heads = np.zeros(2 * len(self._clients), np.int64)
+        count = len(self._clients)
+        self._heads = np.zeros(2 * count, np.int64)
         self._heads_at = int(self._heads.ctypes.data)
+        self._ready = np.zeros(count, np.int64)
+        self._ready_at = int(self._ready.ctypes.data)
+        for position, client in enumerate(self._clients):
+            client.position = position
+            self._heads[2 * position], self._heads[2 * position + 1] = client.address, client.consumed
 
     def drain(self, client: MappedClient) -> None:
         """Carry out what waits in one client's ring, and lend it new slots."""
         if self._rings.drain(client):
             self._lanes.replenish(client)
+        self._heads[2 * client.position + 1] = client.consumed
         if client.broken:
             self._on_broken(client)
 
     def drain_all(self) -> int:
         """Carry out what waits in all rings, reports included; how many rings had something in them."""
-        count = self._waiting()
+        count: int = waiting(self._heads_at, len(self._clients), self._ready_at)
         if count:
-            for client in list(self._clients):
+            # A client that is ended meanwhile changes the list of all.
+            for client in [self._clients[position] for position in self._ready[:count].tolist()]:
                 self.drain(client)
         return count
-
-    def _waiting(self) -> int:
-        return waiting(self._note_consumed(), len(self._clients)) if self._clients else 0
-
-    def _note_consumed(self) -> int:
-        """Refresh what the compiled calls know; address of it."""
-        flat: list[int] = []
-        for client in self._clients:
-            flat += (client.address, client.consumed)
-        self._heads[:] = flat
-        return self._heads_at
 
     def _rung(self) -> None:
         self._bell.silence()
@@ -93,7 +90,7 @@ class Attention:
         self._quiet = 0 if self.drain_all() else self._quiet + 1
         if self._quiet >= _QUIET_POLLS:
             # The doorbell's other half: bells down, a full fence, one more look (``kvstore.mapped.ring.advance``).
-            if not self._clients or not lower_bells(self._note_consumed(), len(self._clients)):
+            if not lower_bells(self._heads_at, len(self._clients)):
                 return
             self.drain_all()
             self._quiet = 0

@@ -48,6 +48,7 @@ class MappedClient:
     Attributes:
         address: of the file's first byte in this process.
         consumed: ring records dealt with.
+        position: among all mapped clients.
         broken: its ring cannot be one: nothing it says is heard any more.
         lane_of: the lane of each slot that was lent ahead.
     """
@@ -56,6 +57,7 @@ class MappedClient:
     words: npt.NDArray[np.int64]
     address: int
     consumed: int = 0
+    position: int = 0
     broken: bool = False
     lanes: list[Lane] = field(default_factory=lambda: [Lane() for _ in range(LANE_COUNT)])
     lane_of: dict[int, int] = field(default_factory=dict)
