@@ -96,11 +96,25 @@ venv_has() {
   [[ ",${extras#extras }," == *",$2,"* ]]
 }
 
-pip_install() {
+pip_install() { pip_run --constraint constraints.txt "$@"; }
+
+pip_run() {
   (
     cd -- "$root"
-    exec "$venv/bin/python" -m pip install --quiet --no-input --disable-pip-version-check --constraint constraints.txt "$@"
+    exec "$venv/bin/python" -m pip install --quiet --no-input --disable-pip-version-check "$@"
   ) 2> "$venv/pip.log" || explain_pip_failure
+}
+
+# The oldest numba that is supported (engines pin it), beside the newest one in the environment: a folder for PYTHONPATH.
+oldest_numba=0.65.0
+oldest_llvmlite=0.47.0
+ensure_oldest_numba() {
+  oldest_numba_path=$venv/numba-$oldest_numba
+  if [[ ! -f $oldest_numba_path/complete ]]; then
+    rm -rf -- "$oldest_numba_path"
+    pip_run --no-deps --target "$oldest_numba_path" "numba==$oldest_numba" "llvmlite==$oldest_llvmlite"
+    : > "$oldest_numba_path/complete"
+  fi
 }
 
 explain_pip_failure() {

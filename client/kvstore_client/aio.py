@@ -302,7 +302,7 @@ class AsyncClient(BaseClient):
             link = self._link = Link(self.endpoint, max(deadline - time.monotonic(), 0.001), own=self._own)
             for descriptor in link.descriptors():
                 self._loop.add_reader(descriptor, self._on_readable)
-            greeting = self._session.greet()
+            greeting = self._session.greet(link.in_own_process)
             try:
                 ask = next(greeting)
                 while True:

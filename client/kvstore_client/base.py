@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections import Counter, deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -94,6 +95,7 @@ class BaseClient:
         self._want = mapped
         self._unmapped = "mapped=False" if mapped is False else "not connected"
         self._mapped: MappedSession | None = None
+        self._dropped: list[tuple[Counter[int], deque[tuple[int, bytes]]]] = []
         where = directory or os.environ.get(DIRECTORY_VARIABLE)
         self._session = Session(
             described,
@@ -151,11 +153,14 @@ class BaseClient:
         welcome = session.welcome
         if not session.wants_mapping or welcome is None:
             return
+        if session.in_own_process:
+            self._cannot_map("the daemon lives in this very process, where a lock would not show the client's end")
+            return
         if not welcome.index_file:
             self._cannot_map(welcome.unmapped or f"the daemon (kvstored {welcome.daemon_version}) does not offer it")
             return
         if session.file < 0:
-            self._cannot_map(f"the session's file {welcome.session_file} cannot be locked by this process")
+            self._cannot_map(session.unlocked)
             return
         from kvstore_client.mapped_session import MappedSession, NotMapped
 
@@ -180,10 +185,17 @@ class BaseClient:
         return mapped is None or mapped.daemon_lives()
 
     def drop_mapping(self) -> None:
-        """Refer to the mapping no more; the next operation connects anew."""
-        self._mapped = None
+        """Refer to the mapping no more, whose daemon is gone; the next operation connects anew."""
+        mapped = self._mapped
         self._unmapped = "the daemon is gone"
-        self._session.mapped = None
+        self._mapped = self._session.mapped = None
+        if mapped is not None:
+            self._dropped.append(mapped.abandon())
+
+    def disown_mapping(self) -> None:
+        """In a forked child: refer to the parent's mapping no more."""
+        self._unmapped = "this process was forked"
+        self._mapped = self._session.mapped = None
 
     def _end_mapping(self) -> None:
         """The session is over: puts that nobody waited for are lost."""
@@ -192,6 +204,10 @@ class BaseClient:
             self._unmapped = "not connected"
             self._operations.note_mapped(mapped)
             self._operations.note_lost(mapped.take_unanswered())
+        while self._dropped:
+            answers, unanswered = self._dropped.pop()
+            self._operations.note_answers(answers)
+            self._operations.note_lost(len(unanswered))
         unwatch(self)
 
     def _match_mapped(self, mapped: MappedSession, keys: Sequence[bytes]) -> tuple[int, int] | None:

@@ -359,7 +359,7 @@ class Client(BaseClient):
         """
         left_s = max(deadline - time.monotonic(), 0.001)
         link = self._link = Link(self.endpoint, left_s, patience=left_s, own=self._own)
-        greeting = self._session.greet()
+        greeting = self._session.greet(link.in_own_process)
         try:
             ask = next(greeting)
             while True:

@@ -34,8 +34,8 @@ _LOST = (
 _RETRY_S = 0.01
 
 
-def probe(endpoint: str, timeout: float, patience: float, own: bool) -> None:
-    """Find out at once whether anybody listens, and who.
+def probe(endpoint: str, timeout: float, patience: float, own: bool) -> int:
+    """Find out at once whether anybody listens, and who; the pid, 0 where this process's pid namespace has none.
 
     Args:
         endpoint: where.
@@ -77,12 +77,14 @@ def probe(endpoint: str, timeout: float, patience: float, own: bool) -> None:
             if error.errno in (errno.ENOTSOCK, errno.EPROTOTYPE):
                 raise DaemonUnavailable(f"no daemon at {endpoint}: {path} is no socket of a daemon; {start}") from None
             raise DaemonUnavailable(f"cannot reach the daemon at {endpoint}: {error}") from None
-        user = _CREDENTIALS.unpack(probing.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))[1]
+        credentials = probing.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        pid, user, _ = _CREDENTIALS.unpack(credentials)
     if own and user not in (os.geteuid(), 0):
         raise PermissionRefused(
             f"the daemon at the default endpoint {endpoint} is user {user}'s, not yours; if that is meant, name the "
             "endpoint (endpoint= or KVSTORE_ENDPOINT)"
         )
+    return int(pid)
 
 
 class Link:
@@ -95,7 +97,8 @@ class Link:
     """
 
     def __init__(self, endpoint: str, timeout: float, *, patience: float = 0.0, own: bool = False) -> None:
-        probe(endpoint, timeout, patience, own)
+        self.in_own_process = probe(endpoint, timeout, patience, own) == os.getpid()
+        """Whether the daemon lives in this very process; pids alone do not tell, two containers may have equal ones."""
         self._context = zmq.Context(io_threads=1)
         self.socket = self._context.socket(zmq.DEALER)
         self.socket.setsockopt(zmq.LINGER, 0)

@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 import time
+import weakref
 from collections import Counter, deque
 from pathlib import Path
 from typing import Any, Final
@@ -51,6 +52,7 @@ from kvstore.mapped.session_file import decode_session_header
 from kvstore.mapped.writes import begin_put, end_put, fill_slot, give_back, put_one
 from kvstore.protocol.keys import KEY_BYTES, ROOT_KEY
 from kvstore.protocol.messages import PutStatus, Welcome
+from kvstore_client.session import why_not_opened
 
 __all__ = ["MappedSession", "NotMapped"]
 
@@ -69,6 +71,8 @@ _PUT_ITEM: Final = fields.ITEM_BYTES // 8
 
 Words = npt.NDArray[np.int64]
 
+_sessions: weakref.WeakSet[MappedSession] = weakref.WeakSet()
+
 
 class NotMapped(Exception):
     """The daemon's memory cannot be mapped by this process; the message says why."""
@@ -81,17 +85,8 @@ def _file(path: str, directory: Path | None) -> Path:
 def _open(path: Path, flags: int, what: str) -> int:
     try:
         return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except PermissionError:
-        raise NotMapped(
-            f"no access to {what} {path}: the daemon's access.mode and access.group do not let this user in"
-        ) from None
-    except FileNotFoundError:
-        raise NotMapped(
-            f"{what} {path} is not there for this process; in another container mount the daemon's directory and say "
-            "where (directory= or KVSTORE_DIRECTORY)"
-        ) from None
     except OSError as error:
-        raise NotMapped(f"cannot open {what} {path}: {error.strerror}") from None
+        raise NotMapped(why_not_opened(error, what, path)) from None
 
 
 class MappedSession:
@@ -136,6 +131,7 @@ class MappedSession:
             self.release()
             raise
         self._prepare(namespace_id, parts, digest)
+        _sessions.add(self)
         self._free_hazards = list(range(HAZARD_WORDS))
         self._hazard_bytes = 0
         self._max_hazard_bytes = self.header.hazard_bytes
@@ -145,6 +141,7 @@ class MappedSession:
         self._pending_keys: dict[bytes, int] = {}
         self._unreturned: list[int] = []
         self._lingering: list[tuple[memoryview, int, int]] = []
+        self._lane_pages = [0] * LANE_COUNT
         self._last_lane = LANE_COUNT - 1
         self._answered: Counter[int] = Counter()
         self.refused = False
@@ -176,8 +173,10 @@ class MappedSession:
             raise NotMapped("arena and index are not as large as they say")
         if arena.incarnation != ours or self.header.incarnation != ours:
             raise NotMapped("arena or index is another daemon's")
-        self._file_map = mmap.mmap(session_fd, CLIENT_FILE_BYTES)
         self._bell_fd = _open(_file(welcome.doorbell, directory), os.O_WRONLY | os.O_NONBLOCK, "the doorbell")
+        # Last, when nothing can be refused any more: a mapping has a descriptor of its own, and closing any descriptor
+        # of the session file frees the lock on it.
+        self._file_map = mmap.mmap(session_fd, CLIENT_FILE_BYTES)
 
     def join(self, namespace_id: int, digest: bytes) -> None:
         """Read and write another generation of the namespace; id 0: none, every read is ``STALE``."""
@@ -264,8 +263,19 @@ class MappedSession:
             self._lock_fd = self._bell_fd = -1
             self.over = True
 
+    def abandon(self) -> tuple[Counter[int], deque[tuple[int, bytes]]]:
+        """The daemon is gone, and with it nobody refers to this any more: answers that came, puts without one."""
+        self.release()
+        self.settle()
+        return self.take_answers(), self._pending
+
+    def disown(self) -> None:
+        """In a forked child: what a view that is still open lets go of is not the parent's."""
+        self._own_file: Words = np.zeros(CLIENT_FILE_BYTES // 8, np.int64)
+        self._scratch[fields.FILE // 8] = int(self._own_file.ctypes.data)
+
     def _ring(self) -> None:
-        with contextlib.suppress(OSError):
+        with self._descriptors, contextlib.suppress(OSError):
             # A full FIFO has woken the daemon already; one without a reader belongs to a daemon that is gone.
             os.write(self._bell_fd, b"!")
 
@@ -496,9 +506,12 @@ class MappedSession:
         return lost
 
     def lane_for(self, record_bytes: int) -> int:
-        """The lane to reserve for a size: the one that has it, a free one, or the one reserved longest ago."""
+        """The lane to reserve for a size: the one that was asked for it, a free one, or the one reserved longest ago.
+
+        One that another operation of this client is reserving at this moment is not free.
+        """
         pages = -(-record_bytes // PAGE_BYTES)
-        lanes: list[int] = self._context[fields.LANE_PAGES // 8 :][:LANE_COUNT].tolist()
+        lanes = self._lane_pages
         if pages in lanes:
             return lanes.index(pages)
         if 0 in lanes:
@@ -508,13 +521,16 @@ class MappedSession:
 
     def close_lane(self, lane: int, record_bytes: int) -> None:
         """A lane is going to serve another size: until it does, nothing may be taken out of it."""
-        if int(self._context[fields.LANE_PAGES // 8 + lane]) != -(-record_bytes // PAGE_BYTES):
+        pages = -(-record_bytes // PAGE_BYTES)
+        if self._lane_pages[lane] != pages:
+            self._lane_pages[lane] = pages
             self._context[fields.LANE_PAGES // 8 + lane] = 0
 
-    def open_lane(self, lane: int, record_bytes: int, slot_bytes: int) -> None:
-        """A lane holds slots for records of a size."""
-        self._context[fields.LANE_SLOT_BYTES // 8 + lane] = slot_bytes
-        self._context[fields.LANE_PAGES // 8 + lane] = -(-record_bytes // PAGE_BYTES)
+    def open_lane(self, lane: int, record_bytes: int) -> None:
+        """A lane holds slots for records of a size, unless it was asked to serve another one since."""
+        pages = -(-record_bytes // PAGE_BYTES)
+        if self._lane_pages[lane] == pages:
+            self._context[fields.LANE_PAGES // 8 + lane] = pages
 
 
 def _lock_is_free(fd: int) -> bool:
@@ -533,3 +549,11 @@ def _has_device() -> bool:
     """Whether this process already has a CUDA context, as far as loaded libraries know."""
     torch: Any = sys.modules.get("torch")
     return bool(torch is not None and hasattr(torch, "cuda") and torch.cuda.is_initialized())
+
+
+def _in_forked_child() -> None:
+    for session in list(_sessions):
+        session.disown()
+
+
+os.register_at_fork(after_in_child=_in_forked_child)

@@ -23,7 +23,10 @@ class Owner(Protocol):
         """Whether the mapping is of a daemon that lives, or there is none."""
 
     def drop_mapping(self) -> None:
-        """Refer to the mapping no more."""
+        """Refer to the mapping no more, whose daemon is gone."""
+
+    def disown_mapping(self) -> None:
+        """Refer to the mapping no more, which is the parent process's."""
 
 
 _owners: weakref.WeakSet[Owner] = weakref.WeakSet()
@@ -77,7 +80,7 @@ def _in_forked_child() -> None:
     owners = list(_owners)
     _owners.clear()
     for owner in owners:
-        owner.drop_mapping()
+        owner.disown_mapping()
 
 
 os.register_at_fork(after_in_child=_in_forked_child)

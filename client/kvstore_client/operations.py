@@ -258,14 +258,17 @@ class Operations:
                 return number
             if number == FULL:
                 expect((yield Ask(Ping)), Done)
+                mapped.settle()
             elif number in (NO_LANE, NO_GRANT):
                 record_bytes = RECORD_HEADER_BYTES + payload.nbytes
                 lane = mapped.lane_for(record_bytes)
                 mapped.close_lane(lane, record_bytes)
                 reserved = expect((yield Ask(Reserve, (record_bytes, lane))), Reserved)
+                # Now and then, so that answers are taken before the ring goes around and others take their place.
+                mapped.settle()
                 if reserved.reason or self._session.mapped is not mapped:
                     return NO_GRANT
-                mapped.open_lane(lane, record_bytes, reserved.slot_bytes)
+                mapped.open_lane(lane, record_bytes)
             else:
                 return number
         return NO_GRANT
@@ -309,7 +312,11 @@ class Operations:
 
     def note_mapped(self, mapped: MappedSession) -> None:
         """Count what became of puts through mapped memory that nobody waited for."""
-        for answer, records in mapped.take_answers().items():
+        self.note_answers(mapped.take_answers())
+
+    def note_answers(self, answers: Counter[int]) -> None:
+        """Count answers (status | reason << 8) to puts that nobody waited for."""
+        for answer, records in answers.items():
             self._unflushed[PutStatus(answer & 0xFF).name.lower()] += records
             reason = answer >> 8
             if reason:

@@ -85,6 +85,8 @@ class Session:
         digest: 32 bytes, goes into every record.
         max_record_bytes: largest record the daemon takes, header included.
         wants_mapping: whether to ask for the daemon's memory.
+        in_own_process: whether the daemon that was greeted last lives in this very process.
+        unlocked: why the session's file could not be locked, where it could not.
         directory: where the daemon's directory is for this process, None for where it is for the daemon.
         mapped: the daemon's memory, None where it is not mapped.
     """
@@ -105,6 +107,8 @@ class Session:
         self._ids = itertools.count(1)
         self._same_host = False
         self._lock_fd = -1
+        self.in_own_process = False
+        self.unlocked = ""
         self.mapped: MappedSession | None = None
         self.welcome: Welcome | None = None
         self.number = 0
@@ -129,15 +133,20 @@ class Session:
             *ask.fields,
         )
 
-    def greet(self) -> Steps[None]:
+    def greet(self, in_own_process: bool) -> Steps[None]:
         """Open a session, lock its file, join the namespace in the generation the client was in.
+
+        Args:
+            in_own_process: the daemon lives in this very process, where a lock would not show the client's end.
 
         Raises:
             ProtocolMismatch: no common version.
         """
         self.forget()
+        self.in_own_process = in_own_process
         versions = (PROTOCOL_OLDEST, PROTOCOL_VERSION, kvstore.__version__)
-        hello = Ask(Hello, (*versions, os.getpid(), self._boot_id, MAPPED_LAYOUT if self.wants_mapping else 0))
+        layout = MAPPED_LAYOUT if self.wants_mapping and not in_own_process else 0
+        hello = Ask(Hello, (*versions, os.getpid(), self._boot_id, layout))
         welcome = expect((yield hello), Welcome)
         self.welcome = welcome
         self.number = welcome.session
@@ -145,7 +154,7 @@ class Session:
         self.daemon_version = welcome.daemon_version
         self.max_record_bytes = welcome.max_record_bytes
         self._same_host = welcome.same_host
-        locked = bool(welcome.session_file) and welcome.pid != os.getpid() and self._lock(welcome)
+        locked = bool(welcome.session_file) and not in_own_process and self._lock(welcome)
         self.joined(expect((yield self.attach(locked, self.generation)), Attached))
 
     def attach(self, locked: bool, generation: int) -> Ask:
@@ -189,23 +198,36 @@ class Session:
     def _lock(self, welcome: Welcome) -> bool:
         """Lock the session file; False where this process cannot (another container, another user)."""
         path = Path(welcome.session_file)
+        if self.directory is not None:
+            path = self.directory / path.name
         try:
-            fd = os.open(
-                path if self.directory is None else self.directory / path.name,
-                os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW,
-            )
-        except OSError:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError as error:
+            self.unlocked = why_not_opened(error, "the session's file", path)
             return False
         try:
             header = decode_session_header(os.pread(fd, 64, 0))
             if header.session != welcome.session or header.incarnation != welcome.incarnation:
-                raise CorruptRecord("the session file is another client's")
+                raise CorruptRecord("it is another client's")
             fcntl.fcntl(fd, fcntl.F_SETLK, lock_request(fcntl.F_WRLCK))
-        except (OSError, CorruptRecord):
+        except (OSError, CorruptRecord) as error:
             os.close(fd)
+            self.unlocked = f"cannot lock the session's file {path}: {error}"
             return False
         self._lock_fd = fd
         return True
+
+
+def why_not_opened(error: OSError, what: str, path: Path) -> str:
+    """Why a file of the daemon's cannot be opened, and what to do."""
+    if isinstance(error, PermissionError):
+        return f"no access to {what} {path}: the daemon's access.mode and access.group do not let this user in"
+    if isinstance(error, FileNotFoundError):
+        return (
+            f"{what} {path} is not there for this process; in another container mount the daemon's directory and say "
+            "where (directory= or KVSTORE_DIRECTORY)"
+        )
+    return f"cannot open {what} {path}: {error.strerror}"
 
 
 def expect(told: Told, kind: type[ReplyT]) -> ReplyT:

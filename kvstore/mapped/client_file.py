@@ -48,7 +48,7 @@ ANSWER_OFFSET: Final = 4096
 
 GRANT_OFFSET: Final = 8192
 LANE_GRANTS: Final = 256
-"""Words of one lane: a granted slot's first page, or 0."""
+"""Words of one lane: a granted slot's first page u32 | its pages u32 << 32, or 0."""
 
 RING_OFFSET: Final = GRANT_OFFSET + 8 * LANE_GRANTS * LANE_COUNT
 RING_RECORDS: Final = 2048

@@ -50,14 +50,16 @@ def cache_directory() -> Path | None:
     for candidate, shared in _candidates():
         directory = candidate / f"compiled-{_stamp()}"
         try:
-            fresh = not directory.is_dir()
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            candidate.mkdir(mode=0o700, parents=True, exist_ok=True)
             if shared and not _private(candidate):
                 continue
+            fresh = not directory.is_dir()
+            directory.mkdir(mode=0o700, exist_ok=True)
             tempfile.TemporaryFile(dir=directory).close()
         except OSError:
             continue
         if fresh:
+            _log.info("compiling what reads shared memory, once on this machine; it is kept in %s", directory)
             _remove_old_versions(candidate, directory)
         return directory
     _log.warning(

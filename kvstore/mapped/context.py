@@ -42,9 +42,7 @@ POPULATE: Final = 8 * 18
 """``madvise`` advice that gives this process the pages: MADV_POPULATE_WRITE, or _READ where it may not write."""
 LANE_PAGES: Final = 8 * 19
 """For each lane the pages of the records that it is for, 0 for none."""
-LANE_SLOT_BYTES: Final = 8 * (19 + LANE_COUNT)
-"""For each lane the size of its slots."""
-PAIR: Final = 8 * (19 + 2 * LANE_COUNT)
+PAIR: Final = 8 * (19 + LANE_COUNT)
 """Two words. Scratch; after a call the first says whether the daemon must be rung."""
 ITEM: Final = PAIR + 16
 """An item of a batch (``ITEM_BYTES``). Scratch."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from kvstore.format.constants import PAGE_BYTES
 from kvstore.mapped.atomics import exchange, load, load_acquire, store, store_release
 from kvstore.mapped.client_file import (
     GRANT_OFFSET,
@@ -20,6 +21,8 @@ from kvstore.mapped.client_file import (
 )
 from kvstore.mapped.compiled import compiled, inlined
 
+GRANT_PAGES_SHIFT: Final = 32
+GRANT_SLOT_MASK: Final = (1 << GRANT_PAGES_SHIFT) - 1
 _MASK: Final = LANE_GRANTS - 1
 
 
@@ -35,18 +38,21 @@ def _word(file: int, lane: int, number: int) -> int:
 
 @inlined
 def claim(file: int, lane: int) -> int:
-    """Take a granted slot out of a lane, for writing; 0 where there is none. Called by the client."""
+    """Take a grant out of a lane, for writing: slot | its pages << 32, 0 where there is none. Called by the client.
+
+    The size comes with the slot: a lane may serve another size by the time its client hears of it.
+    """
     words = _lane(file, lane)
     tail = load(words + LANE_TAIL)
     # Acquire: the grants before this head are there. The exchange acquires what made the slot free: its old entry was
     # withdrawn and seen so before the grant was put here, hence before the first byte that is written into it.
     head = load_acquire(words + LANE_HEAD)
-    slot = 0
-    while slot == 0 and tail < head:
-        slot = exchange(_word(file, lane, tail), 0)
+    grant = 0
+    while grant == 0 and tail < head:
+        grant = exchange(_word(file, lane, tail), 0)
         tail += 1
     store_release(words + LANE_TAIL, tail)
-    return slot
+    return grant
 
 
 @inlined
@@ -67,8 +73,9 @@ def offer(file: int, lane: int, head: int, slot_bytes: int, slots: int, count: i
     # The tail is the client's and may say anything: what stands in a lane is the client's own loss.
     room = LANE_GRANTS - (head - load_acquire(words + LANE_TAIL))
     store(words + LANE_SLOT_BYTES, slot_bytes)
+    pages = slot_bytes // PAGE_BYTES << GRANT_PAGES_SHIFT
     for index in range(min(count, room)):
-        exchange(_word(file, lane, head), load(slots + 8 * index))
+        exchange(_word(file, lane, head), load(slots + 8 * index) | pages)
         head += 1
     store_release(words + LANE_HEAD, head)
     return head
@@ -76,13 +83,13 @@ def offer(file: int, lane: int, head: int, slot_bytes: int, slots: int, count: i
 
 @compiled("int64(int64, int64, int64)")
 def revoke(file: int, lane: int, out: int) -> int:
-    """Take all grants out of a lane again; how many were written to ``out`` (room for 256). Called by the daemon."""
+    """Take all grants out of a lane again; how many slots were written to ``out`` (room for 256). By the daemon."""
     found = 0
     for number in range(LANE_GRANTS):
         word = _word(file, lane, number)
         if load(word) != 0:
-            slot = exchange(word, 0)
-            if slot != 0:
-                store(out + 8 * found, slot)
+            grant = exchange(word, 0)
+            if grant != 0:
+                store(out + 8 * found, grant & GRANT_SLOT_MASK)
                 found += 1
     return found

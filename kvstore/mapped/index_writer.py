@@ -142,9 +142,9 @@ def mark_hazards(entries: int, slot_count: int, clients: int, client_count: int)
     for number in range(client_count):
         words = load(clients + 8 * number)
         for index in range(HAZARD_WORDS):
-            slot = load(words + 8 * index) - 1
-            if 0 <= slot < slot_count and load(entries + 8 * slot) == WITHDRAWN:
-                store(entries + 8 * slot, HAZARDED)
+            named = load(words + 8 * index)
+            if 0 < named <= slot_count and load(entries + 8 * (named - 1)) == WITHDRAWN:
+                store(entries + 8 * (named - 1), HAZARDED)
 
 
 @inlined

@@ -27,6 +27,8 @@ from kvstore.mapped.compiled import compiled, inlined
 
 _MASK: Final = RING_RECORDS - 1
 _COMMIT: Final = int(RingKind.COMMIT)
+_MATCH: Final = int(RingKind.MATCH)
+_GET: Final = int(RingKind.GET)
 _KEPT_FOR_COMMITS: Final = 512
 """Places that reports leave free: a report can be dropped, a commit must not wait for one."""
 
@@ -119,17 +121,26 @@ def take(file: int, taken: int, out: int, limit: int, arena: int, arena_bytes: i
     if waiting < 0 or waiting > RING_RECORDS:
         return -1
     count = min(waiting, limit)
+    keys = 0
     for index in range(count):
         record = out + index * RING_RECORD_BYTES
         copy(record, place(file, taken + index), RING_RECORD_BYTES)
-        if load(record) & 0xFF != _COMMIT:
+        if keys > 0:
+            # A continuation: nothing but keys, which may look like anything.
+            keys -= 1
+            continue
+        kind = load(record) & 0xFF
+        if kind != _COMMIT:
+            keys = (load(record) >> 8) & 0xFF if kind in (_MATCH, _GET) else 0
             continue
         header = headers + index * RECORD_HEADER_BYTES
-        offset = load(record + WORD_SLOT) * PAGE_BYTES
-        if load(record + WORD_SLOT) <= 0 or offset > arena_bytes - PAGE_BYTES or offset <= 0:
+        slot = load(record + WORD_SLOT)
+        # Compared as a page: multiplied, a wild number would wrap, and compiled arithmetic takes for granted that none
+        # does.
+        if slot < 1 or slot >= arena_bytes // PAGE_BYTES:
             store(header, 0)
             continue
-        copy(header, arena + offset, RECORD_HEADER_BYTES)
+        copy(header, arena + slot * PAGE_BYTES, RECORD_HEADER_BYTES)
         if checksum_of(header, HEADER_CHECKED_BYTES) != load(header + HEADER_CHECKED_BYTES):
             store(header, 0)
     return count

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Final
 
 from kvstore.format.constants import MAX_RECORD_BYTES, PAGE_BYTES, RECORD_HEADER_BYTES
-from kvstore.mapped.atomics import copy, fence_full, fill_zero, load, store
+from kvstore.mapped.atomics import copy, fence_full, fill_zero, load, store, store_release
 from kvstore.mapped.checksum import checksum_of, copy_checksummed
 from kvstore.mapped.client_file import (
     HEAD_OFFSET,
@@ -37,7 +37,6 @@ from kvstore.mapped.context import (
     ITEM_SLOT,
     ITEM_TARGET,
     LANE_PAGES,
-    LANE_SLOT_BYTES,
     LARGE,
     LOOK,
     NAMESPACE_ID,
@@ -45,7 +44,7 @@ from kvstore.mapped.context import (
     NO_LANE,
     PAIR,
 )
-from kvstore.mapped.grants import claim
+from kvstore.mapped.grants import GRANT_PAGES_SHIFT, GRANT_SLOT_MASK, claim
 from kvstore.mapped.index_reader import usable
 from kvstore.mapped.python_objects import buffer_address, buffer_length, close_buffer, key_address, open_buffer
 from kvstore.mapped.reads import LARGE_BYTES
@@ -84,6 +83,16 @@ def _lane_for(context: int, record_bytes: int) -> int:
 
 
 @inlined
+def _write_return(file: int, slot: int) -> int:
+    """Write, where the ring has room, that a slot comes back unwritten; the head that publishes it."""
+    head = load(file + HEAD_OFFSET)
+    record = place(file, head)
+    store(record + WORD_KIND, _RETURN)
+    store(record + WORD_SLOT, slot)
+    return head + 1
+
+
+@inlined
 def _begin(context: int, item: int, key_id: int, data_id: int, limit: int) -> int:
     key = key_address(key_id, context + PAIR)
     if key == 0 or (load(key) | load(key + 8) | load(key + 16) | load(key + 24)) == 0:
@@ -106,17 +115,22 @@ def _begin(context: int, item: int, key_id: int, data_id: int, limit: int) -> in
     elif lane < 0:
         result = NO_LANE
     else:
-        slot = claim(file, lane)
-        if slot == 0:
+        grant = claim(file, lane)
+        slot, slot_bytes = grant & GRANT_SLOT_MASK, (grant >> GRANT_PAGES_SHIFT) * PAGE_BYTES
+        if grant == 0:
             result = NO_GRANT
+        elif slot_bytes < RECORD_HEADER_BYTES + length:
+            # The lane was given another size meanwhile. No bell: whoever has no lane sends a request next.
+            store_release(file + HEAD_OFFSET, _write_return(file, slot))
+            result = NO_LANE
         store(item + ITEM_SLOT, slot)
+        store(item + ITEM_SLOT_BYTES, slot_bytes)
     if result != 0:
         close_buffer(item + ITEM_BUFFER)
         return result
     copy(item + ITEM_KEY, key, 32)
     store(item + ITEM_TARGET, buffer_address(item + ITEM_BUFFER))
     store(item + ITEM_CAPACITY, length)
-    store(item + ITEM_SLOT_BYTES, load(context + LANE_SLOT_BYTES + 8 * lane))
     return 0
 
 
@@ -215,10 +229,6 @@ def end_put(context: int, item: int, parent_id: int, part: int, access: int) -> 
 def give_back(context: int, slot: int) -> int:
     """Return a granted slot unwritten; whether the daemon must be rung, or ``FULL``."""
     file = load(context + FILE)
-    head = load(file + HEAD_OFFSET)
-    if room(file, head) < 1:
+    if room(file, load(file + HEAD_OFFSET)) < 1:
         return FULL
-    record = place(file, head)
-    store(record + WORD_KIND, _RETURN)
-    store(record + WORD_SLOT, slot)
-    return advance(file, head + 1)
+    return advance(file, _write_return(file, slot))

@@ -19,6 +19,7 @@ from kvstore.core.instructions import (
     Withdraw,
 )
 from kvstore.core.store import Store
+from kvstore.format.constants import RECORD_HEADER_BYTES
 from kvstore.tiers.dram import Arena
 from kvstore.tiers.index import Index
 
@@ -113,10 +114,11 @@ class Executor:
         """Withdrawn slots that were last seen to be read in place by a client."""
         return len(self._hazarded)
 
-    def hazarded_bytes(self, slots: list[int]) -> int:
-        """Bytes of those of the slots that are withdrawn and wait for a client."""
-        records = self.store.records
-        return sum(records[slot].slot_bytes for slot in set(slots) if slot in self._hazarded)
+    def hazarded_bytes(self, slots: list[int]) -> list[int]:
+        """Payload bytes of each of the slots that is withdrawn and waits for a client."""
+        records = [self.store.records[slot] for slot in set(slots) if slot in self._hazarded]
+        # One that was never committed holds no record.
+        return [max(record.record_bytes - RECORD_HEADER_BYTES, 0) or record.slot_bytes for record in records]
 
     def look_at_hazards(self) -> None:
         """Let go of withdrawn slots that no client reads in place any more."""

@@ -49,6 +49,7 @@ class MappedClient:
         address: of the file's first byte in this process.
         consumed: ring records dealt with.
         position: among all mapped clients.
+        suspects: records verified because it found them corrupt, since the last tick.
         broken: its ring cannot be one: nothing it says is heard any more.
         lane_of: the lane of each slot that was lent ahead.
     """
@@ -58,6 +59,7 @@ class MappedClient:
     address: int
     consumed: int = 0
     position: int = 0
+    suspects: int = 0
     broken: bool = False
     lanes: list[Lane] = field(default_factory=lambda: [Lane() for _ in range(LANE_COUNT)])
     lane_of: dict[int, int] = field(default_factory=dict)

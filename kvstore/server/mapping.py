@@ -83,7 +83,7 @@ class Mapping:
 
     # -------------------------------------------------------------- who maps
 
-    def refuses(self, hello: Hello, same_host: bool, pid: int) -> str:
+    def refuses(self, hello: Hello, same_host: bool) -> str:
         """Why a client that greets may not map, "" where it may. One that does not want to gets no reason."""
         if not hello.mapped_layout:
             return "it was not asked for"
@@ -91,8 +91,6 @@ class Mapping:
             return _SWITCHED_OFF
         if not same_host:
             return "the client is on another host"
-        if hello.pid == pid:
-            return "the client lives in the daemon's own process, where a lock would not show its end"
         if hello.mapped_layout != MAPPED_LAYOUT:
             return (
                 f"the daemon's mapped layout is {MAPPED_LAYOUT}, the client's {hello.mapped_layout}; install the same "
@@ -168,14 +166,19 @@ class Mapping:
         self.drain_all()
         self._lanes.age()
         self._executor.look_at_hazards()
-        if self._executor.hazarded_slots:
-            for client in self._all():
+        for client in self._all():
+            client.suspects = 0
+            if self._executor.hazarded_slots:
                 self._check_hazards(client)
 
     def _check_hazards(self, client: MappedClient) -> None:
-        """A client may hold slots that others wait for, though not without bound: the SDK keeps to it by itself."""
-        held = self._executor.hazarded_bytes(client.hazarded_slots())
-        if held > self._hazard_bytes:
+        """A client may hold slots that others wait for, though not without bound: the SDK keeps to it by itself.
+
+        It counts payloads, and only after it set the hazard: for a moment there is one too many.
+        """
+        sizes = self._executor.hazarded_bytes(client.hazarded_slots())
+        held = sum(sizes)
+        if held - max(sizes, default=0) > self._hazard_bytes:
             self._log.log_every(
                 5, "hazards", "error", "hazards_refused", pid=client.session.pid, held_bytes=held, why="over its limit"
             )

@@ -198,6 +198,7 @@ class Requests:
         session.requests += 1
         # What the client did before it asked comes first: its remove does not overtake its put.
         self._mapping.before_request(session)
+        self._require(session)
         if request.namespace_id and request.namespace_id not in session.namespaces:
             raise Refused(
                 ErrorCode.UNKNOWN_NAMESPACE, f"namespace id {request.namespace_id} was not given to this session"
@@ -230,7 +231,7 @@ class Requests:
         if before is not None:
             self.close_session(before)
         same_host = bool(request.boot_id) and request.boot_id == self._boot_id
-        unmapped = self._mapping.refuses(request, same_host, self._pid)
+        unmapped = self._mapping.refuses(request, same_host)
         try:
             session = self._sessions.open(
                 identity, request.pid, request.client_version[:64], same_host, self._clock(), mapped=not unmapped
@@ -257,6 +258,13 @@ class Requests:
                 files.unmapped,
             ),
         )
+
+    def _require(self, session: Session) -> None:
+        """Refuse a request of a session that ended because of what stood in its client's ring."""
+        if self._sessions.of(session.identity, session.id) is None:
+            raise Refused(
+                ErrorCode.UNKNOWN_SESSION, "what this client wrote into its ring ended its session; greet again"
+            )
 
     def close_session(self, session: Session) -> None:
         """End a session: what the client held is free again."""
@@ -323,6 +331,7 @@ class Requests:
             )
         # What is evicted for it depends on what clients read before.
         self._mapping.drain_all()
+        self._require(session)
         if self._overload.refuses(request, session.last_ns, session.same_host):
             self._counters.throttled += request.count
             self._counters.reasons[Reason.OVERLOADED.name.lower()] += request.count

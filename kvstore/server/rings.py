@@ -19,7 +19,7 @@ from kvstore.core.instructions import Answer
 from kvstore.errors import CorruptRecord
 from kvstore.format.constants import RECORD_HEADER_BYTES
 from kvstore.format.record import decode_header
-from kvstore.mapped.client_file import MAX_MISSING, RING_RECORD_BYTES, RingKind
+from kvstore.mapped.client_file import MAX_MISSING, RING_RECORD_BYTES, RING_RECORDS, RingKind
 from kvstore.mapped.ring import consume, take
 from kvstore.observability.logs import RepeatedLog
 from kvstore.protocol.messages import PutStatus, Reason
@@ -41,6 +41,11 @@ _MATCH: Final = int(RingKind.MATCH)
 _GET: Final = int(RingKind.GET)
 _SUSPECT: Final = int(RingKind.SUSPECT)
 _MAX_CONTINUATIONS: Final = MAX_MISSING // 2
+_ROUNDS: Final = RING_RECORDS // (_BATCH - _MAX_CONTINUATIONS) + 1
+"""Batches of a full ring, each of which may end before a report that is not all in it."""
+
+_SUSPECTS: Final = 16
+"""Records that are verified for one client between two ticks: each costs as long as reading it takes."""
 
 
 class Rings:
@@ -71,11 +76,12 @@ class Rings:
     def drain(self, client: MappedClient) -> int:
         """Carry out everything that waits in a client's ring; how many commits there were.
 
+        What it writes meanwhile is left for the next time, so that one that never stops does not keep others waiting.
         ``client.broken`` is set where the ring cannot be one; its session should end then.
         """
         commits = 0
         arena = self._executor.arena
-        while not client.broken:
+        for _ in range(_ROUNDS):
             count = take(
                 client.address,
                 client.consumed,
@@ -95,7 +101,7 @@ class Rings:
                 break  # A report whose continuations are not all here: an honest client publishes them together.
             client.consumed += done
             consume(client.address, client.consumed)
-            if count < _BATCH:
+            if count < _BATCH or client.broken:
                 break
         return commits
 
@@ -151,7 +157,7 @@ class Rings:
                 client.forget_grant(slot)
                 self._executor.apply(GrantsReturned(client.session.id, (slot,)))
             elif kind == _SUSPECT:
-                self._suspect(slot, sequence)
+                self._suspect(client, slot, sequence)
             else:
                 self._give_up(client, f"record of unknown kind {kind}")
                 return index, commits
@@ -241,9 +247,10 @@ class Rings:
         counters.mapped_reads += 1
         self._executor.apply(Accessed(client.session.id, report.access, report.runs, report.asked, report.missing))
 
-    def _suspect(self, slot: int, sequence: int) -> None:
+    def _suspect(self, client: MappedClient, slot: int, sequence: int) -> None:
         record = self._record_at(slot, sequence)
-        if record is not None:
+        if record is not None and client.suspects < _SUSPECTS:
+            client.suspects += 1
             self._on_corrupt(record)
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Final
 
 import typer
 
-__all__ = ["app", "bench_control"]
+__all__ = ["app", "bench_control", "bench_local"]
 
 app: Final = typer.Typer(no_args_is_help=True, help="Measure the store beside a baseline in the same run.")
 
@@ -67,6 +67,61 @@ def bench_control(
         print(msgspec.json.encode(report).decode())
     else:
         render.console().print(table_of(report, "Control path"))
+
+
+@app.command("local")
+def bench_local(
+    idle: Annotated[bool, typer.Option("--idle", help="Also measure the cost of 16 idle mapped clients.")] = False,
+    seconds: Annotated[
+        float | None,
+        typer.Option(
+            help="Seconds of the idle measurement (default 60); implies --idle.", min=1, max=86400, metavar="S"
+        ),
+    ] = None,
+    rounds: Annotated[
+        int, typer.Option(help="Turns of all sides; in a round each copies 128 MiB of each size.", min=1, max=1000)
+    ] = 20,
+    sizes: Annotated[
+        str, typer.Option(help="Sizes of the blocks' data, with commas between.", metavar="SIZE,...")
+    ] = "64KiB,256KiB,1MiB,4MiB",
+    set_size: Annotated[
+        str,
+        typer.Option("--set", help="Bytes of stored blocks; below some caches' size nothing is cold.", metavar="SIZE"),
+    ] = "512MiB",
+    redis: Annotated[bool, typer.Option(help="Measure Redis beside it, where it is installed.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure reads and writes through mapped memory beside a plain copy of the same memory.
+
+    Gets, views, puts and matches of a client of a daemon that is started for it: the benchmark writes into its memory.
+    """
+    import msgspec
+
+    from kvstore.cli import render
+    from kvstore.cli.bench.idle import measure_idle
+    from kvstore.cli.bench.local import Extent, local_daemon, measure_local
+    from kvstore.cli.bench.local_table import local_table
+    from kvstore.sizes import parse_size
+
+    set_bytes = parse_size(set_size)
+    extent = Extent(
+        sizes_bytes=[parse_size(size) for size in sizes.split(",")],
+        rounds=rounds,
+        set_bytes=set_bytes,
+        buffer_bytes=set_bytes // 2,
+        round_bytes=set_bytes // 4,
+        with_redis=redis,
+    )
+    idle_seconds = seconds if seconds is not None else _IDLE_SECONDS if idle else None
+    with local_daemon(extent) as daemon:
+        with _progress(extent.steps) as on_round:
+            report = measure_local(daemon, extent, on_round)
+        if idle_seconds is not None:
+            report.rows.append(measure_idle(daemon.endpoint, daemon.pid, idle_seconds, kind="mapped"))
+    if as_json:
+        print(msgspec.json.encode(report).decode())
+    else:
+        render.console().print(local_table(report))
 
 
 @contextlib.contextmanager

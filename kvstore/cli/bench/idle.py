@@ -7,13 +7,16 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from kvstore.cli.bench.process import ChildProcess
 from kvstore.cli.bench.report import Row
 from kvstore.errors import DaemonUnavailable
 
-__all__ = ["IDLE_CLIENTS", "IDLE_LIMIT", "cpu_seconds", "measure_idle", "parse_stat"]
+__all__ = ["IDLE_CLIENTS", "IDLE_LIMIT", "ClientKind", "cpu_seconds", "measure_idle", "parse_stat"]
+
+ClientKind = Literal["socket", "mapped"]
+"""What idles: a client that only connected and does not map, or one that maps and has put and read."""
 
 IDLE_CLIENTS: Final = 16
 IDLE_LIMIT: Final = 0.01
@@ -30,6 +33,7 @@ def measure_idle(
     seconds: float,
     clients: int = IDLE_CLIENTS,
     settle_seconds: float = _SETTLE_SECONDS,
+    kind: ClientKind = "socket",
 ) -> Row:
     """Connect ``clients`` SDK clients, a process each, leave them alone and see what they and the daemon use.
 
@@ -39,13 +43,14 @@ def measure_idle(
         seconds: length of the measurement.
         clients: how many.
         settle_seconds: waited before it.
+        kind: of client.
 
     Raises:
-        DaemonUnavailable: a client did not connect, or a process ended while it was measured.
+        DaemonUnavailable: a client could not connect or do what its kind does first, or a process ended meanwhile.
     """
     with contextlib.ExitStack() as stack:
         children = [
-            stack.enter_context(ChildProcess(f"idle client {index}", "kvstore.cli.bench.idle_client", endpoint))
+            stack.enter_context(ChildProcess(f"idle client {index}", "kvstore.cli.bench.idle_client", endpoint, kind))
             for index in range(clients)
         ]
         deadline = time.monotonic() + _START_SECONDS

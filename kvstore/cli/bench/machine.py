@@ -27,6 +27,7 @@ class MachineFacts(msgspec.Struct, kw_only=True):
         libzmq: version.
         msgspec: version.
         uvloop: version, "" where it is not installed.
+        numba: version of what compiles the mapped path, "" where it is not installed.
         load_average: of 1, 5 and 15 minutes, before the run.
     """
 
@@ -40,6 +41,7 @@ class MachineFacts(msgspec.Struct, kw_only=True):
     msgspec: str
     uvloop: str
     load_average: tuple[float, float, float]
+    numba: str = ""
 
 
 def machine_facts() -> MachineFacts:
@@ -56,6 +58,7 @@ def machine_facts() -> MachineFacts:
         msgspec=_version("msgspec"),
         uvloop=_version("uvloop"),
         load_average=(round(one, 2), round(five, 2), round(fifteen, 2)),
+        numba=_version("numba"),
     )
 
 
