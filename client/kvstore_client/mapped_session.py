@@ -270,9 +270,17 @@ class MappedSession:
         return self.take_answers(), self._pending
 
     def disown(self) -> None:
-        """In a forked child: what a view that is still open lets go of is not the parent's."""
+        """In a forked child: what a view that is still open lets go of is not the parent's, and descriptors are copies.
+
+        Takes no lock: a thread that the fork left behind may hold it.
+        """
         self._own_file: Words = np.zeros(CLIENT_FILE_BYTES // 8, np.int64)
         self._scratch[fields.FILE // 8] = int(self._own_file.ctypes.data)
+        for fd in (self._lock_fd, self._bell_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._lock_fd = self._bell_fd = -1
+        self.over = True
 
     def _ring(self) -> None:
         with self._descriptors, contextlib.suppress(OSError):

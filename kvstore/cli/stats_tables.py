@@ -103,8 +103,15 @@ def _memory(dram: DramStats) -> Table:
             ("granted", f"{render.size(dram.granted_bytes)} lent for writing"),
             ("limbo", f"{render.size(dram.limbo_bytes)} freed but perhaps still read"),
             ("slabs", slabs),
+            ("index", _index(dram)),
         ],
     )
+
+
+def _index(dram: DramStats) -> str:
+    if not dram.index_bytes:
+        return "none, clients do not map"
+    return f"{render.size(dram.index_bytes)}, for {render.count(dram.max_records)} records"
 
 
 def _share(part: int, whole: int) -> str:
@@ -128,6 +135,10 @@ def _lookups(stats: DaemonStats, since: DaemonStats | None) -> RenderableType:
     if since is not None:
         read_bytes = lookups.bytes_out - earlier.bytes_out
         note += f", now {render.throughput(read_bytes, stats.uptime_s - since.uptime_s)}"
+    if lookups.mapped_reads:
+        note += f"; {render.ratio(lookups.mapped_reads, lookups.matches + lookups.gets)} through mapped memory"
+    if lookups.dropped_reports:
+        note += f"; {render.count(lookups.dropped_reports)} accesses untold"
     if lookups.get_throttled:
         note += f"; {render.count(lookups.get_throttled)} throttled"
     return Group(made, Text(note, style="dim"))
@@ -209,6 +220,7 @@ def _clients(sessions: Sequence[SessionStats]) -> RenderableType | None:
         "leases",
         "granted",
         "outbound",
+        render.text_column("path"),
         render.text_column("version"),
     ]
     made = render.table("Clients", columns)
@@ -220,6 +232,7 @@ def _clients(sessions: Sequence[SessionStats]) -> RenderableType | None:
             render.count(one.leases),
             render.size(one.granted_bytes),
             render.size(one.outbound_bytes),
+            "mapped" if one.mapped else "socket",
             render.plain(one.version),
         )
     return _with_more(made, len(others))

@@ -126,6 +126,8 @@ def _tier(dram: DramStats) -> Iterator[Metric]:
         ("free_slabs", "Slabs that no slot size uses.", dram.free_slabs),
         ("blocks", "Resident blocks.", dram.blocks),
         ("records", "Resident records.", dram.records),
+        ("index_bytes", "Bytes of the index that clients map.", dram.index_bytes),
+        ("max_records", "Records that the index has room for, 0 without one.", dram.max_records),
         ("degraded", "1 while the tier has a problem, which the logs explain.", 1 if dram.problem else 0),
     ):
         yield _gauges(f"kvstore_tier_{name}", documentation, "tier", {"dram": value})
@@ -139,6 +141,10 @@ def _lookups(lookups: LookupStats) -> Iterator[Metric]:
     yield _counters("kvstore_lookup_keys", "Keys asked for.", "operation", keys)
     yield _counters("kvstore_lookup_hits", "Keys that were hits.", "operation", hits)
     yield _counter("kvstore_get_throttled", "Keys of gets answered throttled.", lookups.get_throttled)
+    yield _counter("kvstore_mapped_lookups", "Lookups that clients served from mapped memory.", lookups.mapped_reads)
+    yield _gauge(
+        "kvstore_dropped_reports", "Accesses that connected clients could not report.", lookups.dropped_reports
+    )
     yield _counter("kvstore_read_bytes", "Bytes of records given to clients.", lookups.bytes_out)
 
 

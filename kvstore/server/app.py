@@ -144,6 +144,7 @@ class Daemon:
             reads,
             RepeatedLog(self._log),
             loop,
+            self._clock,
             _hazard_bytes(settings),
             int(settings.limits.reclaim_grace_s * 1e9),
         )

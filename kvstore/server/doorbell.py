@@ -26,6 +26,7 @@ class Attention:
         bell: what clients ring.
         rings, lanes: what is done then.
         loop: where it happens.
+        clock: nanoseconds, monotonic.
         on_broken: called with a client whose ring is none; it should be ended.
     """
 
@@ -35,12 +36,14 @@ class Attention:
         rings: Rings,
         lanes: Lanes,
         loop: asyncio.AbstractEventLoop,
+        clock: Callable[[], int],
         on_broken: Callable[[MappedClient], None],
     ) -> None:
         self._bell = bell
         self._rings = rings
         self._lanes = lanes
         self._loop = loop
+        self._clock = clock
         self._on_broken = on_broken
         self._clients: list[MappedClient] = []
         self._heads = self._ready = np.zeros(0, np.int64)
@@ -63,8 +66,11 @@ class Attention:
 
     def drain(self, client: MappedClient) -> None:
         """Carry out what waits in one client's ring, and lend it new slots."""
+        before = client.consumed
         if self._rings.drain(client):
             self._lanes.replenish(client)
+        if client.consumed != before:
+            client.session.last_ns = self._clock()
         self._heads[2 * client.position + 1] = client.consumed
         if client.broken:
             self._on_broken(client)

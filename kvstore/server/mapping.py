@@ -42,6 +42,7 @@ class Mapping:
         bell: what clients ring; None without an index.
         counters, reads, log: of the request path.
         loop: where rings are drained.
+        clock: nanoseconds, monotonic.
         hazard_bytes: what one client may hold with hazards of slots that are gone from the index.
         grace_ns: how long after its death the slots of a client with a device context are left alone.
         end_session: ends the session of a client that breaks the rules.
@@ -55,6 +56,7 @@ class Mapping:
         reads: Reads,
         log: RepeatedLog,
         loop: asyncio.AbstractEventLoop,
+        clock: Callable[[], int],
         hazard_bytes: int,
         grace_ns: int,
     ) -> None:
@@ -69,7 +71,7 @@ class Mapping:
         self.end_session: Callable[[Session], None] = lambda session: None
         if bell is not None:
             rings = Rings(executor, counters, log, reads.check)
-            self._attention = Attention(bell, rings, self._lanes, loop, lambda client: self._end(client))
+            self._attention = Attention(bell, rings, self._lanes, loop, clock, self._end)
 
     def __len__(self) -> int:
         return len(self._clients)

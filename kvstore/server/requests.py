@@ -9,7 +9,6 @@ from typing import Any, cast
 import zmq
 
 import kvstore
-from kvstore.core.block import runs_of
 from kvstore.core.events import (
     Accessed,
     ClearWanted,
@@ -24,7 +23,7 @@ from kvstore.core.events import (
 from kvstore.core.instructions import Count, Leased, Namespaced, Refuse
 from kvstore.errors import ErrorCode, InvalidArgument
 from kvstore.format.constants import MAX_RECORD_BYTES, RECORD_HEADER_BYTES
-from kvstore.mapped.client_file import LANE_COUNT
+from kvstore.mapped.client_file import LANE_COUNT, MAX_MISSING
 from kvstore.observability.logs import Log, RepeatedLog
 from kvstore.protocol.framing import decode_request, encode, request_id
 from kvstore.protocol.keys import KEY_BYTES, split_keys
@@ -317,7 +316,9 @@ class Requests:
         tiers = ((int(TierId.DRAM), hits),) if hits else ()
         self._send(session.identity, MatchReply(request.id, self._incarnation, hits, tiers, lease))
         # The client waits for the answer, not for the policy's bookkeeping.
-        report = Accessed(session.id, request.access, runs_of(blocks), len(keys), tuple(keys[hits : hits + 16]))
+        # A match asks for a chain: its deepest hit was used, and with it all above, as mapped clients report it.
+        runs = [(blocks[-1], hits)] if blocks else []
+        report = Accessed(session.id, request.access, runs, len(keys), tuple(keys[hits : hits + MAX_MISSING]))
         self._executor.apply(report)
         counters = self._counters
         counters.matches += 1
