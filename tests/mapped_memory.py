@@ -85,6 +85,7 @@ class MappedMemory:
             (fields.KEYS, int(self._window.ctypes.data)),
             (fields.HEADER, int(self._template.ctypes.data)),
             (fields.NEXT_LOOK, 1 << 62),
+            (fields.BELL, -1),
             (fields.TOUCHED, int(self._touched.ctypes.data)),
             (fields.POPULATE, 23),
         ):

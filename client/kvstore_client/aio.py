@@ -96,9 +96,7 @@ class AsyncClient(BaseClient):
                 await self.flush()
         self._closed = True
         link = self._link
-        # While a view is open the daemon must not think that this client reads nothing any more.
-        reading = self._mapped is not None and self._mapped.open_views
-        if link is not None and not reading:
+        if link is not None:
             with contextlib.suppress(zmq.ZMQError):
                 link.send(encode(self._session.request(Ask(Bye), 0.2)))
         self._disconnect(ConnectionLost("the client was closed"), GOODBYE_MS)

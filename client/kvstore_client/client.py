@@ -93,13 +93,10 @@ class Client(BaseClient):
         with self._lock:
             self._closed = True
             link, self._link = self._link, None
-            # While a view is open the daemon must not think that this client reads nothing any more.
-            reading = self._mapped is not None and self._mapped.open_views
             self._end_mapping()
             if link is not None:
-                if not reading:
-                    with contextlib.suppress(zmq.ZMQError):
-                        link.send(encode(self._session.request(Ask(Bye), 0.2)))
+                with contextlib.suppress(zmq.ZMQError):
+                    link.send(encode(self._session.request(Ask(Bye), 0.2)))
                 link.close(GOODBYE_MS)
             self._session.forget()
 

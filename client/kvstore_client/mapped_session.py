@@ -6,7 +6,6 @@ Nothing here waits or sends, except for one byte into the doorbell. What cannot 
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import mmap
 import os
@@ -15,6 +14,7 @@ import threading
 import time
 import weakref
 from collections import Counter, deque
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
@@ -51,21 +51,23 @@ from kvstore.mapped.ring import consumed
 from kvstore.mapped.session_file import decode_session_header
 from kvstore.mapped.writes import begin_put, end_put, fill_slot, give_back, put_one
 from kvstore.protocol.keys import KEY_BYTES, ROOT_KEY
-from kvstore.protocol.messages import PutStatus, Welcome
+from kvstore.protocol.messages import PutStatus, Reason, Welcome
 from kvstore_client.session import why_not_opened
 
 __all__ = ["MappedSession", "NotMapped"]
 
 _LOOK_EVERY_NS: Final = 100_000_000
-_RANG: Final = fields.PAIR // 8
 _NEXT_LOOK: Final = fields.NEXT_LOOK // 8
 _MADV_POPULATE_READ: Final = 22
 _MADV_POPULATE_WRITE: Final = 23
 _LENGTH_MASK: Final = (1 << 32) - 1
 _DIGEST_WORDS: Final = slice(88 // 8, 120 // 8)
 """Of a record's header."""
+_MOST_UNTAKEN: Final = RING_RECORDS - 64
+"""How far the ring may go on past a commit whose answer was not taken: one round further it is overwritten."""
 _SETTLE_EVERY: Final = 16
 """Unanswered puts after which answers are looked for; far fewer than the ring has places."""
+_STALE_ANSWER: Final = PutStatus.REJECTED | Reason.STALE_NAMESPACE << 8
 _LAST_GOOD: Final = int(PutStatus.EXISTS)
 _PUT_ITEM: Final = fields.ITEM_BYTES // 8
 
@@ -120,7 +122,7 @@ class MappedSession:
         self.writable = True
         self.corrupt = 0
         self.over = False
-        self._lock_fd = self._bell_fd = self._kept_fd = -1
+        self._lock_fd = self._bell_fd = self._session_fd = -1
         self._descriptors = threading.Lock()
         try:
             self._map(welcome, session_fd, directory)
@@ -135,10 +137,11 @@ class MappedSession:
         self._free_hazards = list(range(HAZARD_WORDS))
         self._hazard_bytes = 0
         self._max_hazard_bytes = self.header.hazard_bytes
-        self.last_hazard = 0
         self._settling = threading.Lock()
         self._pending: deque[tuple[int, bytes]] = deque()
         self._pending_keys: dict[bytes, int] = {}
+        self._wanted: dict[int, None] = {}
+        """Commits whose answers somebody will take, oldest first."""
         self._unreturned: list[int] = []
         self._lingering: list[tuple[memoryview, int, int]] = []
         self._lane_pages = [0] * LANE_COUNT
@@ -218,6 +221,7 @@ class MappedSession:
             (fields.RECENT, int(self._recent.ctypes.data)),
             (fields.KEYS, int(self._window.ctypes.data)),
             (fields.HEADER, int(self._template.ctypes.data)),
+            (fields.BELL, self._bell_fd),
             (fields.TOUCHED, int(self._touched.ctypes.data)),
             (fields.POPULATE, _MADV_POPULATE_WRITE if self.writable else _MADV_POPULATE_READ),
         ):
@@ -250,18 +254,31 @@ class MappedSession:
         self._scratch[_NEXT_LOOK] = time.monotonic_ns() + _LOOK_EVERY_NS
         return True
 
-    def keep_until_unused(self, session_fd: int) -> None:
-        """The session ends while views are open: hold its lock, and with it their slots, until the last is closed."""
-        self._kept_fd = session_fd
+    def own_lock(self, session_fd: int) -> None:
+        """Take over the session file's descriptor, and with it the lock, until nobody refers to this object.
+
+        The daemon must not take this client's slots back while a call of another thread writes one or a view reads one.
+        """
+        self._session_fd = session_fd
+
+    def __del__(self) -> None:
+        if getattr(self, "_session_fd", -1) >= 0:
+            os.close(self._session_fd)
 
     def release(self) -> None:
         """Give descriptors back; the memory goes with the object."""
         with self._descriptors:
-            for fd in (self._lock_fd, self._bell_fd):
-                if fd >= 0:
-                    os.close(fd)
-            self._lock_fd = self._bell_fd = -1
-            self.over = True
+            self._close_descriptors()
+
+    def _close_descriptors(self) -> None:
+        self.over = True
+        if hasattr(self, "_scratch"):
+            # First: compiled calls, which hold the interpreter lock, write into what stands here.
+            self._scratch[fields.BELL // 8] = -1
+        for fd in (self._lock_fd, self._bell_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._lock_fd = self._bell_fd = -1
 
     def abandon(self) -> tuple[Counter[int], deque[tuple[int, bytes]]]:
         """The daemon is gone, and with it nobody refers to this any more: answers that came, puts without one."""
@@ -276,16 +293,7 @@ class MappedSession:
         """
         self._own_file: Words = np.zeros(CLIENT_FILE_BYTES // 8, np.int64)
         self._scratch[fields.FILE // 8] = int(self._own_file.ctypes.data)
-        for fd in (self._lock_fd, self._bell_fd):
-            if fd >= 0:
-                os.close(fd)
-        self._lock_fd = self._bell_fd = -1
-        self.over = True
-
-    def _ring(self) -> None:
-        with self._descriptors, contextlib.suppress(OSError):
-            # A full FIFO has woken the daemon already; one without a reader belongs to a daemon that is gone.
-            os.write(self._bell_fd, b"!")
+        self._close_descriptors()
 
     def head(self) -> int:
         """Records ever written into the ring."""
@@ -295,33 +303,28 @@ class MappedSession:
 
     def get_into(self, key: bytes, out: object, part: int, access: int) -> int:
         """Copy a record's payload into a buffer: its length, ``MISS``, or why it must be asked for."""
-        if self._pending:
-            self.settle()
+        owed = bool(self._pending) and self._owes(key)
         result: int = get_one(self._at, id(key), id(out), part, access)
         if result == LOOK and self._look():
             result = get_one(self._at, id(key), id(out), part, access)
         if result >= 0:
-            if self._scratch[_RANG]:
-                self._ring()
             return result
         if result == LARGE:
             results = self.get_many_into([key], [out], part, access)
             return results[0] if isinstance(results, list) else results
-        return self._read_failed(result, key)
+        return self._read_failed(result, owed)
 
-    def _read_failed(self, result: int, key: bytes) -> int:
-        if result in (MISS, CORRUPT, STALE) and self._scratch[_RANG]:
-            self._ring()
+    def _read_failed(self, result: int, owed: bool) -> int:
+        """``owed``: this client had put the block when it was looked for, and nobody had published it yet."""
         if result == CORRUPT:
             self.corrupt += 1
-        elif result == MISS and key in self._pending_keys:
-            return BUSY
-        return result
+        return BUSY if result == MISS and owed else result
 
     def get_many_into(self, keys: list[bytes], outs: list[object], part: int, access: int) -> list[int] | int:
         """Copy many records, without the interpreter lock; one result a key as of ``get_into``, or one for all."""
-        if self._pending:
-            self.settle()
+        owed: frozenset[bytes] = frozenset()
+        if self._pending and self.settle():
+            owed = frozenset(self._pending_keys)
         count = len(keys)
         items: Words = np.empty((count, fields.ITEM_BYTES // 8), np.int64)
         at = int(items.ctypes.data)
@@ -334,14 +337,12 @@ class MappedSession:
             copy_batch(self._at, at, count, part)
         finally:
             hits = close_batch(self._at, at, count, part, access)
-        if self._scratch[_RANG]:
-            self._ring()
         results: list[int] = items[:, fields.ITEM_RESULT // 8].tolist()
         if hits < count:
             self.corrupt += results.count(CORRUPT)
-            if self._pending_keys:
+            if owed:
                 for index, key in enumerate(keys):
-                    if results[index] == MISS and key in self._pending_keys:
+                    if results[index] == MISS and key in owed:
                         results[index] = BUSY
         return results
 
@@ -353,47 +354,42 @@ class MappedSession:
         hits: int = match(self._at, id(keys), len(keys), access)
         if hits == LOOK and self._look():
             hits = match(self._at, id(keys), len(keys), access)
-        if hits >= 0 and self._scratch[_RANG]:
-            self._ring()
         return hits
 
-    def pin(self, key: bytes, part: int, access: int) -> int:
-        """Hold a record in place: slot << 32 | length of its payload; or why not.
+    def pin(self, key: bytes, part: int, access: int, hazard: int) -> int:
+        """Hold a record in place with a hazard of ``take_hazard``: slot << 32 | length of its payload; or why not.
 
-        The hazard that holds it is the one that ``last_hazard`` names, until the next call.
+        Where it is not held the hazard is free again.
         """
-        if self._pending or self._lingering:
-            self.settle()
-            self._look_at_lingering()
-        hazards = self._free_hazards
-        if not hazards:
-            return BUSY
-        hazard = hazards.pop()
+        owed = bool(self._pending) and self._owes(key)
         where: int = pin_one(self._at, id(key), hazard, part, access)
         if where == LOOK and self._look():
             where = pin_one(self._at, id(key), hazard, part, access)
         if where < 0:
-            hazards.append(hazard)
-            return self._read_failed(where, key)
+            self._free_hazards.append(hazard)
+            return self._read_failed(where, owed)
         held = self._hazard_bytes + (where & _LENGTH_MASK)
         if held > self._max_hazard_bytes:
             unpin(self._at, hazard)
-            hazards.append(hazard)
+            self._free_hazards.append(hazard)
             return BUSY
         self._hazard_bytes = held
-        if self._scratch[_RANG]:
-            self._ring()
-        self.last_hazard = hazard
         return where
+
+    def take_hazard(self) -> int:
+        """A hazard word that nobody uses, -1 where there is none."""
+        if self._lingering:
+            self._look_at_lingering()
+        try:
+            return self._free_hazards.pop()
+        except IndexError:
+            return -1
 
     def unpin(self, hazard: int, length: int) -> None:
         """Let go of a pinned record; its view must not be used any more."""
         unpin(self._at, hazard)
         self._free_hazards.append(hazard)
         self._hazard_bytes -= length
-        if self._kept_fd >= 0 and not self.open_views:
-            os.close(self._kept_fd)
-            self._kept_fd = -1
 
     @property
     def open_views(self) -> int:
@@ -420,6 +416,8 @@ class MappedSession:
         """Write a record into a granted slot and commit it: the commit's number, or why not."""
         if self._unreturned:
             self._return_slots()
+        if self._wanted and self.head() - next(iter(self._wanted), 1 << 62) > _MOST_UNTAKEN:
+            return FULL
         result: int = put_one(self._at, id(key), id(parent), id(data), part, access)
         if result == LOOK and self._look():
             result = put_one(self._at, id(key), id(parent), id(data), part, access)
@@ -430,13 +428,9 @@ class MappedSession:
             if result == 0:
                 fill_slot(self._at, at)
                 result = end_put(self._at, at, id(parent), part, access)
-                if result == FULL:
+                if result < 0:
                     self._unreturned.append(int(item[fields.ITEM_SLOT // 8]))
-        if result < 0:
-            return result
-        if result & 1:
-            self._ring()
-        return result >> 1
+        return result
 
     def put_unwaited(self, key: object, data: object, parent: object, part: object, request: object) -> bool:
         """One put, if its arguments are of the usual kind and a slot is at hand; False: do it by the long way."""
@@ -454,25 +448,26 @@ class MappedSession:
         ):
             return False
         number = self.put(key, parent, data, part, request or 0)
+        if number == STALE:
+            # Over, perhaps while it was written: sent now, it would go into the generation that came after it.
+            self._answered[_STALE_ANSWER] += 1
+            self.refused = True
+            return True
         if number < 0:
             return False
         self.expect_answer(number, key)
         return True
 
     def _return_slots(self) -> None:
-        while self._unreturned:
-            rang = give_back(self._at, self._unreturned[-1])
-            if rang == FULL:
-                return
-            self._unreturned.pop()
-            if rang:
-                self._ring()
+        unreturned, self._unreturned = self._unreturned, []
+        self._unreturned += [slot for slot in unreturned if give_back(self._at, slot) == FULL]
 
     def expect_answer(self, number: int, key: bytes) -> None:
         """Remember a commit that nobody waits for, until its answer is there."""
         pending = self._pending
-        pending.append((number, key))
         self._pending_keys[key] = number
+        self._wanted[number] = None
+        pending.append((number, key))
         if not len(pending) % _SETTLE_EVERY:
             self.settle()
 
@@ -480,7 +475,22 @@ class MappedSession:
         """Status | reason << 8 of a commit, -1 while there is none. Valid until the ring has gone once around."""
         if consumed(self._file_at) <= number:
             return -1
-        return int(self._answers[number & (RING_RECORDS - 1)])
+        answer = int(self._answers[number & (RING_RECORDS - 1)])
+        self._wanted.pop(number, None)
+        return answer
+
+    def want_answer(self, number: int) -> None:
+        """Keep a commit's answer from being overwritten until ``answer`` gave it, or ``forget_answers``."""
+        self._wanted[number] = None
+
+    def forget_answers(self, numbers: Iterable[int]) -> None:
+        """Nobody waits for these commits any more."""
+        for number in numbers:
+            self._wanted.pop(number, None)
+
+    def _owes(self, key: bytes) -> bool:
+        """Whether this client put a block that was not published when this was asked."""
+        return bool(self.settle()) and key in self._pending_keys
 
     def settle(self) -> int:
         """Take over answers that have come; how many are still missing."""
@@ -491,6 +501,7 @@ class MappedSession:
                 while pending and pending[0][0] < taken:
                     number, key = pending.popleft()
                     answer = int(self._answers[number & (RING_RECORDS - 1)])
+                    self._wanted.pop(number, None)
                     self._answered[answer] += 1
                     self.refused = self.refused or answer > _LAST_GOOD
                     if self._pending_keys.get(key) == number:

@@ -123,11 +123,20 @@ def _uint8_of(tensor: Any) -> Any:
 
 
 class Chain(NamedTuple):
-    """Checked arguments of a put: key, parent and payload of each block, and what all of them share."""
+    """Checked arguments of a put: key, parent and payload of each block, and what all of them share.
+
+    ``digest`` is that of the namespace's generation in which the put began: what it stores was computed in it, and is
+    never stored in another one that is joined before the put ends.
+    """
 
     blocks: list[tuple[bytes, bytes, memoryview]]
     part: int
     access: int
+    digest: bytes
+
+    def rest(self, begin: int) -> Chain:
+        """The same without the first blocks."""
+        return self._replace(blocks=self.blocks[begin:])
 
 
 class Operations:
@@ -185,11 +194,11 @@ class Operations:
                 raise InvalidArgument(f"keys[{index}] is its own parent")
             blocks.append((key, previous, payload))
             previous = key
-        return Chain(blocks, part, access)
+        return Chain(blocks, part, access, self._session.digest)
 
     def put_asks(self, chain: Chain) -> list[Ask]:
-        """The requests that store a chain by sending it."""
-        digest = self._session.digest
+        """The requests that store a chain by sending it. Its records say the generation that the put began in."""
+        digest = chain.digest
         asks: list[Ask] = []
         frames: list[Buffer] = []
         total = 0
@@ -211,22 +220,27 @@ class Operations:
             return (yield from self._put_sent(chain))
         waiting: deque[int] = deque()
         answers: list[int] = []
-        for key, previous, payload in chain.blocks:
-            number = yield from self._put_mapped(mapped, key, previous, payload, chain)
-            if number < 0:
-                break
-            waiting.append(number)
-            while waiting and (answer := mapped.answer(waiting[0])) >= 0:
-                answers.append(answer)
-                waiting.popleft()
-        if waiting:
-            # The daemon deals with what was written into the ring before it answers a later request.
-            expect((yield Ask(Ping)), Done)
-            answers += [answer for number in waiting if (answer := mapped.answer(number)) >= 0]
+        try:
+            for key, previous, payload in chain.blocks:
+                number = yield from self._put_mapped(mapped, key, previous, payload, chain)
+                if number < 0:
+                    break
+                mapped.want_answer(number)
+                waiting.append(number)
+                while waiting and (answer := mapped.answer(waiting[0])) >= 0:
+                    answers.append(answer)
+                    waiting.popleft()
+            if waiting:
+                # The daemon deals with what was written into the ring before it answers a later request.
+                expect((yield Ask(Ping)), Done)
+                while waiting and (answer := mapped.answer(waiting[0])) >= 0:
+                    answers.append(answer)
+                    waiting.popleft()
+        finally:
+            mapped.forget_answers(waiting)
         statuses = [self._answered(answer) for answer in answers]
         # The rest, and what a daemon that is gone did not answer: a repeated put changes nothing.
-        rest = Chain(chain.blocks[len(answers) :], chain.part, chain.access)
-        return statuses + (yield from self._put_sent(rest))
+        return statuses + (yield from self._put_sent(chain.rest(len(answers))))
 
     def _answered(self, answer: int) -> PutStatus:
         reason = answer >> 8
@@ -242,9 +256,9 @@ class Operations:
         for index, (key, previous, payload) in enumerate(chain.blocks):
             number = yield from self._put_mapped(mapped, key, previous, payload, chain)
             if number < 0:
-                return Chain(chain.blocks[index:], chain.part, chain.access)
+                return chain.rest(index)
             mapped.expect_answer(number, key)
-        return Chain([], chain.part, chain.access)
+        return chain.rest(len(chain.blocks))
 
     def _put_mapped(
         self, mapped: MappedSession, key: bytes, previous: bytes, payload: memoryview, chain: Chain
@@ -253,6 +267,8 @@ class Operations:
         for _ in range(_PUT_TRIES):
             if self._session.mapped is not mapped:
                 return OVER
+            if self._session.digest != chain.digest:
+                return STALE
             number = mapped.put(key, previous, payload, chain.part, chain.access)
             if number >= 0:
                 return number
@@ -276,6 +292,9 @@ class Operations:
     def _put_sent(self, chain: Chain) -> Steps[list[PutStatus]]:
         statuses: list[PutStatus] = []
         for ask in self.put_asks(chain):
+            if self._session.digest != chain.digest:
+                _log.warning("a put that began before the namespace was invalidated was rejected")
+                return statuses + [PutStatus.REJECTED] * (len(chain.blocks) - len(statuses))
             statuses += self.put_answer((yield ask))
         return statuses
 

@@ -182,15 +182,14 @@ class Session:
             self.mapped.join(self.namespace_id, self.digest)
 
     def forget(self) -> None:
-        """The session is over; the generation is remembered. Views that are open keep their slots until they end."""
+        """The session is over; the generation is remembered. What still uses its memory keeps its lock."""
         self.number = 0
         self.namespace_id = 0
         mapped, self.mapped = self.mapped, None
         if mapped is not None:
             mapped.release()
-            if mapped.open_views and self._lock_fd >= 0:
-                mapped.keep_until_unused(self._lock_fd)
-                self._lock_fd = -1
+            mapped.own_lock(self._lock_fd)
+            self._lock_fd = -1
         if self._lock_fd >= 0:
             os.close(self._lock_fd)
             self._lock_fd = -1

@@ -37,13 +37,16 @@ class _Pinned:
         """Whether the answer is known: the data, or that there is none (if a miss is ``sure`` to be one)."""
         request = self._request
         check_read(self._part, request)
-        where = mapped.pin(self._key, self._part, request or 0)
+        hazard = mapped.take_hazard()
+        if hazard < 0:
+            return False
+        where = mapped.pin(self._key, self._part, request or 0, hazard)
         if where < 0:
             return sure and where in (MISS, STALE)
         length = where & _LENGTH_MASK
         begin = (where >> 32) * PAGE_BYTES + RECORD_HEADER_BYTES
         self._data = mapped.arena_view[begin : begin + length]
-        self._hazard = mapped.last_hazard
+        self._hazard = hazard
         self._length = length
         self._held = mapped
         return True

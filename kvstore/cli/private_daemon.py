@@ -101,22 +101,26 @@ class PrivateDaemon:
         if self._process is not None:
             raise KVStoreError("a private daemon starts once; make another")
         self._directory, self._endpoint = _fresh_endpoint()
-        command = [sys.executable, "-P", "-m", "kvstore", "serve", "--endpoint", self._endpoint]
-        command += ["--parent-pid", str(os.getpid()), *self._arguments]
         try:
             self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed in close()
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=self._log,
-                stderr=self._log,
-                env=_environment(),
-                start_new_session=True,  # a terminal's Ctrl+C is for the command, which then ends the daemon
-            )
-            self._wait_until_populated(time.monotonic() + self._timeout_s)
+            self._launch()
         except BaseException:
             self.close()
             raise
+
+    def _launch(self) -> None:
+        """Start a process at the endpoint and wait for it, as ``start`` does."""
+        command = [sys.executable, "-P", "-m", "kvstore", "serve", "--endpoint", self._endpoint]
+        command += ["--parent-pid", str(os.getpid()), *self._arguments]
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=self._log,
+            env=_environment(),
+            start_new_session=True,  # a terminal's Ctrl+C is for the command, which then ends the daemon
+        )
+        self._wait_until_populated(time.monotonic() + self._timeout_s)
 
     def close(self) -> None:
         """End the daemon (SIGTERM, then SIGKILL) and remove what it left; a second call does nothing."""

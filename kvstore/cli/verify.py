@@ -1,4 +1,7 @@
-"""``kvstore verify``: the daemon checks its invariants and the checksum of every record it holds."""
+"""``kvstore verify``: the daemon checks its invariants and the checksum of every record it holds.
+
+With ``--stress`` it looks for wrong bytes in private daemons and files instead, see ``kvstore.cli.stress``.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
+from kvstore.errors import InvalidArgument
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from kvstore.cli.stress import StageReport
     from kvstore.protocol.messages import VerifyReply
 
 __all__ = ["verify", "verify_tables"]
@@ -17,11 +23,21 @@ _SHOWN_PROBLEMS: Final = 20
 
 
 def verify(
+    context: typer.Context,
     endpoint: Annotated[
         str | None, typer.Option(help="The daemon's endpoint.", metavar="ipc://PATH", envvar="KVSTORE_ENDPOINT")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     timeout: Annotated[float, typer.Option(help="Seconds that it may take.", min=0.001, metavar="S")] = 600.0,
+    stress: Annotated[
+        float | None,
+        typer.Option(
+            help="Instead, for so many seconds: processes that look for one wrong byte, in private daemons only.",
+            min=30,
+            max=7 * 86400,
+            metavar="SECONDS",
+        ),
+    ] = None,
 ) -> None:
     """Check the daemon's invariants and every record's checksum.
 
@@ -30,6 +46,14 @@ def verify(
     import msgspec
 
     from kvstore_client import Client
+
+    if stress is not None:
+        for name in ("endpoint", "timeout"):
+            source = context.get_parameter_source(name)
+            if source is not None and source.name == "COMMANDLINE":
+                raise InvalidArgument(f"--stress takes no --{name}: it uses daemons of its own")
+        _stress(stress, as_json)
+        return
 
     with Client(endpoint, timeout=timeout) as client:
         outcome = client.verify()
@@ -46,6 +70,39 @@ def verify(
 
         render.console().print(verify_tables(outcome))
     if outcome.problems:
+        raise typer.Exit(1)
+
+
+def _stress(seconds: float, as_json: bool) -> None:
+    """``--stress``: progress on stderr, the result on stdout, status 1 where anything is not as it must be."""
+    import contextlib
+    import logging
+
+    import msgspec
+
+    from kvstore.cli import render
+    from kvstore.cli.stress import run_stress, stress_tables
+
+    # That puts are refused now and then is part of it.
+    logging.getLogger("kvstore_client").setLevel(logging.ERROR)
+    notes = render.console(stderr=True)
+    with notes.status("starting") if notes.is_terminal else contextlib.nullcontext() as status:
+
+        def on_begin(name: str) -> None:
+            if status is not None:
+                status.update(name)
+
+        def on_end(stage: StageReport) -> None:
+            checked, wrong = render.count(stage.hits), render.count(stage.wrong_bytes)
+            how = f"{checked} hits checked in {render.duration(stage.seconds)}, {wrong} wrong bytes"
+            notes.print(f"{stage.phase}, {stage.name}: {how}: {stage.outcome}")
+
+        report = run_stress(seconds, on_begin, on_end)
+    if as_json:
+        print(msgspec.json.encode(report).decode())
+    else:
+        render.console().print(stress_tables(report))
+    if not report.ok:
         raise typer.Exit(1)
 
 

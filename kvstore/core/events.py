@@ -30,6 +30,12 @@ class SessionClosed(msgspec.Struct, frozen=True):
     session: int
 
 
+class LeasesEnded(msgspec.Struct, frozen=True):
+    """A client is going: its leases end. Its grants are its own until nobody can write into them any more."""
+
+    session: int
+
+
 class Joined(msgspec.Struct, frozen=True):
     """A client joins a namespace; ``generation`` is -1 for the current one, or the one it was in before.
 
@@ -167,6 +173,7 @@ Event = (
     | PopulationEnded
     | SessionOpened
     | SessionClosed
+    | LeasesEnded
     | Joined
     | SlotWanted
     | Committed

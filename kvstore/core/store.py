@@ -24,6 +24,7 @@ from kvstore.core.events import (
     InvalidateWanted,
     Joined,
     LeaseReleased,
+    LeasesEnded,
     LeaseWanted,
     PopulationEnded,
     Quiesced,
@@ -62,6 +63,9 @@ ACCESS_IDS: Final = 65_536
 
 LIMBO_PATIENCE_NS: Final = 100_000_000
 """How long a slot in limbo is expected to come back by itself; a reader that stopped must not keep others waiting."""
+
+_MOST_SLOT_BYTES: Final = (1 << 32) - PAGE_BYTES
+"""An index entry has 32 bits for a record's length."""
 
 EVICTION_BATCH: Final = 64
 """Victims chosen at once when room must be made for a slot size."""
@@ -133,7 +137,7 @@ class Store:
         self.record_count = 0
         self.populating = True
         limit_bytes = min(limits.capacity_bytes, limits.grant_bytes, limits.grant_bytes_per_session)
-        self._max_slot_bytes = min(slabs.slab_bytes, limit_bytes // PAGE_BYTES * PAGE_BYTES)
+        self._max_slot_bytes = min(slabs.slab_bytes, limit_bytes // PAGE_BYTES * PAGE_BYTES, _MOST_SLOT_BYTES)
         self._limbo_since_ns: dict[int, dict[int, int]] = {}
         """When each slot in limbo went there, oldest first, by slot size."""
         self._accesses: OrderedDict[tuple[int, int], int] = OrderedDict()
@@ -144,6 +148,7 @@ class Store:
             PopulationEnded: self._population_ended,
             SessionOpened: self._session_opened,
             SessionClosed: self._session_closed,
+            LeasesEnded: self._leases_ended,
             Joined: self._joined,
             SlotWanted: self._slot_wanted,
             Committed: self._committed,
@@ -205,10 +210,14 @@ class Store:
         self.sessions[event.session] = SessionState(event.session)
         return []
 
-    def _session_closed(self, event: SessionClosed) -> list[Instruction]:
-        session = self.sessions.pop(event.session)
+    def _leases_ended(self, event: LeasesEnded | SessionClosed) -> list[Instruction]:
         for block in self.leases.end_session(event.session):
             self.policy.released(block)
+        return []
+
+    def _session_closed(self, event: SessionClosed) -> list[Instruction]:
+        session = self.sessions.pop(event.session)
+        self._leases_ended(event)
         slots = list(session.grants)
         for record in session.grants.values():
             self._to_limbo(record, b"", "its client is gone")

@@ -1,1 +1,1 @@
-"""Layouts of the files that daemon and clients share in memory. Pure functions; ``docs/mapped-files.md``."""
+"""What daemon and clients share in memory: layouts, and compiled functions over them. ``docs/mapped.md``."""

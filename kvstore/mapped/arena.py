@@ -1,4 +1,4 @@
-"""First page of the arena file: what it is, whose it is, and how it is cut. See ``docs/mapped-files.md``."""
+"""First page of the arena file: what it is, whose it is, and how it is cut. See ``docs/mapped.md``."""
 
 from __future__ import annotations
 

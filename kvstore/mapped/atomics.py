@@ -28,6 +28,7 @@ from typing import Any, Final
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.core.errors import TypingError
 from numba.extending import intrinsic
 
 _I8: Final = ir.IntType(8)
@@ -186,6 +187,19 @@ def stream_lines(typing_context: Any, target: Any, source: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), generate
+
+
+@intrinsic(prefer_literal=True)
+def stack_words(typing_context: Any, count: Any) -> Any:
+    """Address of so many words (a constant) on the stack of the compiled function, valid until it returns."""
+    if not isinstance(count, types.IntegerLiteral):
+        raise TypingError("stack_words takes a constant")
+    words = count.literal_value
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.ptrtoint(cgutils.alloca_once(builder, ir.ArrayType(_I64, words)), _I64)
+
+    return types.int64(count), generate
 
 
 @intrinsic

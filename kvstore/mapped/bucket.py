@@ -70,10 +70,14 @@ def find_entry(
 ) -> tuple[int, int, int, int]:
     """The live entry of a key: its address, sequence, place and identity words; address 0 where there is none.
 
+    Address -1: an entry that may be the key's is being written for longer than a reader waits; the daemon was
+    interrupted in the middle of it, or killed.
+
     What was read is consistent: the sequence was even and the same before and after. Whether it is still so when the
     caller has used it, the caller finds out by reading the sequence again.
     """
     number = first_bucket(tag, bucket_count)
+    none = 0
     for choice in range(2):
         if choice == 1:
             number = second_bucket(tag, bucket_count, number)
@@ -83,6 +87,7 @@ def find_entry(
             if load_acquire(bucket + 8 * index) != tag:
                 continue
             entry = bucket + ENTRY_BYTES * (index + 1)
+            settled = False
             for _ in range(_SPINS):
                 # Acquire: the fields below are not read before this sequence was.
                 sequence = load_acquire(entry)
@@ -103,5 +108,8 @@ def find_entry(
                 if load(entry) == sequence:
                     if same and (identity & WHO_MASK) == who and ((identity >> STATE_SHIFT) & 0xFF) == _LIVE:
                         return entry, sequence, place, identity
+                    settled = True
                     break
-    return 0, 0, 0, 0
+            if not settled:
+                none = -1
+    return none, 0, 0, 0

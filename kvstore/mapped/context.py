@@ -42,10 +42,10 @@ POPULATE: Final = 8 * 18
 """``madvise`` advice that gives this process the pages: MADV_POPULATE_WRITE, or _READ where it may not write."""
 LANE_PAGES: Final = 8 * 19
 """For each lane the pages of the records that it is for, 0 for none."""
-PAIR: Final = 8 * (19 + LANE_COUNT)
-"""Two words. Scratch; after a call the first says whether the daemon must be rung."""
-ITEM: Final = PAIR + 16
-"""An item of a batch (``ITEM_BYTES``). Scratch."""
+BELL: Final = 8 * (19 + LANE_COUNT)
+"""Descriptor of the doorbell, -1 once it is closed."""
+PAIR: Final = 8 * (20 + LANE_COUNT)
+"""Two words. Scratch."""
 
 CHUNK_BYTES: Final = 1 << 20
 RECENT_TARGETS: Final = 1024
@@ -63,8 +63,9 @@ ITEM_CHAINED: Final = 72
 """Gets: 1 where the block's parent is the hit before it in the batch."""
 ITEM_BUFFER: Final = 80
 ITEM_BYTES: Final = 160
+ITEM_WORDS: Final = ITEM_BYTES // 8
 
-CONTEXT_BYTES: Final = ITEM + ITEM_BYTES
+CONTEXT_BYTES: Final = PAIR + 16
 
 # Results below 0; 0 and more is a length, or what the function says.
 MISS: Final = -1

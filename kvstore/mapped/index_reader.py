@@ -132,8 +132,8 @@ def read_item(context: int, item: int, part: int, previous: int) -> None:
             store(item + ITEM_RESULT, refused)
             return
         entry, sequence, where, identity = look_up(context, item + ITEM_KEY, part)
-        if entry == 0:
-            store(item + ITEM_RESULT, MISS)
+        if entry <= 0:
+            store(item + ITEM_RESULT, MISS if entry == 0 else BUSY)
             return
         source, length = payload_of(context, where, identity)
         expected = load(entry + ENTRY_CHECKSUM)
@@ -201,8 +201,8 @@ def pin_entry(context: int, key: int, part: int, hazard: int, item: int) -> int:
         if refused != 0:
             return refused
         entry, sequence, where, identity = look_up(context, key, part)
-        if entry == 0:
-            return MISS
+        if entry <= 0:
+            return MISS if entry == 0 else BUSY
         source, length = payload_of(context, where, identity)
         if source == 0:
             return length

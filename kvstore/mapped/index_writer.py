@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from kvstore.mapped.atomics import fence_full, fence_release, load, store, store_release
+from kvstore.mapped.atomics import fence_acquire, fence_full, fence_release, load, store, store_release
 from kvstore.mapped.bucket import first_bucket, hash_key, second_bucket
 from kvstore.mapped.compiled import compiled, inlined
 from kvstore.mapped.index_file import (
@@ -186,6 +186,9 @@ def withdraw(
     # buffer while a later load of another address already has its value (x86-64's one reordering; arm64 has it too).
     fence_full()
     mark_hazards(entries, slot_count, clients, client_count)
+    # Acquire fence: a hazard that was read as let go was stored with a release behind the last read of its slot, so
+    # those reads are over before the slot is given to a writer.
+    fence_acquire()
     return take_marks(entries, slots, count)
 
 
@@ -194,10 +197,10 @@ def rescan(entries: int, slot_count: int, clients: int, client_count: int, slots
     """Look again whether withdrawn slots are being read; as ``withdraw``, for slots whose entries are gone already."""
     for at in range(slots, slots + 8 * count, 8):
         store(entries + 8 * load(at), WITHDRAWN)
-    # No hazard can be new: their holders would have found the entry changed. An old one that is cleared was cleared by
-    # a release store after the last read; the acquire is this fence.
-    fence_full()
+    # No hazard can be new: its holder would have found the entry changed. So there is nothing to fence before, and
+    # behind it what ``withdraw`` has behind it.
     mark_hazards(entries, slot_count, clients, client_count)
+    fence_acquire()
     return take_marks(entries, slots, count)
 
 
@@ -205,7 +208,7 @@ def rescan(entries: int, slot_count: int, clients: int, client_count: int, slots
 def move(buckets: int, entries: int, source: int, target: int) -> int:
     """Let a record's entry name another slot, to which its bytes were copied; 0 where it has no entry.
 
-    Readers of the source find the sequence changed and try again: they see the record at all times.
+    Readers of the source find the sequence changed and try again: at no time is the record missing.
     """
     number = load(entries + 8 * source)
     if number <= NO_ENTRY:

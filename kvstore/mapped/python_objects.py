@@ -45,8 +45,11 @@ def _load_byte(typing_context: Any, address: Any) -> Any:
 
 @inlined
 def list_item(list_id: int, index: int) -> int:
-    """The ``id`` of a list's item; the index must be inside the list."""
-    return _get_item(list_id, index)
+    """The ``id`` of a list's item, 0 where the list does not reach so far (any more)."""
+    item = _get_item(list_id, index)
+    if item == 0:
+        _clear_error()
+    return item
 
 
 @inlined
@@ -57,6 +60,8 @@ def key_address(key_id: int, scratch: int) -> int:
         key_id: of any object.
         scratch: two words that are overwritten.
     """
+    if key_id == 0:
+        return 0
     if _bytes_of(key_id, scratch, scratch + 8) != 0:
         _clear_error()
         return 0
@@ -75,6 +80,8 @@ def open_buffer(object_id: int, buffer: int, writable: int) -> int:
     Returns:
         1; ``close_buffer`` must follow. 0: the object gives no such buffer, and nothing has to be closed.
     """
+    if object_id == 0:
+        return 0
     if _get_buffer(object_id, buffer, types.int32(_CONTIGUOUS_WITH_FORMAT + (_WRITABLE if writable else 0))) != 0:
         _clear_error()
         return 0

@@ -1,14 +1,13 @@
 """The reads that a client calls: Python objects in, one access report out. All hold the interpreter lock.
 
-Results of 0 and more are lengths, hits or addresses; what is below 0 stands in ``context``. Afterwards ``PAIR`` says
-whether the daemon must be rung.
+Results of 0 and more are lengths, hits or addresses; what is below 0 stands in ``context``.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-from kvstore.mapped.atomics import copy, load, prefetch, store
+from kvstore.mapped.atomics import copy, load, prefetch, stack_words, store
 from kvstore.mapped.bucket import first_bucket, hash_key, second_bucket
 from kvstore.mapped.client_file import MAX_MISSING
 from kvstore.mapped.compiled import compiled, inlined
@@ -16,9 +15,9 @@ from kvstore.mapped.context import (
     BAD_ARGUMENT,
     BUCKET_COUNT,
     BUCKETS,
+    BUSY,
     CORRUPT,
     FILE,
-    ITEM,
     ITEM_BUFFER,
     ITEM_BYTES,
     ITEM_CAPACITY,
@@ -28,6 +27,7 @@ from kvstore.mapped.context import (
     ITEM_SEQUENCE,
     ITEM_SLOT,
     ITEM_TARGET,
+    ITEM_WORDS,
     KEYS,
     LARGE,
     LOOK,
@@ -82,13 +82,10 @@ def _is_miss(result: int) -> bool:
 @inlined
 def _report_one(context: int, part: int, result: int, item: int, key: int, access: int, now: int) -> None:
     """Report a read of one key. A result that is neither hit nor miss is asked for again, and reported then."""
-    file = load(context + FILE)
-    rang = 0
     if result == CORRUPT:
-        rang = report_suspect(
-            file, load(item + ITEM_SLOT), load(item + ITEM_SEQUENCE), load(context + NAMESPACE_ID), part
-        )
+        report_suspect(context, load(item + ITEM_SLOT), load(item + ITEM_SEQUENCE), part)
     if result >= 0 or _is_miss(result):
+        file = load(context + FILE)
         named = 0 if result >= 0 else 1
         record = begin_report(file, _GET, part, load(context + NAMESPACE_ID), named)
         if record != 0:
@@ -98,8 +95,7 @@ def _report_one(context: int, part: int, result: int, item: int, key: int, acces
             else:
                 slot, sequence = load(item + ITEM_SLOT), load(item + ITEM_SEQUENCE)
                 fill_report(record, 1, 1, slot, sequence, access, now, result, 0)
-            rang |= end_report(file, named)
-    store(context + PAIR, rang)
+            end_report(context, named)
 
 
 @compiled("int64(int64, int64, int64, int64, int64)")
@@ -114,7 +110,7 @@ def get_one(context: int, key_id: int, out_id: int, part: int, access: int) -> i
     key = key_address(key_id, context + PAIR)
     if key == 0 or _is_zero(key):
         return BAD_ARGUMENT
-    item = context + ITEM
+    item = stack_words(ITEM_WORDS)
     if open_buffer(out_id, item + ITEM_BUFFER, 1) == 0:
         return BAD_ARGUMENT
     capacity = buffer_length(item + ITEM_BUFFER)
@@ -125,9 +121,10 @@ def get_one(context: int, key_id: int, out_id: int, part: int, access: int) -> i
         store(item + ITEM_CAPACITY, capacity)
         read_item(context, item, part, 0)
         result = load(item + ITEM_RESULT) if capacity else BAD_ARGUMENT
-    close_buffer(item + ITEM_BUFFER)
     if result != LARGE:
         _report_one(context, part, result, item, key, access, now)
+    # Last: giving a buffer back may run Python, and with it other threads.
+    close_buffer(item + ITEM_BUFFER)
     return result
 
 
@@ -140,7 +137,7 @@ def pin_one(context: int, key_id: int, hazard: int, part: int, access: int) -> i
     key = key_address(key_id, context + PAIR)
     if key == 0 or _is_zero(key):
         return BAD_ARGUMENT
-    item = context + ITEM
+    item = stack_words(ITEM_WORDS)
     result = pin_entry(context, key, part, hazard, item)
     length = load(item + ITEM_CAPACITY)
     _report_one(context, part, length if result == 0 else result, item, key, access, now)
@@ -223,6 +220,8 @@ def match(context: int, keys_id: int, count: int, access: int) -> int:
         for index in range(size):
             for part in range(parts):
                 entry, found, where, _ = look_up(context, window + index * _WINDOW_BYTES, part)
+                if entry < 0:
+                    return BUSY
                 if entry == 0:
                     going = False
                     break
@@ -240,14 +239,12 @@ def match(context: int, keys_id: int, count: int, access: int) -> int:
         hits = 0
     file = load(context + FILE)
     named = min(count - hits, MAX_MISSING)
-    rang = 0
     record = begin_report(file, _MATCH, 0, load(context + NAMESPACE_ID), named)
     if record != 0:
         for index in range(named):
             name_missing(file, index, _key_at(context, keys_id, hits + index))
         fill_report(record, count, hits, slot, sequence, access, now, 0, 0)
-        rang = end_report(file, named)
-    store(context + PAIR, rang)
+        end_report(context, named)
     return hits
 
 
@@ -290,7 +287,7 @@ def open_batch(context: int, keys_id: int, outs_id: int, count: int, items: int,
         for index in range(count):
             item = items + index * ITEM_BYTES
             entry, _, where, identity = look_up(context, item + ITEM_KEY, part)
-            if entry != 0:
+            if entry > 0:
                 source, length = payload_of(context, where, identity)
                 if source != 0 and length > load(item + ITEM_CAPACITY):
                     result = TOO_SMALL
@@ -303,13 +300,11 @@ def open_batch(context: int, keys_id: int, outs_id: int, count: int, items: int,
 @compiled("int64(int64, int64, int64, int64, int64)")
 def close_batch(context: int, items: int, count: int, part: int, access: int) -> int:
     """Let go of a batch's buffers and report it, one report for each run of a block and its child; hits."""
-    _close_items(items, count)
     now = now_ns(context)
     file = load(context + FILE)
     namespace = load(context + NAMESPACE_ID)
     missing = 0
     total = 0
-    rang = 0
     for item in range(items, items + count * ITEM_BYTES, ITEM_BYTES):
         result = load(item + ITEM_RESULT)
         if result >= 0:
@@ -317,7 +312,7 @@ def close_batch(context: int, items: int, count: int, part: int, access: int) ->
         elif _is_miss(result):
             missing += 1
         if result == CORRUPT:
-            rang |= report_suspect(file, load(item + ITEM_SLOT), load(item + ITEM_SEQUENCE), namespace, part)
+            report_suspect(context, load(item + ITEM_SLOT), load(item + ITEM_SEQUENCE), part)
     asked = total + missing
     named = min(missing, MAX_MISSING)
     later = 0
@@ -345,7 +340,7 @@ def close_batch(context: int, items: int, count: int, part: int, access: int) ->
                 slot = load(deepest + ITEM_SLOT) if run > 0 else 0
                 sequence = load(deepest + ITEM_SEQUENCE) if run > 0 else 0
                 fill_report(record, 0 if later != 0 else asked, run, slot, sequence, access, now, run_bytes, later)
-                rang |= end_report(file, names)
+                end_report(context, names)
             later = 1
             run = 0
             run_bytes = 0
@@ -354,5 +349,6 @@ def close_batch(context: int, items: int, count: int, part: int, access: int) ->
             run_bytes += load(at + ITEM_RESULT)
             deepest = at
         at += ITEM_BYTES
-    store(context + PAIR, rang)
+    # Last: giving a buffer back may run Python, and with it other threads.
+    _close_items(items, count)
     return total

@@ -19,6 +19,7 @@ from kvstore.mapped.client_file import (
     RingKind,
 )
 from kvstore.mapped.compiled import inlined
+from kvstore.mapped.context import FILE, NAMESPACE_ID
 from kvstore.mapped.ring import advance_quietly, place, report_room
 
 NAMED_AT_ONCE: Final = MAX_MISSING
@@ -64,16 +65,15 @@ def name_missing(file: int, index: int, key: int) -> None:
 
 
 @inlined
-def end_report(file: int, named: int) -> int:
-    """Publish a report; whether the daemon must be rung."""
-    return advance_quietly(file, load(file + HEAD_OFFSET) + 1 + (named + 1) // 2)
+def end_report(context: int, named: int) -> None:
+    """Publish a report."""
+    advance_quietly(context, load(load(context + FILE) + HEAD_OFFSET) + 1 + (named + 1) // 2)
 
 
 @inlined
-def report_suspect(file: int, slot: int, sequence: int, namespace: int, part: int) -> int:
+def report_suspect(context: int, slot: int, sequence: int, part: int) -> None:
     """Tell the daemon that a record is not what its entry says; it looks for itself."""
-    record = begin_report(file, _SUSPECT, part, namespace, 0)
-    if record == 0:
-        return 0
-    fill_report(record, 0, 0, slot, sequence, 0, 0, 0, 0)
-    return end_report(file, 0)
+    record = begin_report(load(context + FILE), _SUSPECT, part, load(context + NAMESPACE_ID), 0)
+    if record != 0:
+        fill_report(record, 0, 0, slot, sequence, 0, 0, 0, 0)
+        end_report(context, 0)

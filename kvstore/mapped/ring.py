@@ -24,6 +24,8 @@ from kvstore.mapped.client_file import (
     RingKind,
 )
 from kvstore.mapped.compiled import compiled, inlined
+from kvstore.mapped.context import FILE
+from kvstore.mapped.system import ring_bell
 
 _MASK: Final = RING_RECORDS - 1
 _COMMIT: Final = int(RingKind.COMMIT)
@@ -52,8 +54,8 @@ def place(file: int, head: int) -> int:
 
 
 @inlined
-def advance(file: int, head: int) -> int:
-    """Publish the records before ``head``; whether the daemon must be rung.
+def advance(context: int, head: int) -> None:
+    """Publish the records before ``head``, and ring where the daemon sleeps.
 
     The doorbell is Dekker's pattern: here the head is stored, then a full fence, then the bell is read; the daemon
     stores the bell, then a full fence, then reads heads. One of the two sees the other's store, so no commit is left
@@ -61,13 +63,13 @@ def advance(file: int, head: int) -> int:
     """
     # Release: the daemon that acquires this head sees the records, and the bytes of the slots they commit. Bytes that
     # were stored non-temporally were fenced by the copy (atomics.fence_streams).
+    file = load(context + FILE)
     store_release(file + HEAD_OFFSET, head)
     fence_full()
-    if load(file + AWAKE_OFFSET) != 0:
-        return 0
-    # Up: of several records written before the daemon wakes, one rings.
-    store(file + AWAKE_OFFSET, 1)
-    return 1
+    if load(file + AWAKE_OFFSET) == 0:
+        # Up: of several records written before the daemon wakes, one rings.
+        store(file + AWAKE_OFFSET, 1)
+        ring_bell(context)
 
 
 @inlined
@@ -80,12 +82,13 @@ def report_room(file: int, head: int, records: int) -> int:
 
 
 @inlined
-def advance_quietly(file: int, head: int) -> int:
-    """Publish reports; whether the daemon must be rung: only where the ring fills up, it looks each second anyway."""
+def advance_quietly(context: int, head: int) -> None:
+    """Publish reports, and ring only where the ring fills up: the daemon looks each second anyway."""
+    file = load(context + FILE)
     if room(file, head) > RING_RECORDS // 2:
         store_release(file + HEAD_OFFSET, head)
-        return 0
-    return advance(file, head)
+    else:
+        advance(context, head)
 
 
 @compiled("int64(int64)")

@@ -1,7 +1,7 @@
 """A client's own file: the daemon makes it, the client locks it for as long as it lives.
 
 The lock is a POSIX record lock (``fcntl`` F_SETLK) over the whole file: the kernel frees it when the process ends,
-however it ends, and a forked child does not inherit it. See ``docs/mapped-files.md``.
+however it ends, and a forked child does not inherit it. See ``docs/mapped.md``.
 """
 
 from __future__ import annotations

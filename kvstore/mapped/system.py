@@ -1,4 +1,4 @@
-"""The two calls of the C library that compiled functions make."""
+"""The calls of the C library that compiled functions make."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from numba.extending import intrinsic
 
 from kvstore.mapped.atomics import load
 from kvstore.mapped.compiled import inlined
-from kvstore.mapped.context import ARENA, ARENA_BYTES, CHUNK_BYTES, LOOK, NEXT_LOOK, PAIR, POPULATE, TOUCHED
+from kvstore.mapped.context import ARENA, ARENA_BYTES, BELL, CHUNK_BYTES, LOOK, NEXT_LOOK, PAIR, POPULATE, TOUCHED
 
 _clock_gettime: Final = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.int64))
+_write: Final = types.ExternalFunction("write", types.int64(types.int32, types.int64, types.int64))
 _madvise: Final = types.ExternalFunction("madvise", types.int32(types.int64, types.int64, types.int32))
 _MONOTONIC: Final = 1
 _SECOND_NS: Final = 1_000_000_000
@@ -44,6 +45,15 @@ def now_ns(context: int) -> int:
     """CLOCK_MONOTONIC, where the kernel offers it without a system call. Uses ``PAIR``: hold the interpreter lock."""
     _clock_gettime(types.int32(_MONOTONIC), context + PAIR)
     return load(context + PAIR) * _SECOND_NS + load(context + PAIR + 8)
+
+
+@inlined
+def ring_bell(context: int) -> None:
+    """Write a byte into the doorbell. A full FIFO has woken the daemon already; one without a reader is a dead one's.
+
+    It does not wait: the descriptor is non-blocking. Here, so that nothing can come between publishing and ringing.
+    """
+    _write(types.int32(load(context + BELL)), context + PAIR, 1)
 
 
 @inlined

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Final
 
 from kvstore.format.constants import MAX_RECORD_BYTES, PAGE_BYTES, RECORD_HEADER_BYTES
-from kvstore.mapped.atomics import copy, fence_full, fill_zero, load, store, store_release
+from kvstore.mapped.atomics import copy, fence_full, fill_zero, load, stack_words, store, store_release
 from kvstore.mapped.checksum import checksum_of, copy_checksummed
 from kvstore.mapped.client_file import (
     HEAD_OFFSET,
@@ -28,14 +28,15 @@ from kvstore.mapped.context import (
     FILE,
     FULL,
     HEADER,
-    ITEM,
     ITEM_BUFFER,
     ITEM_CAPACITY,
     ITEM_CHAINED,
     ITEM_KEY,
+    ITEM_RESULT,
     ITEM_SEQUENCE,
     ITEM_SLOT,
     ITEM_TARGET,
+    ITEM_WORDS,
     LANE_PAGES,
     LARGE,
     LOOK,
@@ -43,6 +44,7 @@ from kvstore.mapped.context import (
     NO_GRANT,
     NO_LANE,
     PAIR,
+    STALE,
 )
 from kvstore.mapped.grants import GRANT_PAGES_SHIFT, GRANT_SLOT_MASK, claim
 from kvstore.mapped.index_reader import usable
@@ -54,6 +56,8 @@ from kvstore.mapped.system import look_is_due, now_ns, touch
 
 ITEM_SLOT_BYTES: Final = ITEM_CHAINED
 """Puts: size of the granted slot, where gets keep whether a block is chained."""
+ITEM_NAMESPACE: Final = ITEM_RESULT
+"""Puts: id of the namespace that the put began in."""
 ITEM_CHECKSUM: Final = ITEM_SEQUENCE
 """Puts: the payload's checksum, where gets keep a sequence."""
 
@@ -97,19 +101,19 @@ def _begin(context: int, item: int, key_id: int, data_id: int, limit: int) -> in
     key = key_address(key_id, context + PAIR)
     if key == 0 or (load(key) | load(key + 8) | load(key + 16) | load(key + 24)) == 0:
         return BAD_ARGUMENT
-    refused = usable(context)
-    if refused != 0:
-        return refused
-    file = load(context + FILE)
-    if room(file, load(file + HEAD_OFFSET)) < 1:
-        return FULL
     if open_buffer(data_id, item + ITEM_BUFFER, 0) == 0:
         return BAD_ARGUMENT
+    # From here on nothing runs Python before the buffer is given back: what is found now stays so.
+    file = load(context + FILE)
     length = buffer_length(item + ITEM_BUFFER)
     lane = _lane_for(context, RECORD_HEADER_BYTES + length)
-    result = 0
+    result = usable(context)
     if length == 0:
         result = BAD_ARGUMENT
+    elif result != 0:
+        pass
+    elif room(file, load(file + HEAD_OFFSET)) < 1:
+        result = FULL
     elif length >= limit:
         result = LARGE
     elif lane < 0:
@@ -131,6 +135,7 @@ def _begin(context: int, item: int, key_id: int, data_id: int, limit: int) -> in
     copy(item + ITEM_KEY, key, 32)
     store(item + ITEM_TARGET, buffer_address(item + ITEM_BUFFER))
     store(item + ITEM_CAPACITY, length)
+    store(item + ITEM_NAMESPACE, load(context + NAMESPACE_ID))
     return 0
 
 
@@ -151,11 +156,10 @@ def _fill(context: int, item: int) -> None:
 
 @inlined
 def _end(context: int, item: int, parent_id: int, part: int, access: int, now: int) -> int:
-    """Write the header, then the ring's record: number of the commit << 1 | whether the daemon must be rung."""
+    """Write the header, then the ring's record: number of the commit."""
     file = load(context + FILE)
     length = load(item + ITEM_CAPACITY)
     slot = load(item + ITEM_SLOT)
-    close_buffer(item + ITEM_BUFFER)
     header = load(context + HEADER)
     store(header + _VERSION_PART_CODEC, (load(header + _VERSION_PART_CODEC) & ~_PART_MASK) | part << 32)
     store(header + _RECORD_BYTES, RECORD_HEADER_BYTES + length)
@@ -173,12 +177,15 @@ def _end(context: int, item: int, parent_id: int, part: int, access: int, now: i
     store(record + WORD_SLOT, slot)
     store(record + WORD_ACCESS, access)
     store(record + WORD_TIME, now)
-    return head << 1 | advance(file, head + 1)
+    advance(context, head + 1)
+    # Last: giving a buffer back may run Python, and with it other threads.
+    close_buffer(item + ITEM_BUFFER)
+    return head
 
 
 @compiled("int64(int64, int64, int64, int64, int64, int64)")
 def put_one(context: int, key_id: int, parent_id: int, data_id: int, part: int, access: int) -> int:
-    """Store a payload under a key; its commit's number << 1 | whether the daemon must be rung.
+    """Store a payload under a key; its commit's number.
 
     Args:
         context: the client's.
@@ -195,7 +202,7 @@ def put_one(context: int, key_id: int, parent_id: int, data_id: int, part: int, 
     now = now_ns(context)
     if look_is_due(context, now) != 0:
         return LOOK
-    item = context + ITEM
+    item = stack_words(ITEM_WORDS)
     result = _begin(context, item, key_id, data_id, LARGE_BYTES)
     if result != 0:
         return result
@@ -217,18 +224,27 @@ def fill_slot(context: int, item: int) -> None:
 
 @compiled("int64(int64, int64, int64, int64, int64)")
 def end_put(context: int, item: int, parent_id: int, part: int, access: int) -> int:
-    """As ``put_one``'s result. The ring had room at ``begin_put``; where another thread took it, ``FULL``."""
+    """As ``put_one``'s result. ``FULL`` or ``STALE``: nothing was committed, and the item's slot must be given back.
+
+    Another thread may have filled the ring since ``begin_put``, or joined another generation of the namespace.
+    """
     file = load(context + FILE)
-    if room(file, load(file + HEAD_OFFSET)) < 1:
+    result = 0
+    if load(item + ITEM_NAMESPACE) != load(context + NAMESPACE_ID):
+        result = STALE
+    elif room(file, load(file + HEAD_OFFSET)) < 1:
+        result = FULL
+    if result != 0:
         close_buffer(item + ITEM_BUFFER)
-        return FULL
+        return result
     return _end(context, item, parent_id, part, access, now_ns(context))
 
 
 @compiled("int64(int64, int64)")
 def give_back(context: int, slot: int) -> int:
-    """Return a granted slot unwritten; whether the daemon must be rung, or ``FULL``."""
+    """Return a granted slot unwritten; 0, or ``FULL``."""
     file = load(context + FILE)
     if room(file, load(file + HEAD_OFFSET)) < 1:
         return FULL
-    return advance(file, _write_return(file, slot))
+    advance(context, _write_return(file, slot))
+    return 0

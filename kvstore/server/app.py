@@ -135,10 +135,11 @@ class Daemon:
         reads = Reads(executor, outbound, counters, settings.dram.verified_every, RepeatedLog(self._log))
         bell = None
         if index is not None:
-            bell = Doorbell(directory / f"doorbell-{incarnation:016x}", mode, gid)
+            bell = Doorbell(directory / f"doorbell-{incarnation:016x}", mode & 0o622, gid)
             self._undo.callback(bell.close)
         mapping = Mapping(
             executor,
+            sessions,
             bell,
             counters,
             reads,
@@ -278,11 +279,15 @@ class Daemon:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(_TICK_S)
-            self._executor.apply(Ticked())
-            self._mapping.tick()
-            for session in self._sessions.gone(self._clock(), self._mapping.grace_ns):
-                self._log.info("client_gone", pid=session.pid, locked=session.locked, requests=session.requests)
-                self._requests.close_session(session)
+            try:
+                self._executor.apply(Ticked())
+                self._mapping.tick()
+                for session in self._sessions.gone(self._clock(), self._mapping.grace_ns):
+                    self._log.info("client_gone", pid=session.pid, locked=session.locked, requests=session.requests)
+                    self._requests.close_session(session)
+            except Exception as error:
+                # A defect of ours, and loud; without further ticks no lease would expire and no death be noticed.
+                self._log.error("tick_failed", error=repr(error), exc_info=error)
 
     async def _end_ticker(self) -> None:
         if self._ticker is not None:

@@ -9,9 +9,10 @@ from typing import Final
 import numpy as np
 
 from kvstore.mapped.ring import lower_bells, waiting
+from kvstore.observability.logs import RepeatedLog
 from kvstore.server.lanes import Lanes
 from kvstore.server.mapped_client import MappedClient
-from kvstore.server.rings import Rings
+from kvstore.server.rings import WHOLE_RING, Rings
 from kvstore.tiers.files import Doorbell
 
 _POLL_S: Final = 0.001
@@ -27,6 +28,7 @@ class Attention:
         rings, lanes: what is done then.
         loop: where it happens.
         clock: nanoseconds, monotonic.
+        log: for what goes wrong.
         on_broken: called with a client whose ring is none; it should be ended.
     """
 
@@ -37,6 +39,7 @@ class Attention:
         lanes: Lanes,
         loop: asyncio.AbstractEventLoop,
         clock: Callable[[], int],
+        log: RepeatedLog,
         on_broken: Callable[[MappedClient], None],
     ) -> None:
         self._bell = bell
@@ -44,6 +47,7 @@ class Attention:
         self._lanes = lanes
         self._loop = loop
         self._clock = clock
+        self._log = log
         self._on_broken = on_broken
         self._clients: list[MappedClient] = []
         self._heads = self._ready = np.zeros(0, np.int64)
@@ -64,43 +68,53 @@ class Attention:
             client.position = position
             self._heads[2 * position], self._heads[2 * position + 1] = client.address, client.consumed
 
-    def drain(self, client: MappedClient) -> None:
-        """Carry out what waits in one client's ring, and lend it new slots."""
+    def drain(self, client: MappedClient, batches: int = WHOLE_RING) -> None:
+        """Carry out what waits in one client's ring, or some of it, and lend the client new slots."""
         before = client.consumed
-        if self._rings.drain(client):
+        if self._rings.drain(client, batches):
             self._lanes.replenish(client)
         if client.consumed != before:
             client.session.last_ns = self._clock()
-        self._heads[2 * client.position + 1] = client.consumed
+            self._heads[2 * client.position + 1] = client.consumed
         if client.broken:
             self._on_broken(client)
 
     def drain_all(self) -> int:
-        """Carry out what waits in all rings, reports included; how many rings had something in them."""
+        """Carry out some of what waits in each ring; how many rings had something in them.
+
+        A batch of each at a time: one client that reads in a tight loop must not keep the others waiting.
+        """
         count: int = waiting(self._heads_at, len(self._clients), self._ready_at)
         if count:
             # A client that is ended meanwhile changes the list of all.
             for client in [self._clients[position] for position in self._ready[:count].tolist()]:
-                self.drain(client)
+                self.drain(client, 1)
         return count
 
     def _rung(self) -> None:
         self._bell.silence()
-        self.drain_all()
         self._quiet = 0
         if self._polling is None:
-            self._polling = self._loop.call_later(_POLL_S, self._poll)
+            self._poll()
 
     def _poll(self) -> None:
         self._polling = None
-        self._quiet = 0 if self.drain_all() else self._quiet + 1
+        try:
+            self._quiet = 0 if self.drain_all() else self._quiet + 1
+        except Exception as error:
+            # A defect of ours, and loud; without further polls this client's commits would wait for the next tick.
+            self._log.log_every(5, "poll", "error", "ring_failed", error=repr(error), exc_info=error)
         if self._quiet >= _QUIET_POLLS:
+            self._quiet = 0
             # The doorbell's other half: bells down, a full fence, one more look (``kvstore.mapped.ring.advance``).
             if not lower_bells(self._heads_at, len(self._clients)):
                 return
-            self.drain_all()
-            self._quiet = 0
         self._polling = self._loop.call_later(_POLL_S, self._poll)
+
+    def rest(self) -> None:
+        """Lower all bells while nobody polls, in case that one was left up by a client that died ringing it."""
+        if self._polling is None and lower_bells(self._heads_at, len(self._clients)):
+            self._polling = self._loop.call_later(_POLL_S, self._poll)
 
     def stop(self) -> None:
         """Look no more."""

@@ -113,6 +113,13 @@ class Lanes:
             self._executor.apply(GrantsReturned(client.session.id, tuple(slots)))
         return len(slots)
 
+    def take_back(self, client: MappedClient) -> None:
+        """Have all slots back that a client was lent and did not take out of its lanes."""
+        for number, lane in enumerate(client.lanes):
+            lane.target = 0
+            if lane.lent:
+                self._take_back(client, number)
+
     def take_back_idle(self, wanting: MappedClient | None = None) -> int:
         """Have slots back from all lanes but those of the client that wants some; how many."""
         return sum(

@@ -51,6 +51,7 @@ class MappedClient:
         position: among all mapped clients.
         suspects: records verified because it found them corrupt, since the last tick.
         broken: its ring cannot be one: nothing it says is heard any more.
+        heeded: slots that its hazards name are kept for it.
         lane_of: the lane of each slot that was lent ahead.
     """
 
@@ -61,6 +62,7 @@ class MappedClient:
     position: int = 0
     suspects: int = 0
     broken: bool = False
+    heeded: bool = True
     lanes: list[Lane] = field(default_factory=lambda: [Lane() for _ in range(LANE_COUNT)])
     lane_of: dict[int, int] = field(default_factory=dict)
     _answers: npt.NDArray[np.uint16] = field(init=False)

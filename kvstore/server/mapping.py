@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
+from kvstore.core.events import LeasesEnded, SessionClosed
 from kvstore.core.instructions import Refuse
 from kvstore.mapped.index_file import MAPPED_LAYOUT
 from kvstore.observability.logs import RepeatedLog
@@ -18,9 +19,10 @@ from kvstore.server.gets import Reads
 from kvstore.server.lanes import Lanes
 from kvstore.server.mapped_client import Lane, MappedClient
 from kvstore.server.rings import Rings
-from kvstore.server.sessions import Session
+from kvstore.server.sessions import Session, Sessions
 from kvstore.tiers.files import Doorbell
 
+_RETIRED_POLL_S: Final = 0.01
 _SWITCHED_OFF: Final = "the daemon's setting dram.mapped is off"
 
 
@@ -39,6 +41,7 @@ class Mapping:
 
     Args:
         executor: has the arena and the index; without an index nobody maps.
+        sessions: of all clients.
         bell: what clients ring; None without an index.
         counters, reads, log: of the request path.
         loop: where rings are drained.
@@ -51,6 +54,7 @@ class Mapping:
     def __init__(
         self,
         executor: Executor,
+        sessions: Sessions,
         bell: Doorbell | None,
         counters: RequestCounters,
         reads: Reads,
@@ -67,11 +71,16 @@ class Mapping:
         self._grace_ns = grace_ns
         self._clients: dict[int, MappedClient] = {}
         self._lanes = Lanes(executor, self._all)
+        self._retired: list[MappedClient] = []
+        self._looking: asyncio.TimerHandle | None = None
+        self._loop = loop
+        self._sessions = sessions
+        self._rings: Rings | None = None
         self._attention: Attention | None = None
         self.end_session: Callable[[Session], None] = lambda session: None
         if bell is not None:
-            rings = Rings(executor, counters, log, reads.check)
-            self._attention = Attention(bell, rings, self._lanes, loop, clock, self._end)
+            self._rings = Rings(executor, counters, log, reads.check)
+            self._attention = Attention(bell, self._rings, self._lanes, loop, clock, log, self._end)
 
     def __len__(self) -> int:
         return len(self._clients)
@@ -111,18 +120,51 @@ class Mapping:
         self._changed()
         return SharedFiles(str(self._executor.arena.path), str(self._executor.index.path), str(self._bell.path))
 
-    def remove(self, session: Session) -> None:
-        """Hear a session no more; its hazards mean nothing from now on."""
+    def retire(self, session: Session) -> bool:
+        """Hear a session no more, and close it once its client can neither write nor read the arena; False: not mapped.
+
+        What the client committed before counts, what it was lent and did not take goes back. What it took it may be
+        writing at this moment, and what its hazards name it may be reading, in another thread or in a view, until it
+        gives up the lock on its file.
+        """
         client = self._clients.pop(session.id, None)
-        if client is not None:
-            client.end()
+        if client is None:
+            return False
+        if not client.broken and self._rings is not None:
+            self._rings.drain(client)
+        client.end()
+        self._lanes.take_back(client)
+        self._executor.apply(LeasesEnded(session.id))
+        self._retired.append(client)
+        self._changed()
+        self.look_at_retired()
+        return True
+
+    def look_at_retired(self) -> None:
+        """Close sessions that ended, of those clients that let go of their locks meanwhile."""
+        gone = [client for client in self._retired if client.session.file is None or not client.session.file.locked()]
+        if gone:
+            self._retired = [client for client in self._retired if client not in gone]
             self._changed()
+            for client in gone:
+                self._executor.apply(SessionClosed(client.session.id))
+                if client.session.file is not None:
+                    client.session.file.close()
             self._executor.look_at_hazards()
+        self._sessions.retired = len(self._retired)
+        if self._retired and self._looking is None:
+            # Usually it is a matter of moments: a client says goodbye and then unmaps.
+            self._looking = self._loop.call_later(_RETIRED_POLL_S, self._look_again)
+
+    def _look_again(self) -> None:
+        self._looking = None
+        self.look_at_retired()
 
     def _changed(self) -> None:
         index = self._executor.index
         assert index is not None
-        index.watch_hazards([client.hazards for client in self._clients.values()])
+        watched = [*self._clients.values(), *(client for client in self._retired if client.heeded)]
+        index.watch_hazards([client.hazards for client in watched])
         if self._attention is not None:
             self._attention.watch(self._clients.values())
 
@@ -166,6 +208,9 @@ class Mapping:
     def tick(self) -> None:
         """Once a second: reports that did not ring, idle lanes, hazards, and clients that hold too much."""
         self.drain_all()
+        if self._attention is not None:
+            self._attention.rest()
+        self.look_at_retired()
         self._lanes.age()
         self._executor.look_at_hazards()
         for client in self._all():
@@ -184,6 +229,8 @@ class Mapping:
             self._log.log_every(
                 5, "hazards", "error", "hazards_refused", pid=client.session.pid, held_bytes=held, why="over its limit"
             )
+            # Others must not wait for it: what it reads in place from now on is its own loss.
+            client.heeded = False
             self._end(client)
 
     def stop(self) -> None:
@@ -191,5 +238,10 @@ class Mapping:
         if self._attention is not None:
             self._attention.stop()
             self._attention = None
+        if self._looking is not None:
+            self._looking.cancel()
         for client in self._clients.values():
             client.end()
+        for client in self._retired:
+            if client.session.file is not None:
+                client.session.file.close()

@@ -229,6 +229,8 @@ class Requests:
         before = self._sessions.of_connection(identity)
         if before is not None:
             self.close_session(before)
+        # Sessions that ended count until their clients let go of their memory.
+        self._mapping.look_at_retired()
         same_host = bool(request.boot_id) and request.boot_id == self._boot_id
         unmapped = self._mapping.refuses(request, same_host)
         try:
@@ -268,9 +270,10 @@ class Requests:
     def close_session(self, session: Session) -> None:
         """End a session: what the client held is free again."""
         self._sessions.close(session)
-        # Its hazards are forgotten first: what it was lent and read in place is nobody's then.
-        self._mapping.remove(session)
-        self._executor.apply(SessionClosed(session.id))
+        if not self._mapping.retire(session):
+            self._executor.apply(SessionClosed(session.id))
+            if session.file is not None:
+                session.file.close()
 
     def _attach(self, session: Session, request: Attach) -> Reply:
         sizes = request.payload_bytes
@@ -388,6 +391,8 @@ class Requests:
     def _reserve(self, session: Session, request: Reserve) -> Reply:
         if not 0 <= request.lane < LANE_COUNT or not RECORD_HEADER_BYTES < request.record_bytes <= MAX_RECORD_BYTES:
             raise Refused(ErrorCode.BAD_REQUEST, f"no lane {request.lane} for records of {request.record_bytes} bytes")
+        if not session.locked:
+            raise Refused(ErrorCode.BAD_REQUEST, "a client that does not hold the lock on its file is lent no slots")
         answer = self._mapping.reserve(session, request.lane, request.record_bytes)
         if answer is None:
             raise Refused(ErrorCode.BAD_REQUEST, "this session maps nothing, so it has no lanes")

@@ -41,7 +41,7 @@ _MATCH: Final = int(RingKind.MATCH)
 _GET: Final = int(RingKind.GET)
 _SUSPECT: Final = int(RingKind.SUSPECT)
 _MAX_CONTINUATIONS: Final = MAX_MISSING // 2
-_ROUNDS: Final = RING_RECORDS // (_BATCH - _MAX_CONTINUATIONS) + 1
+WHOLE_RING: Final = RING_RECORDS // (_BATCH - _MAX_CONTINUATIONS) + 1
 """Batches of a full ring, each of which may end before a report that is not all in it."""
 
 _SUSPECTS: Final = 16
@@ -73,15 +73,15 @@ class Rings:
         self._taken_bytes = self._taken.data.cast("B")
         self._header_bytes = self._headers.data.cast("B")
 
-    def drain(self, client: MappedClient) -> int:
-        """Carry out everything that waits in a client's ring; how many commits there were.
+    def drain(self, client: MappedClient, batches: int = WHOLE_RING) -> int:
+        """Carry out what waits in a client's ring, or the first batches of it; how many commits there were.
 
         What it writes meanwhile is left for the next time, so that one that never stops does not keep others waiting.
         ``client.broken`` is set where the ring cannot be one; its session should end then.
         """
         commits = 0
         arena = self._executor.arena
-        for _ in range(_ROUNDS):
+        for _ in range(batches):
             count = take(
                 client.address,
                 client.consumed,
@@ -150,7 +150,7 @@ class Rings:
                     begin = (index + 1) * RING_RECORD_BYTES
                     keys = bytes(taken[begin : begin + 32 * named])
                     missing = tuple(keys[at : at + 32] for at in range(0, len(keys), 32))
-                    report = _Report(kind, namespace, part, access, asked, missing)
+                    report = _Report(kind, namespace, part, access, asked, missing, requests=0 if later else 1)
                 report.add(self._block_of(slot, sequence, namespace) if hits else None, hits, nbytes)
                 index += following
             elif kind == _RETURN:
@@ -175,6 +175,7 @@ class Rings:
         begin = index * RECORD_HEADER_BYTES
         client.forget_grant(slot)
         if namespace not in client.session.namespaces:
+            self._executor.apply(GrantsReturned(client.session.id, (slot,)))
             return None
         try:
             header = decode_header(bytes(self._header_bytes[begin : begin + RECORD_HEADER_BYTES]))
@@ -236,15 +237,15 @@ class Rings:
         if report.namespace not in client.session.namespaces:
             return
         if report.kind == _MATCH:
-            counters.matches += 1
+            counters.matches += report.requests
             counters.match_keys += report.asked
             counters.match_hits += report.hits
         else:
-            counters.gets += 1
+            counters.gets += report.requests
             counters.get_keys += report.asked
             counters.get_hits += report.hits
             counters.bytes_out += report.payload_bytes
-        counters.mapped_reads += 1
+        counters.mapped_reads += report.requests
         self._executor.apply(Accessed(client.session.id, report.access, report.runs, report.asked, report.missing))
 
     def _suspect(self, client: MappedClient, slot: int, sequence: int) -> None:
@@ -257,11 +258,21 @@ class Rings:
 class _Report:
     """One access report, with the runs of the reports that belong to it."""
 
-    __slots__ = ("access", "asked", "hits", "kind", "missing", "namespace", "part", "payload_bytes", "runs")
+    __slots__ = ("access", "asked", "hits", "kind", "missing", "namespace", "part", "payload_bytes", "requests", "runs")
 
     def __init__(
-        self, kind: int, namespace: int, part: int, access: int, asked: int, missing: tuple[bytes, ...]
+        self,
+        kind: int,
+        namespace: int,
+        part: int,
+        access: int,
+        asked: int,
+        missing: tuple[bytes, ...],
+        *,
+        requests: int,
     ) -> None:
+        self.requests = requests
+        """0 where the report that it belongs to was in the batch before."""
         self.kind = kind
         self.namespace = namespace
         self.part = part

@@ -69,6 +69,8 @@ class Sessions:
         self._gid = gid
         self._by_id: dict[int, Session] = {}
         self._by_identity: dict[bytes, Session] = {}
+        self.retired = 0
+        """Sessions that ended and whose clients still hold their locks; they count."""
         self.opened = 0
         self.died = 0
         self.expired = 0
@@ -96,7 +98,7 @@ class Sessions:
         Raises:
             TooManySessions: the limit is reached.
         """
-        if len(self._by_id) >= self._limit:
+        if len(self._by_id) + self.retired >= self._limit:
             raise TooManySessions(
                 f"{self._limit} clients are connected, the limit; close some or raise limits.max_sessions"
             )
@@ -130,11 +132,9 @@ class Sessions:
         return self._by_identity.get(identity)
 
     def close(self, session: Session) -> None:
-        """Forget a session and remove its file."""
+        """Forget a session. Its file is the caller's to close: what it locks may be in use still."""
         del self._by_id[session.id]
         del self._by_identity[session.identity]
-        if session.file is not None:
-            session.file.close()
 
     def gone(self, now_ns: int, grace_ns: Callable[[Session], int] = lambda session: 0) -> list[Session]:
         """Sessions whose client died or was not heard of for too long; counted, not closed.

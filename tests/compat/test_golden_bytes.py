@@ -1,6 +1,8 @@
 """Released bytes: each golden file decodes to what it always meant, and that encodes to the same bytes.
 
-The messages tell one story: a client greets, joins a namespace, stores two blocks, and reads them.
+The messages tell one story: a client greets, joins a namespace, stores two blocks, and reads them. A message whose
+fields grew in a later version has a file of its own there; the file of the earlier version must still decode, to the
+same message with defaults.
 """
 
 from __future__ import annotations
@@ -50,6 +52,8 @@ from kvstore.protocol.messages import (
     Reason,
     Release,
     Remove,
+    Reserve,
+    Reserved,
     ServerStats,
     SessionStats,
     SlotClassStats,
@@ -70,9 +74,11 @@ FIRST, SECOND = chain_keys(range(8), 4, salt=b"golden")
 PAYLOADS = [bytes(range(64)), bytes(range(64, 160))]
 
 
-def request(number: int, namespace_id: int = 1, access: int = 0) -> tuple[int, int, int, int, int, int, int]:
+def request(
+    number: int, namespace_id: int = 1, access: int = 0, ring_head: int = 0
+) -> tuple[int, int, int, int, int, int, int]:
     """The envelope: asked a second after boot, with five seconds of patience."""
-    return number, SESSION, namespace_id, 1_000_000_000 + number, 5000, 0, access
+    return number, SESSION, namespace_id, 1_000_000_000 + number, 5000, ring_head, access
 
 
 def reply(number: int) -> tuple[int, int]:
@@ -212,6 +218,38 @@ REPLIES: dict[str, AnyReply] = {
     "stats-reply": StatsReply(*reply(13), STATS),
     "verify-reply": VerifyReply(*reply(14), 2, 672, 0.5, ["slot 17: the payload's checksum is wrong"]),
 }
+
+MAPPED_STATS = msgspec.structs.replace(
+    STATS,
+    dram=msgspec.structs.replace(STATS.dram, index_bytes=13_785_600, max_records=65_536),
+    lookups=msgspec.structs.replace(STATS.lookups, mapped_reads=2, dropped_reports=0),
+    sessions=[msgspec.structs.replace(STATS.sessions[0], mapped=True)],
+)
+DIRECTORY = "/dev/shm/kvstore-1000-0123456789ab"
+
+# What changed in version 2, or is new there: clients that map the daemon's memory.
+REQUESTS_2: dict[str, AnyRequest] = {
+    "hello": Hello(1, 0, 0, 0, 5000, 0, 0, 1, 2, "0.2.0", 4711, BOOT_ID, 1),
+    "reserve": Reserve(*request(17, ring_head=40), 320, 0),
+}
+REPLIES_2: dict[str, AnyReply] = {
+    "welcome": Welcome(
+        *reply(1),
+        2,
+        SESSION,
+        "0.2.0",
+        4 << 20,
+        f"{DIRECTORY}/client-0807060504030201",
+        True,
+        4242,
+        f"{DIRECTORY}/arena-1817161514131211",
+        f"{DIRECTORY}/index-1817161514131211",
+        f"{DIRECTORY}/doorbell-1817161514131211",
+        "",
+    ),
+    "reserved": Reserved(*reply(17), 4096, 256, Reason.NONE),
+    "stats-reply": StatsReply(*reply(13), MAPPED_STATS),
+}
 PAYLOAD_FRAMES = {
     "put": [encode_header(HEADERS[0]), PAYLOADS[0], encode_header(HEADERS[1]), PAYLOADS[1]],
     "get-reply": [encode_header(HEADERS[0]) + PAYLOADS[0], encode_header(HEADERS[1]) + PAYLOADS[1]],
@@ -222,13 +260,46 @@ RECORDS = {
 }
 
 
-@pytest.mark.parametrize(("name", "message"), [*REQUESTS.items(), *REPLIES.items()], ids=[*REQUESTS, *REPLIES])
-def test_message_golden_bytes_decode_and_encode_identically(name: str, message: msgspec.Struct):
-    frame, *payloads = golden(f"protocol-1/{name}")
-    decoded = decode_request(frame) if name in REQUESTS else decode_reply(frame)
+def decode(frame: bytes, message: msgspec.Struct) -> msgspec.Struct:
+    return decode_request(frame) if type(message) in get_args(AnyRequest) else decode_reply(frame)
+
+
+ALL = {"protocol-1": REQUESTS | REPLIES, "protocol-2": REQUESTS_2 | REPLIES_2}
+NOW = {name: f"{folder}/{name}" for folder, messages in ALL.items() for name in messages}
+"""The golden file of each message as it is sent today: the last one."""
+
+CURRENT = {f"{folder}/{name}": told for folder, messages in ALL.items() for name, told in messages.items()}
+GROWN = {file: CURRENT.pop(file) for file in list(CURRENT) if file not in NOW.values()}
+"""Files of messages whose fields grew since."""
+
+
+@pytest.mark.parametrize(("file", "message"), CURRENT.items(), ids=CURRENT)
+def test_message_golden_bytes_decode_and_encode_identically(file: str, message: msgspec.Struct):
+    frame, *payloads = golden(file)
+    decoded = decode(frame, message)
     assert decoded == message
     assert encode(decoded) == encode(message) == frame
-    assert payloads == PAYLOAD_FRAMES.get(name, [])
+    assert payloads == PAYLOAD_FRAMES.get(file.partition("/")[2], [])
+
+
+def is_grown(now: object, before: object) -> bool:
+    """Whether a value is an earlier one with elements behind it, or with fields beside it, at any depth."""
+    if isinstance(now, dict) and isinstance(before, dict):
+        return all(name in now and is_grown(now[name], value) for name, value in before.items())
+    if isinstance(now, list) and isinstance(before, list):
+        return len(now) >= len(before) and all(map(is_grown, now, before))
+    return type(now) is type(before) and now == before
+
+
+@pytest.mark.parametrize(("file", "message"), GROWN.items(), ids=GROWN)
+def test_message_golden_bytes_of_an_earlier_version_decode_with_defaults(file: str, message: msgspec.Struct):
+    (frame,) = golden(file)
+    decoded = decode(frame, message)
+    assert decoded == message
+    # An earlier peer that is sent the message as it is now finds its fields where they were.
+    now, before = msgspec.msgpack.decode(encode(decoded)), msgspec.msgpack.decode(frame)
+    assert now != before
+    assert is_grown(now, before)
 
 
 def test_put_golden_frames_are_headers_and_payloads_of_records():
@@ -255,10 +326,11 @@ def test_record_golden_bytes_decode_and_encode_identically(name: str):
 
 
 def test_golden_files_every_message_type_has_one_and_each_is_tested():
-    assert golden_names("protocol-1") == {f"protocol-1/{name}" for name in REQUESTS | REPLIES}
+    assert golden_names("protocol-1") | golden_names("protocol-2") == set(CURRENT | GROWN)
+    assert set(GROWN) == {"protocol-1/hello", "protocol-1/welcome", "protocol-1/stats-reply"}
     assert golden_names("record-1") == {f"record-1/{name}" for name in RECORDS}
-    assert {type(message) for message in REQUESTS.values()} == set(get_args(AnyRequest))
-    assert {type(message) for message in REPLIES.values()} == set(get_args(AnyReply))
+    assert {type(message) for message in (REQUESTS | REQUESTS_2).values()} == set(get_args(AnyRequest))
+    assert {type(message) for message in (REPLIES | REPLIES_2).values()} == set(get_args(AnyReply))
 
 
 def test_parse_hex_frames_are_parted_by_blank_lines_only():

@@ -1,14 +1,21 @@
-"""A peer that knows ``docs/protocol.md`` and no SDK, against a real daemon: what the page promises, word by word."""
+"""A peer that knows ``docs/protocol.md`` and no SDK, against a real daemon: what the page promises, word by word.
+
+All of it in both versions of the protocol: a peer of version 1 gets on with everything but shared memory.
+"""
 
 from __future__ import annotations
 
 import fcntl
 import itertools
+import mmap
 import os
+import stat
 import struct
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
+import msgspec
 import pytest
 import zmq
 from daemon_process import DaemonProcess, wait_until
@@ -46,6 +53,8 @@ from kvstore.protocol.messages import (
     Release,
     Remove,
     Request,
+    Reserve,
+    Reserved,
     Stats,
     StatsReply,
     TierId,
@@ -54,7 +63,7 @@ from kvstore.protocol.messages import (
     Welcome,
 )
 from kvstore.protocol.namespace import Namespace
-from kvstore.protocol.version import MAX_HEADER_FRAME_BYTES
+from kvstore.protocol.version import MAX_HEADER_FRAME_BYTES, PROTOCOL_OLDEST, PROTOCOL_VERSION
 
 KEYS = [bytes([number]) * 32 for number in range(1, 40)]
 ROOT = bytes(32)
@@ -68,9 +77,10 @@ def boot_id() -> str:
 
 
 class Peer:
-    """A DEALER socket and the state that the page asks of a client."""
+    """A DEALER socket and the state that the page asks of a client, which knows one version of the protocol."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> None:
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, version: int) -> None:
+        self.version = version
         self.socket = context.socket(zmq.DEALER)
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.setsockopt(zmq.RECONNECT_IVL, -1)
@@ -118,9 +128,13 @@ class Peer:
         """Whether nothing comes before the answer to a ping, sent now."""
         return isinstance(self.ask(Ping), Done)
 
-    def greet(self, boot: str = "") -> Welcome:
-        welcome = self.ask(Hello, 1, 1, "test", os.getpid(), boot, session=0, namespace_id=0)
+    def greet(self, boot: str = "", layout: int = 0) -> Welcome:
+        fields = [1, *self.envelope(session=0, namespace_id=0), 1, self.version, "test", os.getpid(), boot]
+        # A peer of version 1 has never heard of what stands behind.
+        self.send(msgspec.msgpack.encode(fields if self.version == 1 else [*fields, layout]))
+        welcome, _ = self.receive()
         assert isinstance(welcome, Welcome)
+        assert welcome.protocol == self.version
         self.session, self.max_record_bytes = welcome.session, welcome.max_record_bytes
         self.session_file, self.same_host = welcome.session_file, welcome.same_host
         return welcome
@@ -178,18 +192,25 @@ def error_code(reply: AnyReply) -> int:
 
 @pytest.fixture(scope="module")
 def daemon() -> Iterator[DaemonProcess]:
-    with DaemonProcess(capacity="32MiB", grant="8MiB") as daemon:
+    with DaemonProcess(capacity="32MiB", grant="8MiB", expected_errors=("ring_refused",)) as daemon:
         yield daemon
 
 
+@pytest.fixture(params=range(PROTOCOL_OLDEST, PROTOCOL_VERSION + 1), ids="version {}".format)
+def version(request: pytest.FixtureRequest) -> int:
+    """The protocol that a test's peers speak."""
+    number: int = request.param
+    return number
+
+
 @pytest.fixture
-def connect(daemon: DaemonProcess) -> Iterator[Callable[[], Peer]]:
+def connect(daemon: DaemonProcess, version: int) -> Iterator[Callable[[], Peer]]:
     """Makes peers that have not said anything yet."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     peers: list[Peer] = []
 
     def make() -> Peer:
-        peers.append(Peer(context, daemon.endpoint))
+        peers.append(Peer(context, daemon.endpoint, version))
         return peers[-1]
 
     yield make
@@ -217,25 +238,44 @@ def peer(connect: Callable[[], Peer], namespace: Namespace) -> Peer:
 # ------------------------------------------------------------ sessions
 
 
-def test_conformance_golden_greeting_is_welcomed(connect: Callable[[], Peer]):
+def test_conformance_golden_greeting_is_welcomed(connect: Callable[[], Peer], version: int):
     peer = connect()
-    peer.send(golden("protocol-1/hello")[0])
+    peer.send(golden(f"protocol-{version}/hello")[0])
     welcome, _ = peer.receive()
     assert isinstance(welcome, Welcome)
     assert welcome.id == 1
-    assert welcome.protocol == 1
+    assert welcome.protocol == version
     assert welcome.session
     assert welcome.incarnation
     assert (welcome.same_host, welcome.session_file) == (False, "")  # the golden boot id is another kernel's
+    assert (welcome.arena_file, welcome.index_file, welcome.doorbell) == ("", "", "")
+    assert welcome.unmapped == {1: "it was not asked for", 2: "the client is on another host"}[version]
     peer.session = welcome.session
     assert isinstance(peer.ask(Ping, namespace_id=0), Done)
 
 
 def test_conformance_no_common_version_is_a_mismatch_that_names_both(connect: Callable[[], Peer]):
-    for oldest, newest in ((2, 9), (0, 0), (9, 2)):
+    for oldest, newest in ((PROTOCOL_VERSION + 1, 9), (0, 0), (9, 2)):
         reply = connect().ask(Hello, oldest, newest)
         assert error_code(reply) == ErrorCode.PROTOCOL_MISMATCH
         assert f"{oldest} to {newest}" in reply.message
+        assert f"protocol {PROTOCOL_OLDEST} to {PROTOCOL_VERSION}, " in reply.message
+
+
+def test_conformance_highest_common_version_is_agreed_on(connect: Callable[[], Peer]):
+    for oldest, newest in ((0, 1), (1, 1), (1, 2), (2, 2), (1, 9), (2, 9)):
+        welcome = connect().ask(Hello, oldest, newest)
+        assert isinstance(welcome, Welcome)
+        assert welcome.protocol == min(newest, PROTOCOL_VERSION)
+
+
+def test_conformance_welcome_of_version_1_has_its_elements_where_they_were(connect: Callable[[], Peer]):
+    peer = connect()
+    peer.send(golden("protocol-1/hello")[0])
+    assert peer.socket.poll(10_000)
+    elements = msgspec.msgpack.decode(peer.socket.recv())
+    assert (elements[0], elements[1], elements[3], elements[7:9]) == (102, 1, 1, ["", False])
+    assert [type(element) for element in elements[:10]] == [int, int, int, int, int, str, int, str, bool, int]
 
 
 def test_conformance_session_of_another_connection_is_unknown(connect: Callable[[], Peer], peer: Peer):
@@ -330,7 +370,7 @@ def test_conformance_ragged_keys_are_refused(peer: Peer, kind: type[Request]):
 
 
 def test_conformance_ids_never_given_out_are_unknown(peer: Peer):
-    for kind, fields in ((Match, (KEYS[0],)), (Put, (0,)), (Clear, ()), (Ping, ())):
+    for kind, fields in ((Match, (KEYS[0],)), (Put, (0,)), (Clear, ()), (Ping, ()), (Reserve, (4096, 0))):
         assert error_code(peer.ask(kind, *fields, namespace_id=65_000)) == ErrorCode.UNKNOWN_NAMESPACE
     assert error_code(peer.ask(Invalidate, 0, namespace_id=0)) == ErrorCode.UNKNOWN_NAMESPACE
 
@@ -545,3 +585,169 @@ def test_conformance_statistics_and_verification_are_answered(peer: Peer):
 
 def test_conformance_part_above_65535_is_refused(peer: Peer):
     assert error_code(peer.ask(Get, KEYS[0], 65_536)) == ErrorCode.BAD_REQUEST
+
+
+# ------------------------------------------------------------ shared memory
+
+
+def test_conformance_memory_is_not_offered_to_who_did_not_ask(connect: Callable[[], Peer], namespace: Namespace):
+    peer = connect()
+    welcome = peer.greet(boot_id())
+    assert welcome.same_host
+    assert os.stat(welcome.session_file).st_size == 4096
+    assert (welcome.arena_file, welcome.index_file, welcome.doorbell) == ("", "", "")
+    assert welcome.unmapped == "it was not asked for"
+    peer.attach(namespace)
+    assert error_code(peer.ask(Reserve, 1000, 0)) == ErrorCode.BAD_REQUEST
+    # A head without a ring means nothing.
+    assert isinstance(peer.ask(Ping, ring_head=7), Done)
+    peer.store(2)
+    assert peer.hits() == 2
+
+
+@pytest.fixture
+def second(daemon: DaemonProcess) -> Iterator[Peer]:
+    """A peer of version 2 that has not said anything yet."""
+    with ExitStack() as end:
+        context: zmq.Context[zmq.Socket[bytes]] = end.enter_context(zmq.Context())
+        peer = Peer(context, daemon.endpoint, 2)
+        end.callback(peer.socket.close, 500)
+        yield peer
+        if peer.session:
+            peer.send(encode(Bye(*peer.envelope(namespace_id=0))))
+
+
+def test_conformance_memory_is_offered_for_its_layout_and_refused_for_another(second: Peer):
+    welcome = second.greet(boot_id(), layout=1)
+    assert welcome.unmapped == ""
+    directory = os.path.dirname(welcome.session_file)
+    for path, name in ((welcome.arena_file, "arena"), (welcome.index_file, "index"), (welcome.doorbell, "doorbell")):
+        assert path == f"{directory}/{name}-{welcome.incarnation:016x}"
+        assert stat.S_ISFIFO(os.stat(path).st_mode) == (name == "doorbell")
+    with open(welcome.session_file, "rb") as file:
+        assert struct.unpack("<8sIIQQ", file.read(32)) == (
+            b"KVCLIENT",
+            2,
+            0,
+            welcome.incarnation,
+            welcome.session,
+        )
+    assert os.stat(welcome.session_file).st_size == 155_648
+
+    for layout, boot, why in ((2, boot_id(), "mapped layout is 1, the client's 2"), (1, "other", "on another host")):
+        welcome = second.greet(boot, layout)
+        assert why in welcome.unmapped
+        assert (welcome.arena_file, welcome.index_file, welcome.doorbell) == ("", "", "")
+    assert error_code(second.ask(Reserve, 1000, 0, namespace_id=0)) == ErrorCode.BAD_REQUEST
+
+
+def test_conformance_reserve_lends_slots_of_a_size_and_says_why_not(second: Peer, namespace: Namespace):
+    second.greet(boot_id(), layout=1)
+    second.attach(namespace)
+    reserved = second.ask(Reserve, 5000, 7)
+    assert isinstance(reserved, Reserved)
+    assert (reserved.slot_bytes, reserved.reason) == (8192, Reason.NONE)
+    assert reserved.slots > 0
+    for record_bytes, lane in ((5000, 8), (256, 0), (0, 0), ((1 << 32) + 1, 0)):
+        assert error_code(second.ask(Reserve, record_bytes, lane)) == ErrorCode.BAD_REQUEST
+    refused = second.ask(Reserve, second.max_record_bytes + 1, 0)
+    assert isinstance(refused, Reserved)
+    assert (refused.slot_bytes, refused.slots, refused.reason) == (0, 0, Reason.TOO_LARGE)
+
+    def granted() -> int:
+        statistics = second.ask(Stats)
+        assert isinstance(statistics, StatsReply)
+        (mine,) = [session for session in statistics.stats.sessions if session.session == second.session]
+        assert mine.mapped
+        return mine.granted_bytes
+
+    assert granted() >= 8192
+    # A lane that is not used gives its slots back.
+    wait_until(lambda: granted() == 0, timeout_s=5.0)
+
+
+# Offsets of docs/mapped.md.
+HEAD, CONSUMED, ANSWERS, GRANTS, RING = 320, 256, 4096, 8192, 24_576
+
+
+class MappedFile:
+    """A client's file and the arena, written by hand."""
+
+    def __init__(self, welcome: Welcome, end: ExitStack) -> None:
+        self.file = self._map(welcome.session_file, end)
+        self.arena = self._map(welcome.arena_file, end)
+
+    @staticmethod
+    def _map(path: str, end: ExitStack) -> mmap.mmap:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            return end.enter_context(mmap.mmap(fd, 0))
+        finally:
+            os.close(fd)
+
+    def word(self, offset: int) -> int:
+        number: int = struct.unpack_from("<q", self.file, offset)[0]
+        return number
+
+    def commit(self, record: bytes, lane: int, namespace_id: int) -> int:
+        """Write a record into the lane's first grant and its ring record; the ring's head, not stored yet."""
+        grant = next(at for at in range(GRANTS + 2048 * lane, GRANTS + 2048 * (lane + 1), 8) if self.word(at))
+        slot, pages = self.word(grant) & 0xFFFF_FFFF, self.word(grant) >> 32
+        struct.pack_into("<q", self.file, grant, 0)
+        self.arena[slot * 4096 : (slot + pages) * 4096] = record.ljust(pages * 4096, b"\0")
+        head = self.word(HEAD)
+        entry = struct.pack("<BBBxHHIIqqQqqq", 1, 0, 0, 0, namespace_id, len(record), 0, slot, 0, 0, 0, 0, 0)
+        at = RING + 64 * (head % 2048)
+        self.file[at : at + 64] = entry
+        return head + 1
+
+    def publish(self, head: int) -> None:
+        struct.pack_into("<q", self.file, HEAD, head)
+
+
+def test_conformance_what_stands_in_the_ring_comes_before_the_request(second: Peer, namespace: Namespace):
+    with ExitStack() as end:
+        memory = MappedFile(second.greet(boot_id(), layout=1), end)
+        second.attach(namespace)
+        payload = b"p" * 1000
+        answers = []
+        for number in range(3):
+            assert isinstance(second.ask(Reserve, 1256, 0, ring_head=number), Reserved)
+            header = second.header(KEYS[0], payload) if number != 1 else second.header(KEYS[1], payload, KEYS[0])
+            head = memory.commit(encode_header(header) + payload, 0, second.namespace_id)
+            memory.publish(head)
+            assert head == number + 1
+            # Nobody rang: it is this request that brings the daemon to look.
+            reply = second.ask(Match, KEYS[0] + KEYS[1], ring_head=head)
+            assert isinstance(reply, MatchReply)
+            assert reply.hits == min(number + 1, 2)
+            assert memory.word(CONSUMED) == head
+            answers.append(struct.unpack_from("<BB", memory.file, ANSWERS + 2 * number))
+        assert answers == [STORED, STORED, EXISTS]
+        assert second.put((second.header(KEYS[0], payload), payload), ring_head=3) == [EXISTS]
+        removed = second.ask(Remove, KEYS[0], ring_head=3)
+        assert isinstance(removed, CountReply)
+        assert removed.count == 1
+        verified = second.ask(Verify)
+        assert isinstance(verified, VerifyReply)
+        assert verified.problems == []
+
+
+@pytest.mark.parametrize("head", [-1, 2049, 1 << 62])
+def test_conformance_ring_that_cannot_be_one_ends_its_session_and_no_other(
+    second: Peer, connect: Callable[[], Peer], namespace: Namespace, head: int
+):
+    other = connect()
+    other.greet()
+    with ExitStack() as end:
+        memory = MappedFile(second.greet(boot_id(), layout=1), end)
+        second.attach(namespace)
+        second.store(1)
+        memory.publish(head)
+        assert error_code(second.ask(Match, KEYS[0], 1000)) == ErrorCode.UNKNOWN_SESSION
+        assert memory.word(128) == 2  # over
+        second.session = 0
+    assert isinstance(other.ask(Ping, namespace_id=0), Done)
+    statistics = other.ask(Stats, namespace_id=0)
+    assert isinstance(statistics, StatsReply)
+    assert statistics.stats.leases == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import struct
 from enum import IntEnum
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -14,7 +15,15 @@ from golden_files import golden, golden_names
 from wire_strategies import MESSAGES, REPLIES, REQUESTS
 
 from kvstore.errors import ErrorCode
-from kvstore.mapped.session_file import SESSION_FILE_BYTES, SessionHeader, encode_session_header
+from kvstore.format.constants import MAX_RECORD_BYTES, RECORD_HEADER_BYTES
+from kvstore.mapped.client_file import CLIENT_FILE_BYTES, LANE_COUNT
+from kvstore.mapped.session_file import (
+    MAPPED_SESSION_VERSION,
+    SESSION_FILE_BYTES,
+    SESSION_VERSION,
+    SessionHeader,
+    encode_session_header,
+)
 from kvstore.protocol import messages, version
 from kvstore.protocol.endpoint import IPC_PATH_BYTES
 from kvstore.protocol.messages import (
@@ -27,6 +36,7 @@ from kvstore.protocol.messages import (
     TierId,
 )
 from kvstore.protocol.namespace import _MAX_TEXT, MAX_PARTS, Namespace
+from kvstore.settings import LimitSettings
 
 PAGE = "protocol.md"
 TEXT = (DOCS / PAGE).read_text(encoding="utf-8")
@@ -151,7 +161,15 @@ def test_protocol_doc_session_file_is_the_codes():
         "session": 0x0807060504030201,
     }
     assert sum(int(row["bytes"]) for row in found.rows) == len(encoded)
-    assert f"It has {SESSION_FILE_BYTES} bytes" in WORDS
+    assert f"It has {SESSION_FILE_BYTES} bytes in version {SESSION_VERSION}" in WORDS
+    assert f"Version {MAPPED_SESSION_VERSION} is given" in WORDS
+    assert f"it has {CLIENT_FILE_BYTES:,} bytes" in WORDS
+
+
+def test_protocol_doc_reservations_are_the_codes():
+    assert f"header included: above {RECORD_HEADER_BYTES}, at most 2^{MAX_RECORD_BYTES.bit_length() - 1} |" in TEXT
+    assert f"| 0 to {LANE_COUNT - 1}; slots" in TEXT
+    assert f"{LimitSettings().reclaim_grace_s:g} s by default" in WORDS
 
 
 def test_protocol_doc_version_is_the_codes():
@@ -161,18 +179,24 @@ def test_protocol_doc_version_is_the_codes():
     ]
 
 
-def test_protocol_doc_examples_are_the_golden_header_frames():
+def test_protocol_doc_examples_are_the_latest_golden_header_frames():
     shown = examples(PAGE)
-    assert set(shown) == golden_names("protocol-1")
+    latest: dict[str, str] = {}
+    for number in range(1, version.PROTOCOL_VERSION + 1):
+        latest |= {name.partition("/")[2]: name for name in golden_names(f"protocol-{number}")}
+    assert set(shown) == set(latest.values())
     assert shown == {name: golden(name)[0] for name in shown}
 
 
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", one.lower()).replace(" ", "-") for one in headings}
+
+
 def test_protocol_doc_links_lead_somewhere():
-    anchors = {
-        re.sub(r"[^\w -]", "", one.lower()).replace(" ", "-") for one in re.findall(r"^#+ (.*)$", TEXT, re.MULTILINE)
-    }
     for target in re.findall(r"\]\(([^)]+)\)", TEXT):
-        if target.startswith("#"):
-            assert target[1:] in anchors, target
-        elif not target.startswith("https://"):
-            assert (DOCS / target).is_file(), target
+        if not target.startswith("https://"):
+            path, _, anchor = target.partition("#")
+            page = DOCS / (path or PAGE)
+            assert page.is_file(), target
+            assert not anchor or anchor in anchors(page), target

@@ -20,7 +20,7 @@ from typing import Final
 from kvstore.cli.bench.local_blocks import Buffers, StoredBlocks, mapping_of, wrong
 from kvstore.cli.bench.local_sides import Kind, Side, Walk, chunk_of, row_of, take_turns
 from kvstore.cli.bench.report import Row
-from kvstore.mapped.context import LOOK, PAIR
+from kvstore.mapped.context import LOOK
 from kvstore.mapped.index_reader import unpin
 from kvstore.mapped.reads import pin_one
 from kvstore_client import Client
@@ -181,8 +181,6 @@ class PinUnpin(_InPlace):
             if where < 0:
                 raise wrong("a pin found nothing")
             add(elapsed_ns)
-            if mapped._context[PAIR // 8]:
-                mapped._ring()  # the report filled the ring; the client's own call would have rung the daemon
 
 
 class Reads:

@@ -3,10 +3,14 @@
 One number a round: the wall time of all puts (``wait=False``) and the ``flush`` behind them, beside a loop of as many
 ``ctypes.memmove`` calls from the same buffers into random slots. Each put evicts a block. The daemon's CPU time is that
 of all its threads meanwhile, its polling included.
+
+Client and daemon work at the same time, so they need a core each, the baseline needs one. Where other processes keep a
+core busy the ratio falls by as much as the two have to share: the row says how many cores others used.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from ctypes import memmove
 from statistics import median
@@ -47,6 +51,7 @@ class Sustained:
         self._ours_ns: list[int] = []
         self._baseline_ns: list[int] = []
         self._cpu_ns: list[int] = []
+        self._others: list[float] = []
 
     def round(self) -> None:
         """Measure each side once, in turns first."""
@@ -72,13 +77,17 @@ class Sustained:
         keys, taken = self._tier.fresh_keys(self._count), self._pool.take(self._count)
         pairs = [(key, arrays[source]) for key, source in zip(keys, taken, strict=True)]
         evicted = client.stats().eviction.evicted_blocks
-        cpu_ns = process_cpu_ns(self._pid)
+        busy_ns, own_ns, cpu_ns = machine_busy_ns(), time.process_time_ns(), process_cpu_ns(self._pid)
         started = perf_counter_ns()
         for key, data in pairs:
             client.put(key, data, wait=False)
         flushed = client.flush()
-        self._ours_ns.append(perf_counter_ns() - started)
-        self._cpu_ns.append(process_cpu_ns(self._pid) - cpu_ns)
+        elapsed_ns = perf_counter_ns() - started
+        daemon_ns = process_cpu_ns(self._pid) - cpu_ns
+        others_ns = machine_busy_ns() - busy_ns - daemon_ns - (time.process_time_ns() - own_ns)
+        self._ours_ns.append(elapsed_ns)
+        self._cpu_ns.append(daemon_ns)
+        self._others.append(max(others_ns / elapsed_ns, 0.0))
         if flushed.stored != self._count:
             raise wrong(f"{flushed.stored} of {self._count} puts were stored: {flushed}")
         evicted = client.stats().eviction.evicted_blocks - evicted
@@ -106,8 +115,16 @@ class Sustained:
                 ratio=round(ratio, 4),
                 limit=_LIMIT if size >= _LIMIT_FROM_BYTES else None,
                 daemon_cpu_us=round(sum(self._cpu_ns) / self._rounds / count / 1000, 2),
+                others_share=round(median(self._others), 2),
             )
         ]
+
+
+def machine_busy_ns() -> int:
+    """CPU time that all processes used since the machine's start, in steps of some milliseconds."""
+    with open("/proc/stat", encoding="ascii") as file:
+        user, nice, system, _, _, irq, softirq, steal = (int(ticks) for ticks in file.readline().split()[1:9])
+    return (user + nice + system + irq + softirq + steal) * (1_000_000_000 // os.sysconf("SC_CLK_TCK"))
 
 
 def process_cpu_ns(pid: int) -> int:

@@ -26,12 +26,13 @@ def local_table(report: Report) -> RenderableType:
         if row.core_share is None and row.note is None:
             made.add_row(*_cells(row))
     meanings = [("buffers", _BUFFERS), ("cache", _CACHE), ("put", _PUTS)]
-    cpu = [
-        f"{us(row.daemon_cpu_us)} at {render.size(row.size_bytes or 0)}"
-        for row in report.rows
-        if row.daemon_cpu_us is not None
-    ]
-    meanings.append(("put_sustained", f"until flush() returns; the daemon's CPU time a put: {', '.join(cpu)}"))
+    sustained = [row for row in report.rows if row.daemon_cpu_us is not None]
+    cpu = ", ".join(f"{us(row.daemon_cpu_us)} at {render.size(row.size_bytes or 0)}" for row in sustained)
+    others = ", ".join(f"{row.others_share or 0:.1f}" for row in sustained)
+    meanings.append(("put_sustained", f"until flush() returns; the daemon's CPU time a put: {cpu}"))
+    meanings.append(
+        ("", f"needs a core for the client and one for the daemon; cores that others used meanwhile: {others}")
+    )
     return Group(made, "", facts_of(report, meanings))
 
 

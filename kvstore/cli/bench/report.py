@@ -37,6 +37,7 @@ class Row(msgspec.Struct, kw_only=True, omit_defaults=True):
         seconds: length of the measurement, where it was chosen.
         core_share: CPU time of all processes together / seconds; 1.0 is one busy core.
         daemon_cpu_us: the daemon's CPU time for each block.
+        others_share: cores that processes which are not measured used meanwhile.
         note: why there is nothing else.
     """
 
@@ -60,6 +61,7 @@ class Row(msgspec.Struct, kw_only=True, omit_defaults=True):
     seconds: float | None = None
     core_share: float | None = None
     daemon_cpu_us: float | None = None
+    others_share: float | None = None
     note: str | None = None
 
     @property

@@ -1,8 +1,8 @@
 """Compiled loops that read through the mapped readers and check every word of every hit.
 
-The reads are those of ``kvstore.mapped.index_reader``, not copies of them: ``read_item``, ``copy_batch`` (called between
-``prepare_batch`` and ``check_batch``) and ``pin_entry`` with ``unpin``. What they found is added to a tally, a block of
-words that the caller owns.
+The reads are those of ``kvstore.mapped.index_reader``, not copies of them: ``read_item``, ``copy_batch`` (called
+between ``prepare_batch`` and ``check_batch``) and ``pin_entry`` with ``unpin``. What they found is added to a tally, a
+block of words that the caller owns.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ def next_row(tally: int, keys: int, key_count: int) -> int:
     """Address of a random key's row; a linear congruence is enough."""
     state = (load(tally + _STATE) * 1103515245 + 12345) & 0x7FFFFFFF
     store(tally + _STATE, state)
-    return keys + KEY_ROW_BYTES * ((state >> 8) % key_count)
+    number: int = (state >> 8) % key_count
+    return keys + KEY_ROW_BYTES * number
 
 
 @inlined
@@ -135,9 +136,7 @@ def check_batch(items: int, count: int, rows: int, tally: int) -> None:
 
 
 @compiled("void(int64, int64, int64, int64, int64, int64, int64)", nogil=True)
-def pin_and_check(
-    context: int, item: int, keys: int, key_count: int, rounds: int, passes: int, tally: int
-) -> None:
+def pin_and_check(context: int, item: int, keys: int, key_count: int, rounds: int, passes: int, tally: int) -> None:
     """Read random keys' records in place, each several times over while its hazard holds it."""
     hazards = load(context + FILE) + HAZARD_OFFSET
     for number in range(rounds):

@@ -15,12 +15,13 @@ from typing import IO, Any, Final, Self
 
 import msgspec
 
+from kvstore.cli.stress.worker import load_roles
 from kvstore.errors import DeadlineExceeded, KVStoreError
 
 __all__ = ["Crew", "Worker", "WorkerDied", "wait_for_any"]
 
 _START_S: Final = 120.0
-"""The first start on a machine compiles everything, and all of a crew do so at once."""
+"""For machines without a cache, where each process compiles everything."""
 
 LIMIT_SLACK_S: Final = 30.0
 """Seconds that a role may take beyond its time until it counts as hanging and is killed, by itself."""
@@ -155,12 +156,19 @@ class Crew:
         for worker in list(self.workers):
             if worker.busy or not worker.alive:
                 self.dismiss(worker)
+        # Compiled here first, where that was not done on this machine yet, and not by all of them at once.
+        load_roles()
         fresh = [Worker() for _ in range(count - len(self.workers))]
         self.workers += fresh
         deadline = time.monotonic() + _START_S
         for worker in fresh:
             worker.wait("ready", deadline)
         return self.workers[:count]
+
+    def recruit(self) -> Worker:
+        """One more, which plays the role that it is given as soon as it has started."""
+        self.workers.append(Worker())
+        return self.workers[-1]
 
     def dismiss(self, worker: Worker) -> None:
         """End one."""

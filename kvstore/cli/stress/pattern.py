@@ -72,8 +72,10 @@ class KeyTable:
 
 @compiled("void(int64, int64, int64)", nogil=True)
 def fill(target: int, length: int, key: int) -> None:
-    """Write the whole words of a key's payload. The target is aligned to 8; so many bytes as ``length % 8`` are not
-    written (``expected_tail``)."""
+    """Write the whole words of a key's payload; what is behind the last of them is the caller's (``expected_tail``).
+
+    The target is aligned to 8.
+    """
     word0, word1, word2, word3 = load(key), load(key + 8), load(key + 16), load(key + 24)
     words = length // 8
     whole = words - words % _GROUP_WORDS

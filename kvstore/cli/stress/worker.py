@@ -21,15 +21,15 @@ from typing import Any, Final
 
 import msgspec
 
-__all__ = ["Post", "Role", "main"]
+__all__ = ["Post", "Role", "load_roles", "main"]
 
 ROLES: Final = {
     "churn": ("kvstore.cli.stress.churn", "churn"),
     "read": ("kvstore.cli.stress.readers", "read"),
-    #C
-    #M
+    "client": ("kvstore.cli.stress.client_role", "client"),
+    "mortals": ("kvstore.cli.stress.mortals", "mortals"),
 }
-"""Modules and functions; loaded when they are first needed, because numba takes its time."""
+"""Modules and functions."""
 
 _STDIN: Final = 0
 _STDOUT: Final = 1
@@ -90,6 +90,12 @@ Role = Callable[..., dict[str, Any]]
 """Takes a ``Post`` and its arguments by name; what it returns is sent as ``done``."""
 
 
+def load_roles() -> None:
+    """Load everything that roles need, and compile it where that was not done on this machine yet."""
+    for module, _ in ROLES.values():
+        importlib.import_module(module)
+
+
 def _role(name: str) -> Role:
     module, function = ROLES[name]
     role: Role = getattr(importlib.import_module(module), function)
@@ -100,8 +106,7 @@ def main() -> None:
     """Play roles until standard input ends."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     post = Post()
-    for module, _ in ROLES.values():
-        importlib.import_module(module)
+    load_roles()
     post.send("ready", os.getpid())
     while (command := post.next_command()) is not None:
         signal.setitimer(signal.ITIMER_REAL, command["limit_s"])

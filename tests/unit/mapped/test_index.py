@@ -13,7 +13,7 @@ from kvstore.mapped.client_file import HAZARD_OFFSET
 from kvstore.mapped.context import BUSY, CORRUPT, MISS, OTHER_CODEC, OVER, STALE, TOO_SMALL
 from kvstore.mapped.index_file import BUCKET_OFFSET, STATE_OFFSET, bucket_count_for
 from kvstore.mapped.index_reader import copy_batch, unpin
-from kvstore.mapped.reads import get_one, pin_one
+from kvstore.mapped.reads import get_one, match, pin_one
 
 
 def read(memory: MappedMemory, key: bytes, size: int = 4096, part: int = 0) -> bytes | int:
@@ -55,12 +55,16 @@ def test_get_too_small_buffer_copies_nothing() -> None:
     assert out == b"?" * 13
 
 
-def test_get_entry_that_is_being_written_is_a_miss_after_a_while() -> None:
+def test_get_entry_that_stays_half_written_is_left_to_the_daemon() -> None:
     memory = MappedMemory()
     memory.put(5, key_of(1), b"payload")
     entry = BUCKET_OFFSET // 8 + 8 * int(memory.entries[5])
     memory.index[entry] += 1
-    assert read(memory, key_of(1)) == MISS
+    assert read(memory, key_of(1)) == BUSY
+    key, keys = key_of(1), [key_of(1)]
+    assert pin_one(memory.context, id(key), 0, 0, 0) == BUSY
+    assert match(memory.context, id(keys), 1, 0) == BUSY
+    assert read(memory, key_of(2)) == MISS
     memory.index[entry] += 1
     assert read(memory, key_of(1)) == b"payload"
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from kvstore.errors import CorruptRecord
+from kvstore.mapped.client_file import CLIENT_FILE_BYTES
 from kvstore.mapped.session_file import (
     SESSION_FILE_BYTES,
     SessionHeader,
@@ -29,6 +30,9 @@ from kvstore.tiers.files import SessionFile
 HEADER = SessionHeader(incarnation=0x0123456789ABCDEF, session=0x1122334455667788)
 # magic, version 1, reserved, incarnation, session; all little-endian.
 GOLDEN = bytes.fromhex("4b56434c49454e54 01000000 00000000 efcdab8967452301 8877665544332211")
+# Version 2: the file is shared as memory too.
+MAPPED_HEADER = SessionHeader(HEADER.incarnation, HEADER.session, mapped=True)
+MAPPED_GOLDEN = bytes.fromhex("4b56434c49454e54 02000000 00000000 efcdab8967452301 8877665544332211")
 
 CLIENT = """
     import fcntl, os, subprocess, sys, time
@@ -38,14 +42,22 @@ CLIENT = """
 """
 
 
-def test_session_header_encodes_to_its_golden_bytes():
-    assert encode_session_header(HEADER) == GOLDEN
-    assert decode_session_header(GOLDEN) == HEADER
-    assert decode_session_header(GOLDEN + bytes(SESSION_FILE_BYTES - 32)) == HEADER
+@pytest.mark.parametrize(("header", "golden"), [(HEADER, GOLDEN), (MAPPED_HEADER, MAPPED_GOLDEN)])
+def test_session_header_encodes_to_its_golden_bytes(header: SessionHeader, golden: bytes):
+    assert encode_session_header(header) == golden
+    assert decode_session_header(golden) == header
+    assert decode_session_header(golden + bytes(SESSION_FILE_BYTES - 32)) == header
 
 
 @pytest.mark.parametrize(
-    "damaged", [b"X" + GOLDEN[1:], GOLDEN[:8] + b"\x02" + GOLDEN[9:], GOLDEN[:12] + b"\x01" + GOLDEN[13:]]
+    "damaged",
+    [
+        b"X" + GOLDEN[1:],
+        GOLDEN[:8] + b"\x00" + GOLDEN[9:],
+        GOLDEN[:8] + b"\x03" + GOLDEN[9:],
+        GOLDEN[:12] + b"\x01" + GOLDEN[13:],
+        MAPPED_GOLDEN[:9] + b"\x01" + MAPPED_GOLDEN[10:],
+    ],
 )
 def test_session_header_damaged_is_refused(damaged: bytes):
     with pytest.raises(CorruptRecord, match="no session file of this version"):
@@ -116,6 +128,23 @@ def test_session_file_existing_one_is_not_touched(file: SessionFile):
     with pytest.raises(FileExistsError):
         SessionFile(file.path, b"x", SESSION_FILE_BYTES, 0o600)
     assert file.path.read_bytes()[:32] == GOLDEN
+
+
+def test_session_file_mapped_has_all_its_memory_and_shows_what_others_write(tmp_path: Path):
+    path = tmp_path / "client-2"
+    mapped = SessionFile(path, MAPPED_GOLDEN, CLIENT_FILE_BYTES, 0o600, mapped=True)
+    status = path.stat()
+    assert (status.st_size, status.st_blocks * 512) == (CLIENT_FILE_BYTES, -(-CLIENT_FILE_BYTES // 4096) * 4096)
+    assert mapped.map is not None
+    assert mapped.map[:64] == MAPPED_GOLDEN + bytes(32)
+    with path.open("r+b") as other:
+        other.seek(320)
+        other.write(b"head")
+    assert mapped.map[320:324] == b"head"
+    mapped.close()
+    mapped.close()
+    assert not path.exists()
+    assert mapped.map is None
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])

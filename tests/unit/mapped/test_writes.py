@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import struct
 
@@ -113,19 +114,33 @@ def test_put_what_is_no_data_is_refused_and_takes_no_grant(data: object) -> None
     assert put_one(memory.context, id(key), id(ROOT), id(payload), 0, 0) >= 0
 
 
+def test_put_that_began_in_another_generation_is_not_committed() -> None:
+    memory = MappedMemory()
+    lend(memory, [9])
+    payload, key = b"x" * 100, key_of(1)
+    item = np.zeros(fields.ITEM_BYTES // 8, np.int64)
+    at = int(item.ctypes.data)
+    assert begin_put(memory.context, at, id(key), id(payload)) == 0
+    fill_slot(memory.context, at)
+    memory.set(fields.NAMESPACE_ID, memory.namespace + 1)
+    assert end_put(memory.context, at, id(ROOT), 0, 0) == STALE
+    assert int(memory.file[HEAD_OFFSET // 8]) == 0
+    assert int(item[fields.ITEM_SLOT // 8]) == 9
+
+
 def test_put_full_ring_is_refused_before_a_grant_is_taken() -> None:
     memory = MappedMemory()
     payload, key = b"x", key_of(1)
     head = 0
     for number in range(RING_RECORDS):
         head = lend(memory, [9], head=head)
-        assert put_one(memory.context, id(key), id(ROOT), id(payload), 0, 0) >> 1 == number
+        assert put_one(memory.context, id(key), id(ROOT), id(payload), 0, 0) == number
     lend(memory, [10], head=head)
     assert put_one(memory.context, id(key), id(ROOT), id(payload), 0, 0) == FULL
     assert give_back(memory.context, 10) == FULL
     consume(memory.file_at, 1)
     assert consumed(memory.file_at) == 1
-    assert put_one(memory.context, id(key), id(ROOT), id(payload), 0, 0) >> 1 == RING_RECORDS
+    assert put_one(memory.context, id(key), id(ROOT), id(payload), 0, 0) == RING_RECORDS
 
 
 def test_take_goes_round_the_ring_in_order() -> None:
@@ -186,16 +201,31 @@ def test_take_header_with_a_wrong_checksum_has_no_header() -> None:
 
 def test_bell_rings_once_until_it_is_lowered() -> None:
     memory = MappedMemory()
-    assert give_back(memory.context, 1) == 1
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    memory.set(fields.BELL, writer)
+
+    def rang() -> int:
+        try:
+            return len(os.read(reader, 100))
+        except BlockingIOError:
+            return 0
+
     assert give_back(memory.context, 1) == 0
+    assert rang() == 1
+    assert give_back(memory.context, 1) == 0
+    assert rang() == 0
     files = np.array([memory.file_at, 2], np.int64)
     out = np.zeros(1, np.int64)
     at = int(files.ctypes.data)
     assert waiting(at, 1, int(out.ctypes.data)) == 0
     assert lower_bells(at, 1) == 0
-    assert give_back(memory.context, 1) == 1
+    assert give_back(memory.context, 1) == 0
+    assert rang() == 1
     assert waiting(at, 1, int(out.ctypes.data)) == 1
     assert lower_bells(at, 1) == 1
+    os.close(reader)
+    os.close(writer)
 
 
 def test_grants_go_to_one_side_only_and_round_the_lane() -> None:
