@@ -194,11 +194,8 @@ class BaseClient:
 
     def disown_mapping(self) -> None:
         """In a forked child: refer to the parent's mapping no more."""
-        mapped = self._mapped
         self._unmapped = "this process was forked"
         self._mapped = self._session.mapped = None
-        if mapped is not None:
-            mapped.disown()
 
     def _end_mapping(self) -> None:
         """The session is over: puts that nobody waited for are lost."""
