@@ -176,6 +176,8 @@ class AsyncClient(BaseClient):
         if mapped is None or len(keys) != len(outs) or not keys:
             return await self._receive_into(keys, outs, part, request)
         found = self._read_mapped(mapped, keys, outs, part, request, sure=not self._puts)
+        if isinstance(found, list):
+            return list[int | None](found)
         if found.asked:
             some = await self._receive_into(*found.arguments(), part, found.access or None)
             found.fill(some)

@@ -228,8 +228,11 @@ class BaseClient:
         request: int | None,
         *,
         sure: bool,
-    ) -> ReadBatch:
-        """Copy what mapped memory has; the rest has to be asked for. ``sure``: a miss there is a miss."""
+    ) -> list[int] | ReadBatch:
+        """Copy what mapped memory has: all lengths, or what is there and what has to be asked for.
+
+        ``sure``: a miss there is a miss.
+        """
         check_read(part, request)
         given, targets = list_of(keys), list_of(outs)
         access = self._operations.next_access() if request is None and len(given) > 1 else request or 0
@@ -237,7 +240,7 @@ class BaseClient:
         if isinstance(results, int):
             return ReadBatch(given, targets, access, [None] * len(given), list(range(len(given))))
         if min(results) >= 0:
-            return ReadBatch(given, targets, access, list(results), [])
+            return results
         known = NOT_THERE if sure else frozenset()
         lengths = [result if result >= 0 else None for result in results]
         asked = [index for index, result in enumerate(results) if result < 0 and result not in known]

@@ -200,6 +200,8 @@ class Client(BaseClient):
         if mapped is None or len(keys) != len(outs) or not keys:
             return self._receive_into(keys, outs, part, request)
         found = self._read_mapped(mapped, keys, outs, part, request, sure=not self._unwaited)
+        if isinstance(found, list):
+            return list[int | None](found)
         if found.asked:
             found.fill(self._receive_into(*found.arguments(), part, found.access or None))
         return found.lengths

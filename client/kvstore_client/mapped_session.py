@@ -36,7 +36,23 @@ _SETTLE_EVERY: Final = 16
 """Unanswered puts after which answers are looked for; far fewer than the ring has places."""
 _STALE_ANSWER: Final = PutStatus.REJECTED | Reason.STALE_NAMESPACE << 8
 _LAST_GOOD: Final = int(PutStatus.EXISTS)
+_SPARE_ITEMS: Final = 64
+_SPARE_BATCHES: Final = 4
 _PUT_ITEM: Final = fields.ITEM_BYTES // 8
+
+
+class _Batch:
+    """Memory for the items of a batch of gets, kept for the next one.
+
+    Making it costs more than a lookup, and much more after a long copy has driven Python's own memory out of the cache.
+    """
+
+    __slots__ = ("address", "items", "results")
+
+    def __init__(self, count: int) -> None:
+        self.items: Words = np.empty((max(count, _SPARE_ITEMS), fields.ITEM_WORDS), np.int64)
+        self.address = int(self.items.ctypes.data)
+        self.results = self.items[:, fields.ITEM_RESULT // 8]
 
 
 class MappedSession(SharedMemory):
@@ -67,6 +83,7 @@ class MappedSession(SharedMemory):
         self._wanted: dict[int, None] = {}
         """Commits whose answers somebody will take, oldest first."""
         self._unreturned: list[int] = []
+        self._spare_batches: list[_Batch] = []
         self._lingering: list[tuple[memoryview, int, int]] = []
         self._lane_pages = [0] * LANE_COUNT
         self._last_lane = LANE_COUNT - 1
@@ -106,18 +123,20 @@ class MappedSession(SharedMemory):
         if self._pending and self.settle():
             owed = frozenset(self._pending_keys)
         count = len(keys)
-        items: Words = np.empty((count, fields.ITEM_BYTES // 8), np.int64)
-        at = int(items.ctypes.data)
+        batch = self._spare_batches.pop() if self._spare_batches and count <= _SPARE_ITEMS else _Batch(count)
+        at = batch.address
         refused: int = open_batch(self._at, id(keys), id(outs), count, at, part)
         if refused == LOOK and self._look():
             refused = open_batch(self._at, id(keys), id(outs), count, at, part)
         if refused:
+            self._keep(batch)
             return refused
         try:
             copy_batch(self._at, at, count, part)
         finally:
             hits = close_batch(self._at, at, count, part, access)
-        results: list[int] = items[:, fields.ITEM_RESULT // 8].tolist()
+        results: list[int] = batch.results[:count].tolist()
+        self._keep(batch)
         if hits < count:
             self.corrupt += results.count(CORRUPT)
             if owed:
@@ -125,6 +144,11 @@ class MappedSession(SharedMemory):
                     if results[index] == MISS and key in owed:
                         results[index] = BUSY
         return results
+
+    def _keep(self, batch: _Batch) -> None:
+        # A list's pop and append are safe between threads.
+        if len(self._spare_batches) < _SPARE_BATCHES and len(batch.results) == _SPARE_ITEMS:
+            self._spare_batches.append(batch)
 
     def match(self, keys: list[bytes], access: int) -> int:
         """How many leading keys are there; ``BUSY`` while puts of this client are not published."""

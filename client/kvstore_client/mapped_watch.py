@@ -1,7 +1,7 @@
 """What must happen to mappings without anybody calling: memory of a dead daemon goes, a forked child gets none.
 
-One thread a process, only while a client of it maps. It looks twice a second: a system call of about a microsecond for
-each mapping.
+One thread a process, only while a client of it maps. It looks often enough to unmap within a second: a system call of
+about a microsecond for each mapping.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Final, Protocol
 
 __all__ = ["unwatch", "watch"]
 
-_LOOK_S: Final = 0.5
+_LOOK_S: Final = 0.8
 
 
 class Owner(Protocol):

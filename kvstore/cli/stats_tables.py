@@ -136,9 +136,9 @@ def _lookups(stats: DaemonStats, since: DaemonStats | None) -> RenderableType:
         read_bytes = lookups.bytes_out - earlier.bytes_out
         note += f", now {render.throughput(read_bytes, stats.uptime_s - since.uptime_s)}"
     if lookups.mapped_reads:
-        note += f"; {render.ratio(lookups.mapped_reads, lookups.matches + lookups.gets)} through mapped memory"
+        note += f"; {render.ratio(lookups.mapped_reads, lookups.matches + lookups.gets)} mapped"
     if lookups.dropped_reports:
-        note += f"; {render.count(lookups.dropped_reports)} accesses untold"
+        note += f"; {render.count(lookups.dropped_reports)} reports dropped"
     if lookups.get_throttled:
         note += f"; {render.count(lookups.get_throttled)} throttled"
     return Group(made, Text(note, style="dim"))
@@ -220,7 +220,7 @@ def _clients(sessions: Sequence[SessionStats]) -> RenderableType | None:
         "leases",
         "granted",
         "outbound",
-        render.text_column("path"),
+        render.text_column("by"),
         render.text_column("version"),
     ]
     made = render.table("Clients", columns)

@@ -60,7 +60,7 @@ from kvstore.mapped.index_file import (
     IndexState,
     NamespaceWord,
 )
-from kvstore.mapped.streaming import copy_streaming, goes_past_cache
+from kvstore.mapped.streaming import AHEAD_FROM_BYTES, copy_ahead, copy_streaming, goes_past_cache
 from kvstore.mapped.system import touch
 
 _TRIES: Final = 8
@@ -152,6 +152,8 @@ def read_item(context: int, item: int, part: int, previous: int) -> None:
                     result = CORRUPT
             elif streaming != 0:
                 copy_streaming(target, source, length)
+            elif length >= AHEAD_FROM_BYTES:
+                copy_ahead(target, source, length)
             else:
                 copy(target, source, length)
             if previous != 0:

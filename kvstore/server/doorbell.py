@@ -71,8 +71,7 @@ class Attention:
     def drain(self, client: MappedClient, batches: int = WHOLE_RING) -> None:
         """Carry out what waits in one client's ring, or some of it, and lend the client new slots."""
         before = client.consumed
-        if self._rings.drain(client, batches):
-            self._lanes.replenish(client)
+        self._rings.drain(client, batches)
         if client.consumed != before:
             client.session.last_ns = self._clock()
             self._heads[2 * client.position + 1] = client.consumed

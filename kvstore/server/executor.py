@@ -66,12 +66,18 @@ class Executor:
     def want_slot(self, session: int, record_bytes: int) -> Record | Refuse:
         """A granted slot, after whatever had to leave for it; or why there is none."""
         event = SlotWanted(session, record_bytes)
+        looked = False
         while True:
             answer = self.apply(event)
             if isinstance(answer, Grant):
                 return answer.record
             if isinstance(answer, Refuse):
-                return answer
+                if looked or not self._hazarded:
+                    return answer
+                # What was read in place when it was last looked at may be free by now.
+                looked = True
+                self.look_at_hazards()
+                continue
             assert isinstance(answer, TryAgain)
 
     def slots_ahead(self, session: int, slot_bytes: int, count: int) -> list[Record]:

@@ -104,8 +104,9 @@ class Lanes:
     def _take_back(self, client: MappedClient, number: int) -> int:
         """Have back what the client has not taken out of a lane; how many slots."""
         count = revoke(client.address, number, self._slots_at)
-        # The client could have written anything there: only what was lent counts.
-        slots = [slot for slot in self._slots[:count].tolist() if client.lane_of.get(slot) == number]
+        # The client could have written anything there: only what was lent counts, and once.
+        found = dict.fromkeys(self._slots[:count].tolist())
+        slots = [slot for slot in found if client.lane_of.get(slot) == number]
         for slot in slots:
             del client.lane_of[slot]
         client.lanes[number].lent -= len(slots)

@@ -79,7 +79,7 @@ class Mapping:
         self._attention: Attention | None = None
         self.end_session: Callable[[Session], None] = lambda session: None
         if bell is not None:
-            self._rings = Rings(executor, counters, log, reads.check)
+            self._rings = Rings(executor, counters, log, reads.check, self._lanes.replenish)
             self._attention = Attention(bell, self._rings, self._lanes, loop, clock, log, self._end)
 
     def __len__(self) -> int:

@@ -27,7 +27,8 @@ from kvstore.server.counters import RequestCounters
 from kvstore.server.executor import Executor
 from kvstore.server.mapped_client import MappedClient
 
-_BATCH: Final = 256
+_BATCH: Final = 64
+"""Records taken at once. After each batch new slots are lent, with which a client goes on meanwhile."""
 _COMMITS: Final = 64
 """Most commits of one event: so much may the tier be over its capacity before what has to leave for them left."""
 _RECORD: Final = struct.Struct("<BBBxHHIIqqQqqq")
@@ -56,16 +57,23 @@ class Rings:
         counters: of the request path.
         log: for what a client did wrong.
         on_corrupt: called with the slot of a record that a client found corrupt; verifies it and drops it if it is.
+        on_commits: called with a client whose commits were carried out.
     """
 
     def __init__(
-        self, executor: Executor, counters: RequestCounters, log: RepeatedLog, on_corrupt: Callable[[Record], bool]
+        self,
+        executor: Executor,
+        counters: RequestCounters,
+        log: RepeatedLog,
+        on_corrupt: Callable[[Record], bool],
+        on_commits: Callable[[MappedClient], None],
     ) -> None:
         self._executor = executor
         self._store = executor.store
         self._counters = counters
         self._log = log
         self._on_corrupt = on_corrupt
+        self._on_commits = on_commits
         self._taken = np.zeros(_BATCH * RING_RECORD_BYTES // 8, np.int64)
         self._headers = np.zeros(_BATCH * RECORD_HEADER_BYTES // 8, np.int64)
         self._taken_at = int(self._taken.ctypes.data)
@@ -101,6 +109,8 @@ class Rings:
                 break  # A report whose continuations are not all here: an honest client publishes them together.
             client.consumed += done
             consume(client.address, client.consumed)
+            if committed:
+                self._on_commits(client)
             if count < _BATCH or client.broken:
                 break
         return commits
@@ -244,7 +254,7 @@ class Rings:
             counters.gets += report.requests
             counters.get_keys += report.asked
             counters.get_hits += report.hits
-            counters.bytes_out += report.payload_bytes
+            counters.bytes_out += max(report.payload_bytes, 0)
         counters.mapped_reads += report.requests
         self._executor.apply(Accessed(client.session.id, report.access, report.runs, report.asked, report.missing))
 

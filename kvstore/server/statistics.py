@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Final
 
 import kvstore
 from kvstore.core.store import Store
@@ -27,6 +28,8 @@ from kvstore.server.sessions import Sessions
 from kvstore.server.transport import RouterTransport
 from kvstore.tiers.dram import Arena
 from kvstore.tiers.index import Index
+
+_MOST: Final = (1 << 63) - 1
 
 
 @dataclass(slots=True)
@@ -59,15 +62,15 @@ class Statistics:
             dram=self._dram(),
             lookups=LookupStats(
                 matches=counters.matches,
-                match_keys=counters.match_keys,
-                match_hits=counters.match_hits,
+                match_keys=_told(counters.match_keys),
+                match_hits=_told(counters.match_hits),
                 gets=counters.gets,
-                get_keys=counters.get_keys,
-                get_hits=counters.get_hits,
+                get_keys=_told(counters.get_keys),
+                get_hits=_told(counters.get_hits),
                 get_throttled=counters.get_throttled,
-                bytes_out=counters.bytes_out,
+                bytes_out=_told(counters.bytes_out),
                 mapped_reads=counters.mapped_reads,
-                dropped_reports=self.mapping.dropped_reports(),
+                dropped_reports=_told(self.mapping.dropped_reports()),
             ),
             puts=PutStats(
                 stored=counters.stored,
@@ -161,3 +164,8 @@ class Statistics:
             )
             for session in self.sessions.all()
         ]
+
+
+def _told(count: int) -> int:
+    """A sum of what clients say of themselves, which may be anything; on the wire it has 64 bits."""
+    return min(count, _MOST)

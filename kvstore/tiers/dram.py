@@ -23,11 +23,15 @@ _MIB: Final = 1 << 20
 
 
 def automatic_slab_bytes(capacity_bytes: int, grant_bytes: int) -> int:
-    """A slab size for a capacity: a power of two near 1/64 of it, 1 MiB to 64 MiB, at most half of the grants."""
+    """A slab size for a capacity: near 1/64 of it, 1 MiB to 64 MiB, at most half of the grants.
+
+    A 256th is added to a power of two, because blocks are powers of two more often than not and a record has a header:
+    a slab of 16 MiB would hold three records of 4 MiB, and the tier run out of slots at three quarters of its capacity.
+    """
     slab_bytes = _MIB
     while slab_bytes < 64 * _MIB and slab_bytes * 64 < capacity_bytes and slab_bytes * 4 <= grant_bytes:
         slab_bytes *= 2
-    return slab_bytes
+    return slab_bytes + slab_bytes // 256
 
 
 def slab_count(capacity_bytes: int, grant_bytes: int, slab_bytes: int) -> int:

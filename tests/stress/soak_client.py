@@ -1,6 +1,7 @@
 """One client of the soak: random operations for ever, every byte of every hit checked. Run as a script.
 
-Arguments: endpoint, seed. Prints one line for each thousand rounds; ends with status 1 at the first wrong byte.
+Each of its connections maps the daemon's memory or does not, by chance. Arguments: endpoint, seed. Prints one line for
+each hundred rounds; ends with status 1 at the first wrong byte.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def main() -> None:
     rng = random.Random(seed)
     rounds = 0
     while True:
-        with Client(endpoint, namespace="soak", timeout=20.0) as client:
+        with Client(endpoint, namespace="soak", timeout=20.0, mapped=rng.choice([None, False])) as client:
             for _ in range(rng.randint(50, 500)):
                 try:
                     work(client, rng)

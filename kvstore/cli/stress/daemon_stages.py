@@ -30,8 +30,12 @@ _SLOWEST_PING_S: Final = 5.0
 _STOP_S: Final = (0.1, 0.8)
 _PAUSE_S: Final = (0.02, 0.3)
 _MOST_GROWTH_BYTES: Final = 32 * MIB
+_MOST_CLIENT_GROWTH_BYTES: Final = 64 * MIB
+"""More, because what a client of this stress holds for a moment is up to 60 MiB of buffers."""
+
 _MORE_FDS: Final = 8
-_TWO_RESTARTS_FROM_S: Final = 15.0
+_DAEMON_KILL_EVERY_S: Final = 12.0
+_CLIENT_KILL_EVERY_S: Final = 10.0
 
 
 @dataclass(slots=True)
@@ -41,11 +45,6 @@ class _Uses:
     idle_fds: int
     idle_threads: int
     private_bytes: list[int] = field(default_factory=list)
-
-    def growth_bytes(self) -> int:
-        """How much more private memory it always has in the last quarter of its life than ever in the first."""
-        quarter = len(self.private_bytes) // 4
-        return min(self.private_bytes[-quarter:]) - max(self.private_bytes[:quarter]) if quarter > 1 else 0
 
 
 class _Stage:
@@ -57,6 +56,7 @@ class _Stage:
         self._seconds = seconds
         self._rng = random.Random(seed)
         self._said: dict[int, dict[str, Any]] = {}
+        self._private_bytes: dict[int, list[int]] = {}
         self._counts: Counter[str] = Counter()
         self._resume_at: dict[Worker, float] = {}
         self.report = StageReport(phase="daemon", name=profile, processes=_CLIENTS + 2)
@@ -94,19 +94,18 @@ class _Stage:
     # -------------------------------------------------------------- while they work
 
     def _make_mischief(self, daemon: StressedDaemon, clients: list[Worker], mortals: Worker, end: float) -> None:
-        """Stop clients for a while, kill one, kill the daemon; between that see that it answers."""
-        restarts = (0.65, 0.3) if self._seconds >= _TWO_RESTARTS_FROM_S else (0.4,)
-        due = [end - self._seconds * (1.0 - share) for share in restarts]
-        kill_client_at = end - self._seconds * self._rng.uniform(0.6, 0.8)
+        """Stop clients for a while, kill some, kill the daemon; between that see that it answers."""
+        daemon_kills = _spread(end, self._seconds, 1 + int(self._seconds // _DAEMON_KILL_EVERY_S))
+        client_kills = _spread(end, self._seconds * 0.7, 1 + int(self._seconds // _CLIENT_KILL_EVERY_S))
         next_stop = time.monotonic() + 0.5
         next_pause = time.monotonic() + 1.0
         while (now := time.monotonic()) < end:
             self._listen([*clients, mortals], 0.1)
-            if due and now >= due[-1]:
-                due.pop()
+            if daemon_kills and now >= daemon_kills[0]:
+                del daemon_kills[0]
                 self._restart(daemon)
-            if kill_client_at and now >= kill_client_at:
-                kill_client_at = 0.0
+            if client_kills and now >= client_kills[0]:
+                del client_kills[0]
                 self._replace(clients, self._rng.randrange(len(clients)), daemon, end)
             if now >= next_stop:
                 next_stop = now + self._rng.uniform(0.5, 1.5)
@@ -126,6 +125,8 @@ class _Stage:
                     raise WorkerDied(str(content))
                 if kind != "ready":
                     self._said[worker.pid] = content
+                if kind == "progress":
+                    self._private_bytes.setdefault(worker.pid, []).append(content["private_bytes"])
 
     def _restart(self, daemon: StressedDaemon) -> None:
         self._look_at_growth()
@@ -190,6 +191,9 @@ class _Stage:
         mappings = self._said[worker.pid]["mappings"]
         if mappings:
             self.report.problems.append(f"a process without clients still maps {mappings} arenas")
+        growth = _growth_bytes(self._private_bytes.get(worker.pid, []))
+        if growth > _MOST_CLIENT_GROWTH_BYTES:
+            self.report.problems.append(f"a client process's own memory grew by {growth} bytes")
 
     def _look_at_what_is_left(self, daemon: StressedDaemon) -> None:
         """Nobody is there any more: everything must be free again, and every record sound."""
@@ -226,7 +230,7 @@ class _Stage:
             self._counts[name] += getattr(stats.eviction, name)
 
     def _look_at_growth(self) -> None:
-        growth = self._uses.growth_bytes()
+        growth = _growth_bytes(self._uses.private_bytes)
         if growth > _MOST_GROWTH_BYTES:
             self.report.problems.append(f"the daemon's own memory grew by {growth} bytes")
 
@@ -242,6 +246,17 @@ class _Stage:
         if counts["corrupt_records"]:
             report.problems.append(f"{counts['corrupt_records']} records arrived damaged")
         report.details = {name: count for name, count in sorted(counts.items()) if count}
+
+
+def _growth_bytes(samples: list[int]) -> int:
+    """How much more private memory a process always has in the last quarter of its life than ever in the first."""
+    quarter = len(samples) // 4
+    return min(samples[-quarter:]) - max(samples[:quarter]) if quarter > 1 else 0
+
+
+def _spread(end: float, seconds: float, count: int) -> list[float]:
+    """So many moments, evenly in the seconds before the end."""
+    return [end - seconds * (1.0 - (number + 1) / (count + 1)) for number in range(count)]
 
 
 def _uses_of(daemon: StressedDaemon) -> _Uses:

@@ -49,7 +49,8 @@ def test_serve_with_every_flag_sets_every_setting(
         "--endpoint /tmp/k.sock --http off --capacity 8GiB --grant 1GiB --slab 8MiB --arena-dir arena --verify always"
     )
     more = "--log-level debug --log-format json --mode 0660 --group 4321 --set limits.max_sessions=7 --set http=x"
-    assert kvstore(monkeypatch, "serve", *flags.split(), *more.split()) == 0
+    mapped = "--set dram.mapped=false --set dram.max_records=1000"
+    assert kvstore(monkeypatch, "serve", *flags.split(), *more.split(), *mapped.split()) == 0
     (settings,) = started
     assert settings.model_dump(mode="json") == {
         "endpoint": "ipc:///tmp/k.sock",
@@ -61,6 +62,8 @@ def test_serve_with_every_flag_sets_every_setting(
             "capacity_bytes": 8 << 30,
             "grant_bytes": 1 << 30,
             "slab_bytes": 8 << 20,
+            "mapped": False,
+            "max_records": 1000,
             "verify": "always",
             "verify_every": 64,
         },

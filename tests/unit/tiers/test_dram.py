@@ -148,10 +148,22 @@ def test_populate_step_goes_through_a_slab_in_steps(tmp_path: Path):
 
 
 @given(st.integers(PAGE_BYTES, 1 << 42), st.integers(PAGE_BYTES, 1 << 36))
-def test_automatic_slab_bytes_is_a_power_of_two_that_leaves_grants_room(capacity_bytes: int, grant_bytes: int):
+def test_automatic_slab_bytes_is_a_power_of_two_and_a_256th_that_leaves_grants_room(
+    capacity_bytes: int, grant_bytes: int
+):
     slab_bytes = automatic_slab_bytes(capacity_bytes, grant_bytes)
-    assert MIB <= slab_bytes <= 64 * MIB
-    assert slab_bytes.bit_count() == 1
-    assert slab_bytes == MIB or slab_bytes * 2 <= grant_bytes
+    round_bytes, rest = divmod(slab_bytes * 256, 257)
+    assert not rest
+    assert not slab_bytes % PAGE_BYTES
+    assert MIB <= round_bytes <= 64 * MIB
+    assert round_bytes.bit_count() == 1
+    assert round_bytes == MIB or round_bytes * 2 <= grant_bytes
     slabs = slab_count(capacity_bytes, grant_bytes, slab_bytes)
     assert (slabs - 1) * slab_bytes < capacity_bytes + grant_bytes <= slabs * slab_bytes
+
+
+@pytest.mark.parametrize("block_bytes", [1 << 20, 2 << 20, 4 << 20])
+def test_automatic_slab_bytes_loses_no_slot_to_the_header_of_a_block(block_bytes: int):
+    slab_bytes = automatic_slab_bytes(1 << 40, 1 << 30)
+    slot_bytes = block_bytes + PAGE_BYTES
+    assert slab_bytes // slot_bytes == (64 * MIB) // block_bytes

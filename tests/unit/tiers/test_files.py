@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import mmap
 import os
+import select
 import signal
 import stat
 import subprocess
@@ -23,6 +25,7 @@ from kvstore.mapped.arena import ArenaHeader
 from kvstore.tiers import files
 from kvstore.tiers.dram import Arena
 from kvstore.tiers.files import (
+    Doorbell,
     OwnerLock,
     SessionFile,
     SharedFile,
@@ -385,11 +388,68 @@ def test_files_on_a_full_file_system_are_refused_and_leave_nothing(small_file_sy
     assert free_bytes(small_file_system) == 0
     with pytest.raises(InsufficientMemory, match="No space left"):
         _lock(small_file_system / "owner.lock")
-    with pytest.raises(OSError, match="No space left"):
-        SessionFile(small_file_system / "client-1", b"header", PAGE_BYTES, 0o600)
+    for mapped in (False, True):
+        with pytest.raises(OSError, match="No space left"):
+            SessionFile(small_file_system / "client-1", b"header", PAGE_BYTES, 0o600, mapped=mapped)
     with pytest.raises(InsufficientMemory):
         Arena(small_file_system / "arena-1", ArenaHeader(1, 1 << 20, 1, os.getpid()), 0o600)
     assert list(small_file_system.iterdir()) == [filler]
+
+
+# ---------------------------------------------------------------- the daemon's life, and its doorbell
+
+
+def test_shared_file_locked_for_life_shows_its_end(tmp_path: Path, same_fds: None):
+    shared = SharedFile(tmp_path / "index-1", PAGE_BYTES, 0o600)
+    with open(shared.path, "rb") as other:
+        fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(other, fcntl.LOCK_UN)
+        shared.lock_for_life()
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        shared.close()
+        fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
+def test_doorbell_rung_is_readable_until_silenced_and_goes_with_close(tmp_path: Path, same_fds: None):
+    bell = Doorbell(tmp_path / "doorbell-1", 0o660)
+    assert stat.S_ISFIFO(bell.path.stat().st_mode)
+    assert stat.S_IMODE(bell.path.stat().st_mode) == 0o660
+    ringing = os.open(bell.path, os.O_WRONLY | os.O_NONBLOCK)
+    assert not select.select([bell.fd], [], [], 0)[0]
+    for _ in range(3):
+        os.write(ringing, b"!")
+    assert select.select([bell.fd], [], [], 0)[0]
+    bell.silence()
+    assert not select.select([bell.fd], [], [], 0)[0]
+    bell.silence()
+    os.write(ringing, b"!")
+    os.close(ringing)
+    bell.silence()
+    # The last client is gone, and it is silent: a FIFO without a writer would be readable for ever.
+    assert not select.select([bell.fd], [], [], 0)[0]
+    bell.close()
+    bell.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_doorbell_that_rings_without_end_is_silenced_in_one_read(tmp_path: Path, same_fds: None):
+    bell = Doorbell(tmp_path / "doorbell-1", 0o600)
+    ringing = os.open(bell.path, os.O_WRONLY | os.O_NONBLOCK)
+    with contextlib.suppress(BlockingIOError):
+        while os.write(ringing, b"!" * 4096):
+            pass
+    bell.silence()
+    assert not select.select([bell.fd], [], [], 0)[0]
+    os.close(ringing)
+    bell.close()
+
+
+def test_doorbell_existing_file_is_not_touched(tmp_path: Path, same_fds: None):
+    (tmp_path / "doorbell-1").write_text("of another daemon")
+    with pytest.raises(PermissionRefused, match="cannot make the FIFO .*File exists"):
+        Doorbell(tmp_path / "doorbell-1", 0o600)
+    assert (tmp_path / "doorbell-1").read_text() == "of another daemon"
 
 
 # ---------------------------------------------------------------- what is stale
