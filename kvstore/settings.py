@@ -234,7 +234,7 @@ class LimitSettings(_Section):
     """Granted bytes that one client may hold; by default at most ``dram.grant_bytes``."""
 
     hazard_bytes_per_session: SizeBytes = 64 << 20
-    """Slots that one client may read in place at a time; at most a quarter of ``dram.capacity_bytes`` is used."""
+    """Bytes of blocks that one client may read in place at a time, at most a quarter of ``dram.capacity_bytes``."""
 
     reclaim_grace_s: Annotated[float, BeforeValidator(_no_bool), Field(ge=0, allow_inf_nan=False)] = 2.0
     """After a client with a device context died, how long its slots are left alone: transfers may still run."""

@@ -161,10 +161,10 @@ class AsyncClient(BaseClient):
         mapped = await self._mapping()
         if mapped is not None:
             check_read(part, request)
-            length = mapped.get_into(key, out, part, request or 0)
+            length = mapped.get_into(key, out, part, request or 0, not self._puts)
             if length >= 0:
                 return length
-            if length in NOT_THERE and not self._puts:
+            if length in NOT_THERE:
                 return None
         return (await self._receive_into([key], [out], part, request))[0]
 

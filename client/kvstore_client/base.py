@@ -236,14 +236,13 @@ class BaseClient:
         check_read(part, request)
         given, targets = list_of(keys), list_of(outs)
         access = self._operations.next_access() if request is None and len(given) > 1 else request or 0
-        results = mapped.get_many_into(given, targets, part, access)
+        results = mapped.get_many_into(given, targets, part, access, sure)
         if isinstance(results, int):
             return ReadBatch(given, targets, access, [None] * len(given), list(range(len(given))))
         if min(results) >= 0:
             return results
-        known = NOT_THERE if sure else frozenset()
         lengths = [result if result >= 0 else None for result in results]
-        asked = [index for index, result in enumerate(results) if result < 0 and result not in known]
+        asked = [index for index, result in enumerate(results) if result < 0 and result not in NOT_THERE]
         return ReadBatch(given, targets, access, lengths, asked)
 
     @property

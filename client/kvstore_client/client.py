@@ -185,10 +185,10 @@ class Client(BaseClient):
         mapped = self._mapped
         if mapped is not None:
             check_read(part, request)
-            length = mapped.get_into(key, out, part, request or 0)
+            length = mapped.get_into(key, out, part, request or 0, not self._unwaited)
             if length >= 0:
                 return length
-            if length in NOT_THERE and not self._unwaited:
+            if length in NOT_THERE:
                 return None
         return self._receive_into([key], [out], part, request)[0]
 
@@ -217,11 +217,8 @@ class Client(BaseClient):
     def view(self, key: bytes, *, part: int = 0, request: int | None = None) -> View:
         """A read-only memoryview of the data, valid inside the ``with``; None for a miss.
 
-        Mapped, it is the daemon's memory itself, which is kept from being used again until the ``with`` ends: nothing
-        made from it (a slice, an array) may be used afterwards. Else it is a received copy.
-
-        Raises:
-            BufferError: at the end of the ``with``, where an array made from the view is still there.
+        Mapped, it is the daemon's memory itself, kept from being used again until the ``with`` ends, and as long as
+        something made from it (a slice, an array) is there. Else it is a received copy.
         """
         return View(self, key, part, request)
 

@@ -7,6 +7,7 @@ Nothing here waits or sends, except for one byte into the doorbell. What cannot 
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import Counter, deque
 from collections.abc import Iterable
 from pathlib import Path
@@ -61,7 +62,13 @@ class MappedSession(SharedMemory):
     Attributes:
         corrupt: records found with a wrong checksum, each answered as a miss.
         refused: whether a put that nobody waited for was throttled or rejected since ``take_answers``.
+        pending: commits that nobody waits for and whose answers have not come.
+        free_hazards: numbers of hazard words that are not in use.
+        hazard_bytes, most_hazard_bytes: what is read in place, and may be.
+        pin_one: the compiled function, for views.
     """
+
+    pin_one = staticmethod(pin_one)
 
     def __init__(
         self,
@@ -74,17 +81,16 @@ class MappedSession(SharedMemory):
     ) -> None:
         super().__init__(welcome, session_fd, namespace_id, parts, digest, directory)
         self.corrupt = 0
-        self._free_hazards = list(range(HAZARD_WORDS))
-        self._hazard_bytes = 0
-        self._max_hazard_bytes = self.header.hazard_bytes
+        self.free_hazards = list(range(HAZARD_WORDS))
+        self.hazard_bytes = 0
+        self.most_hazard_bytes = self.header.hazard_bytes
         self._settling = threading.Lock()
-        self._pending: deque[tuple[int, bytes]] = deque()
+        self.pending: deque[tuple[int, bytes]] = deque()
         self._pending_keys: dict[bytes, int] = {}
         self._wanted: dict[int, None] = {}
         """Commits whose answers somebody will take, oldest first."""
         self._unreturned: list[int] = []
         self._spare_batches: list[_Batch] = []
-        self._lingering: list[tuple[memoryview, int, int]] = []
         self._lane_pages = [0] * LANE_COUNT
         self._last_lane = LANE_COUNT - 1
         self._answered: Counter[int] = Counter()
@@ -94,55 +100,57 @@ class MappedSession(SharedMemory):
         """The daemon is gone, and with it nobody refers to this any more: answers that came, puts without one."""
         self.release()
         self.settle()
-        return self.take_answers(), self._pending
+        return self.take_answers(), self.pending
 
     # -------------------------------------------------------------- reads
 
-    def get_into(self, key: bytes, out: object, part: int, access: int) -> int:
-        """Copy a record's payload into a buffer: its length, ``MISS``, or why it must be asked for."""
-        owed = bool(self._pending) and self._owes(key)
-        result: int = get_one(self._at, id(key), id(out), part, access)
+    def get_into(self, key: bytes, out: object, part: int, access: int, sure: bool) -> int:
+        """Copy a record's payload into a buffer: its length, ``MISS``, or why it must be asked for.
+
+        ``sure``: what is not there is a miss. Else, and where this client put it a moment ago, it must be asked for.
+        """
+        unsure = 0 if sure and not self.pending else self.unsure(key, sure)
+        result: int = get_one(self.address, id(key), id(out), part, access, unsure)
         if result == LOOK and self._look():
-            result = get_one(self._at, id(key), id(out), part, access)
+            result = get_one(self.address, id(key), id(out), part, access, unsure)
         if result >= 0:
             return result
         if result == LARGE:
-            results = self.get_many_into([key], [out], part, access)
+            results = self.get_many_into([key], [out], part, access, sure)
             return results[0] if isinstance(results, list) else results
-        return self._read_failed(result, owed)
-
-    def _read_failed(self, result: int, owed: bool) -> int:
-        """``owed``: this client had put the block when it was looked for, and nobody had published it yet."""
         if result == CORRUPT:
             self.corrupt += 1
-        return BUSY if result == MISS and owed else result
+        return result
 
-    def get_many_into(self, keys: list[bytes], outs: list[object], part: int, access: int) -> list[int] | int:
+    def get_many_into(
+        self, keys: list[bytes], outs: list[object], part: int, access: int, sure: bool
+    ) -> list[int] | int:
         """Copy many records, without the interpreter lock; one result a key as of ``get_into``, or one for all."""
         owed: frozenset[bytes] = frozenset()
-        if self._pending and self.settle():
+        if self.pending and self.settle():
             owed = frozenset(self._pending_keys)
         count = len(keys)
         batch = self._spare_batches.pop() if self._spare_batches and count <= _SPARE_ITEMS else _Batch(count)
         at = batch.address
-        refused: int = open_batch(self._at, id(keys), id(outs), count, at, part)
+        refused: int = open_batch(self.address, id(keys), id(outs), count, at, part)
         if refused == LOOK and self._look():
-            refused = open_batch(self._at, id(keys), id(outs), count, at, part)
+            refused = open_batch(self.address, id(keys), id(outs), count, at, part)
         if refused:
             self._keep(batch)
             return refused
         try:
-            copy_batch(self._at, at, count, part)
+            copy_batch(self.address, at, count, part)
+            if owed or not sure:
+                # What is asked for again is reported then, and not twice.
+                for index in np.flatnonzero(batch.results[:count] == MISS).tolist():
+                    if not sure or keys[index] in owed:
+                        batch.results[index] = BUSY
         finally:
-            hits = close_batch(self._at, at, count, part, access)
+            hits = close_batch(self.address, at, count, part, access)
         results: list[int] = batch.results[:count].tolist()
         self._keep(batch)
         if hits < count:
             self.corrupt += results.count(CORRUPT)
-            if owed:
-                for index, key in enumerate(keys):
-                    if results[index] == MISS and key in owed:
-                        results[index] = BUSY
         return results
 
     def _keep(self, batch: _Batch) -> None:
@@ -152,67 +160,40 @@ class MappedSession(SharedMemory):
 
     def match(self, keys: list[bytes], access: int) -> int:
         """How many leading keys are there; ``BUSY`` while puts of this client are not published."""
-        if self._pending and self.settle():
+        if self.pending and self.settle():
             # What this client put and nobody published yet would end the run.
             return BUSY
-        hits: int = match(self._at, id(keys), len(keys), access)
+        hits: int = match(self.address, id(keys), len(keys), access)
         if hits == LOOK and self._look():
-            hits = match(self._at, id(keys), len(keys), access)
+            hits = match(self.address, id(keys), len(keys), access)
         return hits
 
-    def pin(self, key: bytes, part: int, access: int, hazard: int) -> int:
-        """Hold a record in place with a hazard of ``take_hazard``: slot << 32 | length of its payload; or why not.
+    def pin_failed(self, where: int, key: bytes, hazard: int, part: int, access: int, unsure: int) -> int:
+        """What to do about a pin that gave no place: try it again after a look at the daemon's lock, or why not.
 
-        Where it is not held the hazard is free again.
+        So does one that would hold more than this client may. Where nothing is held the hazard is free again.
         """
-        owed = bool(self._pending) and self._owes(key)
-        where: int = pin_one(self._at, id(key), hazard, part, access)
         if where == LOOK and self._look():
-            where = pin_one(self._at, id(key), hazard, part, access)
-        if where < 0:
-            self._free_hazards.append(hazard)
-            return self._read_failed(where, owed)
-        held = self._hazard_bytes + (where & _LENGTH_MASK)
-        if held > self._max_hazard_bytes:
-            unpin(self._at, hazard)
-            self._free_hazards.append(hazard)
-            return BUSY
-        self._hazard_bytes = held
+            where = pin_one(self.address, id(key), hazard, part, access, unsure)
+        if where >= 0:
+            if self.hazard_bytes + (where & _LENGTH_MASK) <= self.most_hazard_bytes:
+                return where
+            unpin(self.address, hazard)
+            where = BUSY
+        self.free_hazards.append(hazard)
+        if where == CORRUPT:
+            self.corrupt += 1
         return where
-
-    def take_hazard(self) -> int:
-        """A hazard word that nobody uses, -1 where there is none."""
-        if self._lingering:
-            self._look_at_lingering()
-        try:
-            return self._free_hazards.pop()
-        except IndexError:
-            return -1
 
     def unpin(self, hazard: int, length: int) -> None:
         """Let go of a pinned record; its view must not be used any more."""
-        unpin(self._at, hazard)
-        self._free_hazards.append(hazard)
-        self._hazard_bytes -= length
+        unpin(self.address, hazard)
+        self.free_hazards.append(hazard)
+        self.hazard_bytes -= length
 
-    @property
-    def open_views(self) -> int:
-        """Records that are read in place."""
-        return HAZARD_WORDS - len(self._free_hazards)
-
-    def linger(self, data: memoryview, hazard: int, length: int) -> None:
-        """A view ended while something made from it is still there: its slot stays held until that is gone."""
-        self._lingering.append((data, hazard, length))
-
-    def _look_at_lingering(self) -> None:
-        lingering, self._lingering = self._lingering, []
-        for data, hazard, length in lingering:
-            try:
-                data.release()
-            except BufferError:
-                self._lingering.append((data, hazard, length))
-            else:
-                self.unpin(hazard, length)
+    def linger(self, array: object, hazard: int, length: int) -> None:
+        """A view ended while something made from its array is still there: hold slot and mapping until that is gone."""
+        weakref.finalize(array, self.unpin, hazard, length).atexit = False
 
     # -------------------------------------------------------------- puts
 
@@ -222,16 +203,16 @@ class MappedSession(SharedMemory):
             self._return_slots()
         if self._wanted and self.head() - next(iter(self._wanted), 1 << 62) > _MOST_UNTAKEN:
             return FULL
-        result: int = put_one(self._at, id(key), id(parent), id(data), part, access)
+        result: int = put_one(self.address, id(key), id(parent), id(data), part, access)
         if result == LOOK and self._look():
-            result = put_one(self._at, id(key), id(parent), id(data), part, access)
+            result = put_one(self.address, id(key), id(parent), id(data), part, access)
         if result == LARGE:
             item: Words = np.empty(_PUT_ITEM, np.int64)
             at = int(item.ctypes.data)
-            result = begin_put(self._at, at, id(key), id(data))
+            result = begin_put(self.address, at, id(key), id(data))
             if result == 0:
-                fill_slot(self._at, at)
-                result = end_put(self._at, at, id(parent), part, access)
+                fill_slot(self.address, at)
+                result = end_put(self.address, at, id(parent), part, access)
                 if result < 0:
                     self._unreturned.append(int(item[fields.ITEM_SLOT // 8]))
         return result
@@ -264,11 +245,11 @@ class MappedSession(SharedMemory):
 
     def _return_slots(self) -> None:
         unreturned, self._unreturned = self._unreturned, []
-        self._unreturned += [slot for slot in unreturned if give_back(self._at, slot) == FULL]
+        self._unreturned += [slot for slot in unreturned if give_back(self.address, slot) == FULL]
 
     def expect_answer(self, number: int, key: bytes) -> None:
         """Remember a commit that nobody waits for, until its answer is there."""
-        pending = self._pending
+        pending = self.pending
         self._pending_keys[key] = number
         self._wanted[number] = None
         pending.append((number, key))
@@ -292,16 +273,16 @@ class MappedSession(SharedMemory):
         for number in numbers:
             self._wanted.pop(number, None)
 
-    def _owes(self, key: bytes) -> bool:
-        """Whether this client put a block that was not published when this was asked."""
-        return bool(self.settle()) and key in self._pending_keys
+    def unsure(self, key: bytes, sure: bool) -> int:
+        """1 where a miss need not be one: this client put the block, and it was not published when this was asked."""
+        return 0 if sure and not (self.settle() and key in self._pending_keys) else 1
 
     def settle(self) -> int:
         """Take over answers that have come; how many are still missing."""
         if self._settling.acquire(blocking=False):
             try:
                 taken = consumed(self._file_at)
-                pending = self._pending
+                pending = self.pending
                 while pending and pending[0][0] < taken:
                     number, key = pending.popleft()
                     answer = int(self._answers[number & (RING_RECORDS - 1)])
@@ -312,7 +293,7 @@ class MappedSession(SharedMemory):
                         del self._pending_keys[key]
             finally:
                 self._settling.release()
-        return len(self._pending)
+        return len(self.pending)
 
     def take_answers(self) -> Counter[int]:
         """How many puts that nobody waited for got each answer (status | reason << 8) since the last call."""
@@ -323,8 +304,8 @@ class MappedSession(SharedMemory):
     def take_unanswered(self) -> int:
         """How many puts will never be answered because the session is over; they are forgotten."""
         with self._settling:
-            lost = len(self._pending)
-            self._pending.clear()
+            lost = len(self.pending)
+            self.pending.clear()
             self._pending_keys.clear()
         return lost
 

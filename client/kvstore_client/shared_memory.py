@@ -44,7 +44,7 @@ from kvstore.mapped.session_file import decode_session_header
 from kvstore.protocol.messages import Welcome
 from kvstore_client.session import why_not_opened
 
-__all__ = ["NotMapped", "SharedMemory", "Words"]
+__all__ = ["Bytes", "NotMapped", "SharedMemory", "Words"]
 
 _LOOK_EVERY_NS: Final = 100_000_000
 _NEXT_LOOK: Final = fields.NEXT_LOOK // 8
@@ -54,6 +54,7 @@ _DIGEST_WORDS: Final = slice(88 // 8, 120 // 8)
 """Of a record's header."""
 
 Words = npt.NDArray[np.int64]
+Bytes = npt.NDArray[np.uint8]
 
 _all: weakref.WeakSet[SharedMemory] = weakref.WeakSet()
 
@@ -87,6 +88,7 @@ class SharedMemory:
         over: whether the daemon or the session is known to be gone.
         header: of the index.
         arena_view: all of the arena, read-only; a slot of it may be read while a hazard holds it.
+        address: of the block of words that compiled functions take.
 
     Raises:
         NotMapped: why it cannot be done.
@@ -163,7 +165,7 @@ class SharedMemory:
         self._file_at = int(self._words.ctypes.data)
         begin = ANSWER_OFFSET // 8
         self._answers = self._words[begin : begin + RING_RECORDS * 2 // 8].view(np.uint16)
-        self.arena_view = memoryview(self._arena_map).toreadonly()
+        self.arena_view: Bytes = np.frombuffer(memoryview(self._arena_map).toreadonly(), np.uint8)
         self._touched = np.zeros(len(self._arena_map) // fields.CHUNK_BYTES + 1, np.uint8)
         self._recent: Words = np.zeros(2 * fields.RECENT_TARGETS, np.int64)
         self._window: Words = np.zeros(fields.WINDOW * fields.WINDOW_WORDS, np.int64)
@@ -194,7 +196,7 @@ class SharedMemory:
             context[field // 8] = value
         self._context = context
         self._scratch = context.data
-        self._at = int(context.ctypes.data)
+        self.address = int(context.ctypes.data)
         self.join(namespace_id, digest)
         if _has_device():
             self.note_device()

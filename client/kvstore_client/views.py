@@ -5,18 +5,22 @@ Written for speed: pinning costs less than a microsecond, and all that Python do
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from sys import getrefcount
 from types import TracebackType
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from kvstore.format.constants import PAGE_BYTES, RECORD_HEADER_BYTES
-from kvstore.mapped.context import MISS, STALE
-from kvstore_client.operations import check_read
+from kvstore_client.operations import NOT_THERE, check_read
 
 if TYPE_CHECKING:
     from kvstore_client.aio import AsyncClient
     from kvstore_client.client import Client
     from kvstore_client.mapped_session import MappedSession
 
+_view_of: Final[Callable[[Any], memoryview]] = memoryview
+_OURS: Final = 2
+"""References to an array that nothing else refers to: the variable, and ``getrefcount``'s argument."""
 _LENGTH_MASK: Final = (1 << 32) - 1
 
 
@@ -35,39 +39,49 @@ class _Pinned:
 
     def _pin(self, mapped: MappedSession, sure: bool) -> bool:
         """Whether the answer is known: the data, or that there is none (if a miss is ``sure`` to be one)."""
-        request = self._request
-        check_read(self._part, request)
-        hazard = mapped.take_hazard()
-        if hazard < 0:
+        part, request = self._part, self._request
+        if request is not None or type(part) is not int or not 0 <= part < 1 << 16:
+            check_read(part, request)
+        hazards = mapped.free_hazards
+        if not hazards:
             return False
-        where = mapped.pin(self._key, self._part, request or 0, hazard)
-        if where < 0:
-            return sure and where in (MISS, STALE)
-        length = where & _LENGTH_MASK
+        hazard = hazards.pop()
+        key = self._key
+        unsure = 0 if sure and not mapped.pending else mapped.unsure(key, sure)
+        where = mapped.pin_one(mapped.address, id(key), hazard, part, request or 0, unsure)
+        if where < 0 or mapped.hazard_bytes + (where & _LENGTH_MASK) > mapped.most_hazard_bytes:
+            where = mapped.pin_failed(where, key, hazard, part, request or 0, unsure)
+            if where < 0:
+                return where in NOT_THERE
+        self._length = length = where & _LENGTH_MASK
+        mapped.hazard_bytes += length
         begin = (where >> 32) * PAGE_BYTES + RECORD_HEADER_BYTES
-        self._data = mapped.arena_view[begin : begin + length]
+        # An array of its own, which everything that is made from the view refers to.
+        self._data = _view_of(mapped.arena_view[begin : begin + length])
         self._hazard = hazard
-        self._length = length
         self._held = mapped
         return True
 
-    def _release(self) -> None:
-        """Let go of the data.
+    def _release(self, *error: object) -> None:
+        """Let go of the data; where a slice or array made from it is still there, its slot is held until that is gone.
 
         Raises:
-            BufferError: an array made from it is still there. Its slot stays held until that is gone.
+            BufferError: something has exported the view itself.
         """
         data, held = self._data, self._held
         self._data = self._held = None
-        if data is not None:
-            try:
-                data.release()
-            except BufferError:
-                if held is not None:
-                    held.linger(data, self._hazard, self._length)
-                raise
-        if held is not None:
-            held.unpin(self._hazard, self._length)
+        if data is None:
+            return
+        array = data.obj
+        try:
+            data.release()
+        finally:
+            if held is None:
+                pass
+            elif getrefcount(array) > _OURS:
+                held.linger(array, self._hazard, self._length)
+            else:
+                held.unpin(self._hazard, self._length)
 
 
 class View(_Pinned):
@@ -89,10 +103,7 @@ class View(_Pinned):
             self._data = client._receive_one(self._key, self._part, self._request)
         return self._data
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._release()
+    __exit__ = _Pinned._release
 
 
 class AsyncView(_Pinned):

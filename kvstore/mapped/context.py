@@ -47,7 +47,7 @@ BELL: Final = 8 * (19 + LANE_COUNT)
 PAIR: Final = 8 * (20 + LANE_COUNT)
 """Two words. Scratch."""
 
-CHUNK_BYTES: Final = 1 << 20
+CHUNK_BYTES: Final = 1 << 16
 RECENT_TARGETS: Final = 1024
 WINDOW: Final = 128
 WINDOW_WORDS: Final = 5

@@ -207,6 +207,10 @@ def pin_entry(context: int, key: int, part: int, hazard: int, item: int) -> int:
             return MISS if entry == 0 else BUSY
         source, length = payload_of(context, where, identity)
         if source == 0:
+            if load(entry) != sequence:
+                continue
+            store(item + ITEM_SLOT, where & WHO_MASK)
+            store(item + ITEM_SEQUENCE, sequence)
             return length
         expected = load(entry + ENTRY_CHECKSUM)
         store(word, (where & WHO_MASK) + 1)

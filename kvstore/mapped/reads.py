@@ -98,11 +98,12 @@ def _report_one(context: int, part: int, result: int, item: int, key: int, acces
             end_report(context, named)
 
 
-@compiled("int64(int64, int64, int64, int64, int64)")
-def get_one(context: int, key_id: int, out_id: int, part: int, access: int) -> int:
+@compiled("int64(int64, int64, int64, int64, int64, int64)")
+def get_one(context: int, key_id: int, out_id: int, part: int, access: int, unsure: int) -> int:
     """Copy one record's payload into a Python buffer; its length.
 
-    Returns ``LARGE`` where it should be done by a batch, ``TOO_SMALL`` without having copied anything.
+    Returns ``LARGE`` where it should be done by a batch, ``TOO_SMALL`` without having copied anything. ``unsure`` != 0:
+    what is not here may be on its way; then ``BUSY`` instead of a miss, and no report of it.
     """
     now = now_ns(context)
     if look_is_due(context, now) != 0:
@@ -121,6 +122,8 @@ def get_one(context: int, key_id: int, out_id: int, part: int, access: int) -> i
         store(item + ITEM_CAPACITY, capacity)
         read_item(context, item, part, 0)
         result = load(item + ITEM_RESULT) if capacity else BAD_ARGUMENT
+    if result == MISS and unsure != 0:
+        result = BUSY
     if result != LARGE:
         _report_one(context, part, result, item, key, access, now)
     # Last: giving a buffer back may run Python, and with it other threads.
@@ -128,9 +131,12 @@ def get_one(context: int, key_id: int, out_id: int, part: int, access: int) -> i
     return result
 
 
-@compiled("int64(int64, int64, int64, int64, int64)")
-def pin_one(context: int, key_id: int, hazard: int, part: int, access: int) -> int:
-    """Hold a record in place; slot << 32 | length of its payload, which begins 256 bytes into the slot."""
+@compiled("int64(int64, int64, int64, int64, int64, int64)")
+def pin_one(context: int, key_id: int, hazard: int, part: int, access: int, unsure: int) -> int:
+    """Hold a record in place; slot << 32 | length of its payload, which begins 256 bytes into the slot.
+
+    ``unsure`` as for ``get_one``.
+    """
     now = now_ns(context)
     if look_is_due(context, now) != 0:
         return LOOK
@@ -139,6 +145,8 @@ def pin_one(context: int, key_id: int, hazard: int, part: int, access: int) -> i
         return BAD_ARGUMENT
     item = stack_words(ITEM_WORDS)
     result = pin_entry(context, key, part, hazard, item)
+    if result == MISS and unsure != 0:
+        result = BUSY
     length = load(item + ITEM_CAPACITY)
     _report_one(context, part, length if result == 0 else result, item, key, access, now)
     if result != 0:

@@ -8,16 +8,17 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from kvstore.format.constants import PAGE_BYTES
 from kvstore.mapped.atomics import load
 from kvstore.mapped.compiled import inlined
-from kvstore.mapped.context import ARENA, ARENA_BYTES, BELL, CHUNK_BYTES, LOOK, NEXT_LOOK, PAIR, POPULATE, TOUCHED
+from kvstore.mapped.context import ARENA, BELL, CHUNK_BYTES, LOOK, NEXT_LOOK, PAIR, POPULATE, TOUCHED
 
 _clock_gettime: Final = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.int64))
 _write: Final = types.ExternalFunction("write", types.int64(types.int32, types.int64, types.int64))
 _madvise: Final = types.ExternalFunction("madvise", types.int32(types.int64, types.int64, types.int32))
 _MONOTONIC: Final = 1
 _SECOND_NS: Final = 1_000_000_000
-_LINEAR: Final = 20
+_LINEAR: Final = 16
 assert CHUNK_BYTES == 1 << _LINEAR
 
 
@@ -64,17 +65,19 @@ def look_is_due(context: int, now: int) -> int:
 
 @inlined
 def touch(context: int, address: int, length: int) -> None:
-    """See to it that this process has the pages of a slot, by the chunk: a fault for each page costs more than a copy.
+    """See to it that this process has the pages of a slot, all at once: a fault for each costs more than a copy.
 
-    Slots lie in slabs whose memory the daemon has allocated, so nothing is allocated here but page tables. A kernel
-    that does not know the advice (before 5.14) leaves the faults as they are.
+    Only page tables are filled, since the daemon allocated the memory of what lies in a slot. A kernel that does not
+    know the advice (before 5.14) leaves the faults as they are.
     """
-    first = (address - load(context + ARENA)) >> _LINEAR
-    last = (address - load(context + ARENA) + length - 1) >> _LINEAR
+    offset = address - load(context + ARENA)
+    first = offset >> _LINEAR
+    last = (offset + length - 1) >> _LINEAR
+    flags = load(context + TOUCHED)
     for chunk in range(first, last + 1):
-        flag = load(context + TOUCHED) + chunk
-        if _load_flag(flag) == 0:
-            begin = chunk << _LINEAR
-            size = min(CHUNK_BYTES, load(context + ARENA_BYTES) - begin)
-            _madvise(load(context + ARENA) + begin, size, types.int32(load(context + POPULATE)))
-            _raise_flag(flag)
+        if _load_flag(flags + chunk) == 0:
+            begin = address - offset % PAGE_BYTES
+            _madvise(begin, address + length - begin, types.int32(load(context + POPULATE)))
+            for touched in range(chunk, last + 1):
+                _raise_flag(flags + touched)
+            return

@@ -23,6 +23,7 @@ from kvstore.server.sessions import Session, Sessions
 from kvstore.tiers.files import Doorbell
 
 _RETIRED_POLL_S: Final = 0.01
+_RETIRED_POLLS: Final = 50
 _SWITCHED_OFF: Final = "the daemon's setting dram.mapped is off"
 
 
@@ -73,6 +74,8 @@ class Mapping:
         self._lanes = Lanes(executor, self._all)
         self._retired: list[MappedClient] = []
         self._looking: asyncio.TimerHandle | None = None
+        self._looks = 0
+        self._clock = clock
         self._loop = loop
         self._sessions = sessions
         self._rings: Rings | None = None
@@ -136,13 +139,14 @@ class Mapping:
         self._lanes.take_back(client)
         self._executor.apply(LeasesEnded(session.id))
         self._retired.append(client)
+        self._looks = 0
         self._changed()
         self.look_at_retired()
         return True
 
     def look_at_retired(self) -> None:
         """Close sessions that ended, of those clients that let go of their locks meanwhile."""
-        gone = [client for client in self._retired if client.session.file is None or not client.session.file.locked()]
+        gone = [client for client in self._retired if self._let_go(client)]
         if gone:
             self._retired = [client for client in self._retired if client not in gone]
             self._changed()
@@ -152,9 +156,19 @@ class Mapping:
                     client.session.file.close()
             self._executor.look_at_hazards()
         self._sessions.retired = len(self._retired)
-        if self._retired and self._looking is None:
-            # Usually it is a matter of moments: a client says goodbye and then unmaps.
+        if self._retired and self._looking is None and self._looks < _RETIRED_POLLS:
+            # Usually it is a matter of moments: a client says goodbye and then unmaps. Afterwards the tick looks.
+            self._looks += 1
             self._looking = self._loop.call_later(_RETIRED_POLL_S, self._look_again)
+
+    def _let_go(self, client: MappedClient) -> bool:
+        """Whether a client can neither read nor write the arena any more, and no device does for it."""
+        session = client.session
+        if session.file is not None and session.file.locked():
+            return False
+        now_ns = self._clock()
+        session.died_ns = session.died_ns or now_ns
+        return not client.has_device or now_ns - session.died_ns >= self._grace_ns
 
     def _look_again(self) -> None:
         self._looking = None

@@ -36,7 +36,8 @@ from kvstore.mapped.session_file import (
 from kvstore.mapped.writes import put_one
 from kvstore.protocol.keys import ROOT_KEY, chain_keys
 from kvstore.protocol.messages import Hello, Welcome
-from kvstore.server import doorbell, rings
+from kvstore.server import doorbell, mapping, rings
+from kvstore_client import mapped_session, mapped_watch, shared_memory
 
 PAGE = "mapped.md"
 TEXT = " ".join((DOCS / PAGE).read_text(encoding="utf-8").split())
@@ -125,7 +126,7 @@ class Story:
         assert offer(memory.file_at, 0, 0, PAGE_BYTES, int(slots.ctypes.data), 1) == 1
         self.grant = int(memory.file[client_file.GRANT_OFFSET // 8])
         memory.set(fields.LANE_PAGES, 1)
-        assert put_one(memory.context, id(KEYS[0]), id(ROOT_KEY), id(PAYLOAD), 0, ACCESS) == 1
+        assert put_one(memory.context, id(KEYS[0]), id(ROOT_KEY), id(PAYLOAD), 0, ACCESS) == 0
         assert memory.publish(SLOT, KEYS[0], len(PAYLOAD), CHECKSUM)
         assert match(memory.context, id(KEYS), len(KEYS), ACCESS) == 1
 
@@ -422,19 +423,35 @@ def test_mapped_doc_limits_are_the_codes():
         "grants in a lane": str(client_file.LANE_GRANTS),
         "ring records": str(client_file.RING_RECORDS),
         "ring places kept for commits": str(ring._KEPT_FOR_COMMITS),
+        "ring records taken of one client at a time": str(rings._BATCH),
         "missing keys named in a report": str(client_file.MAX_MISSING),
         "namespace ids of an incarnation": str(index_file.NAMESPACE_COUNT - 1),
         "looks at an entry that is being written": str(bucket._SPINS),
         "tries of a read": str(index_reader._TRIES),
         "suspects verified a client and second": str(rings._SUSPECTS),
     }
-    assert f"after {bucket._SPINS} looks the entry counts as not there" in TEXT
+    assert f"After {bucket._SPINS} looks the answer is busy" in TEXT
+    assert f"it could not be read once in {bucket._SPINS} looks" in TEXT
     assert TEXT.count(f"at most {index_reader._TRIES} times:") == 2
     assert f"at most {bucket._SPINS} times:" in TEXT
     assert doorbell._POLL_S == 0.001
     assert doorbell._QUIET_POLLS == 4
     assert "once a millisecond while there is something in them, and sleeps after four looks in vain" in TEXT
+    assert f"copy up to {rings._BATCH} records out" in TEXT
+    assert TEXT.count(f"takes {rings._BATCH} records of each ring") == 2
+    assert rings._COMMITS == 64
+    assert "carried out together, at most 64 of them" in TEXT
     assert f"`max_records / {index_file.BUCKET_ENTRIES * index_file.LOAD_FACTOR}`" in TEXT
+
+
+def test_mapped_doc_times_of_looking_at_locks_are_the_codes():
+    assert mapping._RETIRED_POLL_S == 0.01
+    assert "every 10 ms while its session is over and the lock is held" in TEXT
+    assert "within 10 ms its slots go back" in TEXT
+    assert f"at least every {shared_memory._LOOK_EVERY_NS // 1_000_000} ms while it is used" in TEXT
+    assert f"in the SDK a thread looks every {int(mapped_watch._LOOK_S * 1000)} ms" in TEXT
+    assert mapped_session._MOST_UNTAKEN == client_file.RING_RECORDS - 64
+    assert "The SDK stops 64 records earlier" in TEXT
 
 
 def test_mapped_doc_negotiation_is_the_protocols():

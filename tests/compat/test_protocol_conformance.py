@@ -606,6 +606,13 @@ def test_conformance_memory_is_not_offered_to_who_did_not_ask(connect: Callable[
 
 
 @pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    """Closes what a test opens."""
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
 def second(daemon: DaemonProcess) -> Iterator[Peer]:
     """A peer of version 2 that has not said anything yet."""
     with ExitStack() as end:
@@ -641,9 +648,15 @@ def test_conformance_memory_is_offered_for_its_layout_and_refused_for_another(se
     assert error_code(second.ask(Reserve, 1000, 0, namespace_id=0)) == ErrorCode.BAD_REQUEST
 
 
-def test_conformance_reserve_lends_slots_of_a_size_and_says_why_not(second: Peer, namespace: Namespace):
-    second.greet(boot_id(), layout=1)
+def test_conformance_reserve_lends_slots_of_a_size_and_says_why_not(
+    second: Peer, namespace: Namespace, stack: ExitStack
+):
+    welcome = second.greet(boot_id(), layout=1)
     second.attach(namespace)
+    # Nobody would notice the end of one that holds no lock.
+    assert error_code(second.ask(Reserve, 5000, 7)) == ErrorCode.BAD_REQUEST
+    MappedFile(welcome, stack)
+    second.attach(namespace, locked=True)
     reserved = second.ask(Reserve, 5000, 7)
     assert isinstance(reserved, Reserved)
     assert (reserved.slot_bytes, reserved.reason) == (8192, Reason.NONE)
@@ -671,19 +684,18 @@ HEAD, CONSUMED, ANSWERS, GRANTS, RING = 320, 256, 4096, 8192, 24_576
 
 
 class MappedFile:
-    """A client's file and the arena, written by hand."""
+    """A client's file, locked, and the arena, written by hand."""
 
     def __init__(self, welcome: Welcome, end: ExitStack) -> None:
-        self.file = self._map(welcome.session_file, end)
-        self.arena = self._map(welcome.arena_file, end)
+        self.arena, _ = self._map(welcome.arena_file, end)
+        self.file, fd = self._map(welcome.session_file, end)
+        fcntl.fcntl(fd, fcntl.F_SETLK, LOCK.pack(fcntl.F_WRLCK, 0, 0, 0, 0))
 
     @staticmethod
-    def _map(path: str, end: ExitStack) -> mmap.mmap:
+    def _map(path: str, end: ExitStack) -> tuple[mmap.mmap, int]:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-        try:
-            return end.enter_context(mmap.mmap(fd, 0))
-        finally:
-            os.close(fd)
+        end.callback(os.close, fd)
+        return end.enter_context(mmap.mmap(fd, 0)), fd
 
     def word(self, offset: int) -> int:
         number: int = struct.unpack_from("<q", self.file, offset)[0]
@@ -705,48 +717,48 @@ class MappedFile:
         struct.pack_into("<q", self.file, HEAD, head)
 
 
-def test_conformance_what_stands_in_the_ring_comes_before_the_request(second: Peer, namespace: Namespace):
-    with ExitStack() as end:
-        memory = MappedFile(second.greet(boot_id(), layout=1), end)
-        second.attach(namespace)
-        payload = b"p" * 1000
-        answers = []
-        for number in range(3):
-            assert isinstance(second.ask(Reserve, 1256, 0, ring_head=number), Reserved)
-            header = second.header(KEYS[0], payload) if number != 1 else second.header(KEYS[1], payload, KEYS[0])
-            head = memory.commit(encode_header(header) + payload, 0, second.namespace_id)
-            memory.publish(head)
-            assert head == number + 1
-            # Nobody rang: it is this request that brings the daemon to look.
-            reply = second.ask(Match, KEYS[0] + KEYS[1], ring_head=head)
-            assert isinstance(reply, MatchReply)
-            assert reply.hits == min(number + 1, 2)
-            assert memory.word(CONSUMED) == head
-            answers.append(struct.unpack_from("<BB", memory.file, ANSWERS + 2 * number))
-        assert answers == [STORED, STORED, EXISTS]
-        assert second.put((second.header(KEYS[0], payload), payload), ring_head=3) == [EXISTS]
-        removed = second.ask(Remove, KEYS[0], ring_head=3)
-        assert isinstance(removed, CountReply)
-        assert removed.count == 1
-        verified = second.ask(Verify)
-        assert isinstance(verified, VerifyReply)
-        assert verified.problems == []
+def test_conformance_what_stands_in_the_ring_comes_before_the_request(
+    second: Peer, namespace: Namespace, stack: ExitStack
+):
+    memory = MappedFile(second.greet(boot_id(), layout=1), stack)
+    second.attach(namespace, locked=True)
+    payload = b"p" * 1000
+    answers = []
+    for number in range(3):
+        assert isinstance(second.ask(Reserve, 1256, 0, ring_head=number), Reserved)
+        header = second.header(KEYS[0], payload) if number != 1 else second.header(KEYS[1], payload, KEYS[0])
+        head = memory.commit(encode_header(header) + payload, 0, second.namespace_id)
+        memory.publish(head)
+        assert head == number + 1
+        # Nobody rang: it is this request that brings the daemon to look.
+        reply = second.ask(Match, KEYS[0] + KEYS[1], ring_head=head)
+        assert isinstance(reply, MatchReply)
+        assert reply.hits == min(number + 1, 2)
+        assert memory.word(CONSUMED) == head
+        answers.append(struct.unpack_from("<BB", memory.file, ANSWERS + 2 * number))
+    assert answers == [STORED, STORED, EXISTS]
+    assert second.put((second.header(KEYS[0], payload), payload), ring_head=3) == [EXISTS]
+    removed = second.ask(Remove, KEYS[0], ring_head=3)
+    assert isinstance(removed, CountReply)
+    assert removed.count == 1
+    verified = second.ask(Verify)
+    assert isinstance(verified, VerifyReply)
+    assert verified.problems == []
 
 
 @pytest.mark.parametrize("head", [-1, 2049, 1 << 62])
 def test_conformance_ring_that_cannot_be_one_ends_its_session_and_no_other(
-    second: Peer, connect: Callable[[], Peer], namespace: Namespace, head: int
+    second: Peer, connect: Callable[[], Peer], namespace: Namespace, stack: ExitStack, head: int
 ):
     other = connect()
     other.greet()
-    with ExitStack() as end:
-        memory = MappedFile(second.greet(boot_id(), layout=1), end)
-        second.attach(namespace)
-        second.store(1)
-        memory.publish(head)
-        assert error_code(second.ask(Match, KEYS[0], 1000)) == ErrorCode.UNKNOWN_SESSION
-        assert memory.word(128) == 2  # over
-        second.session = 0
+    memory = MappedFile(second.greet(boot_id(), layout=1), stack)
+    second.attach(namespace, locked=True)
+    second.store(1)
+    memory.publish(head)
+    assert error_code(second.ask(Match, KEYS[0], 1000)) == ErrorCode.UNKNOWN_SESSION
+    assert memory.word(128) == 2  # over
+    second.session = 0
     assert isinstance(other.ask(Ping, namespace_id=0), Done)
     statistics = other.ask(Stats, namespace_id=0)
     assert isinstance(statistics, StatsReply)

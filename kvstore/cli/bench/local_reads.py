@@ -159,21 +159,21 @@ class PinUnpin(_InPlace):
     def __init__(self, client: Client, blocks: StoredBlocks) -> None:
         super().__init__(client, blocks)
         self._mapped = mapping_of(client)
-        self._hazard = self._mapped._free_hazards.pop()
+        self._hazard = self._mapped.free_hazards.pop()
 
     def close(self) -> None:
         """Give the hazard back."""
-        self._mapped._free_hazards.append(self._hazard)
+        self._mapped.free_hazards.append(self._hazard)
 
     def run(self, numbers: Sequence[int]) -> None:
         """Time them."""
-        mapped, hazard, context = self._mapped, self._hazard, self._mapped._at
+        mapped, hazard, context = self._mapped, self._hazard, self._mapped.address
         clock, add = perf_counter_ns, self.times_ns.append
         keys = [self._blocks.keys[number] for number in numbers]
         self._last = numbers[-1]
         for key in keys:
             started = clock()
-            where = pin_one(context, id(key), hazard, 0, 0)
+            where = pin_one(context, id(key), hazard, 0, 0, 0)
             unpin(context, hazard)
             elapsed_ns = clock() - started
             if where == LOOK and mapped._look():

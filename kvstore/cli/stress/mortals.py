@@ -139,5 +139,5 @@ def _use_grants(client: Client, blocks: Blocks, rng: random.Random) -> None:
         item = np.zeros(fields.ITEM_BYTES // 8, np.int64)
         at = int(item.ctypes.data)
         key = blocks.key(rng.randrange(len(blocks)))
-        if begin_put(mapped._at, at, id(key), id(data)) == 0 and rng.random() < 0.5:
-            fill_slot(mapped._at, at)
+        if begin_put(mapped.address, at, id(key), id(data)) == 0 and rng.random() < 0.5:
+            fill_slot(mapped.address, at)

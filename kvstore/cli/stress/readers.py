@@ -50,7 +50,7 @@ class Reader:
             self.mapped = MappedSession(welcome, self._session_fd, NAMESPACE_ID, 1, bytes(32), None)
         finally:
             os.close(self._session_fd)
-        self.context = self.mapped._at
+        self.context = self.mapped.address
         room = SHAPES[shape].max_length + 64
         self._memory = np.zeros(room * _BATCH + 4096, np.uint8)
         begin = -int(self._memory.ctypes.data) % 4096 + int(self._memory.ctypes.data)

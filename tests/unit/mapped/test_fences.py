@@ -65,7 +65,7 @@ _X86_FULL = r"^\s+(mfence|lock\s+or|lock\s+orl)"
 _ARM_FULL = r"^\s+dmb\s+ish$"
 
 _WITHDRAW = (index_writer.withdraw, "int64(int64, int64, int64, int64, int64, int64, int64)")
-_PIN = (reads.pin_one, "int64(int64, int64, int64, int64, int64)")
+_PIN = (reads.pin_one, "int64(int64, int64, int64, int64, int64, int64)")
 _COPY = (index_reader.copy_batch, "void(int64, int64, int64, int64)")
 _PUT = (writes.put_one, "int64(int64, int64, int64, int64, int64, int64)")
 _PUBLISH = (index_writer.publish, "int64(int64, int64, int64, int64, int64, int64)")

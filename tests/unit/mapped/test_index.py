@@ -18,7 +18,7 @@ from kvstore.mapped.reads import get_one, match, pin_one
 
 def read(memory: MappedMemory, key: bytes, size: int = 4096, part: int = 0) -> bytes | int:
     out = bytearray(size)
-    length = get_one(memory.context, id(key), id(out), part, 0)
+    length = get_one(memory.context, id(key), id(out), part, 0, 0)
     return bytes(out[:length]) if length >= 0 else int(length)
 
 
@@ -51,7 +51,7 @@ def test_get_too_small_buffer_copies_nothing() -> None:
     memory.put(5, key_of(1), b"payload of one")
     out = bytearray(b"?" * 13)
     key = key_of(1)
-    assert get_one(memory.context, id(key), id(out), 0, 0) == TOO_SMALL
+    assert get_one(memory.context, id(key), id(out), 0, 0, 0) == TOO_SMALL
     assert out == b"?" * 13
 
 
@@ -62,7 +62,7 @@ def test_get_entry_that_stays_half_written_is_left_to_the_daemon() -> None:
     memory.index[entry] += 1
     assert read(memory, key_of(1)) == BUSY
     key, keys = key_of(1), [key_of(1)]
-    assert pin_one(memory.context, id(key), 0, 0, 0) == BUSY
+    assert pin_one(memory.context, id(key), 0, 0, 0, 0) == BUSY
     assert match(memory.context, id(keys), 1, 0) == BUSY
     assert read(memory, key_of(2)) == MISS
     memory.index[entry] += 1
@@ -109,11 +109,11 @@ def test_reads_dead_daemon_ended_session_or_invalidated_namespace_are_refused() 
     memory.set_namespace(2)
     assert read(memory, key_of(1)) == STALE
     key = key_of(1)
-    assert pin_one(memory.context, id(key), 0, 0, 0) == STALE
+    assert pin_one(memory.context, id(key), 0, 0, 0, 0) == STALE
     memory.set_namespace(1)
     memory.index[STATE_OFFSET // 8] = 2
     assert read(memory, key_of(1)) == OVER
-    assert pin_one(memory.context, id(key), 0, 0, 0) == OVER
+    assert pin_one(memory.context, id(key), 0, 0, 0, 0) == OVER
     memory.index[STATE_OFFSET // 8] = 1
     memory.file[128 // 8] = 2
     assert read(memory, key_of(1)) == OVER
@@ -176,7 +176,7 @@ def test_hazard_pinned_slot_is_reported_until_it_is_let_go() -> None:
     memory.put(5, key_of(1), b"payload")
     memory.put(6, key_of(2), b"other")
     key = key_of(1)
-    assert pin_one(memory.context, id(key), 7, 0, 0) == 5 << 32 | 7
+    assert pin_one(memory.context, id(key), 7, 0, 0, 0) == 5 << 32 | 7
     assert memory.file[HAZARD_OFFSET // 8 + 7] == 6
     assert sorted(memory.withdraw(5, 6)) == [5]
     assert read(memory, key) == MISS
@@ -200,7 +200,7 @@ def test_hazard_of_a_moved_record_holds_the_old_slot() -> None:
     memory = MappedMemory()
     memory.put(5, key_of(1), b"payload")
     key = key_of(1)
-    pin_one(memory.context, id(key), 0, 0, 0)
+    pin_one(memory.context, id(key), 0, 0, 0, 0)
     memory.move(5, 9, 4096)
     assert memory.withdraw(5) == [5]
     assert read(memory, key) == b"payload"
@@ -209,7 +209,7 @@ def test_hazard_of_a_moved_record_holds_the_old_slot() -> None:
 def test_pin_miss_leaves_no_hazard() -> None:
     memory = MappedMemory()
     key = key_of(1)
-    assert pin_one(memory.context, id(key), 0, 0, 0) == MISS
+    assert pin_one(memory.context, id(key), 0, 0, 0, 0) == MISS
     assert not memory.file[HAZARD_OFFSET // 8 : HAZARD_OFFSET // 8 + 64].any()
 
 

@@ -84,9 +84,9 @@ def test_match_reports_counts_deepest_hit_and_missing_keys(memory: MappedMemory)
 
 def test_get_reports_a_hit_and_a_miss(memory: MappedMemory) -> None:
     key, out = key_of(4), bytearray(100)
-    assert get_one(memory.context, id(key), id(out), 0, 5) == 7
+    assert get_one(memory.context, id(key), id(out), 0, 5, 0) == 7
     missing = b"\7" * 32
-    assert get_one(memory.context, id(missing), id(out), 0, 0) == MISS
+    assert get_one(memory.context, id(missing), id(out), 0, 0, 0) == MISS
     hit, miss = ring(memory)[:2]
     assert hit[0] == RingKind.GET
     assert hit[5:8] == (1, 1, 5)
@@ -111,7 +111,7 @@ def test_get_reports_a_hit_and_a_miss(memory: MappedMemory) -> None:
 )
 def test_get_into_any_writable_contiguous_buffer(memory: MappedMemory, out: object) -> None:
     key = key_of(4)
-    assert get_one(memory.context, id(key), id(out), 0, 0) == 7
+    assert get_one(memory.context, id(key), id(out), 0, 0, 0) == 7
     assert bytes(memoryview(out).cast("B"))[:7] == b"block 4"  # type: ignore[arg-type]
 
 
@@ -132,29 +132,29 @@ def test_get_into_any_writable_contiguous_buffer(memory: MappedMemory, out: obje
 def test_get_into_what_is_no_such_buffer_is_refused_and_unharmed(memory: MappedMemory, out: object) -> None:
     key = key_of(4)
     before = repr(out)
-    assert get_one(memory.context, id(key), id(out), 0, 0) == BAD_ARGUMENT
+    assert get_one(memory.context, id(key), id(out), 0, 0, 0) == BAD_ARGUMENT
     assert repr(out) == before
 
 
 def test_get_buffers_are_given_back(memory: MappedMemory) -> None:
     key, out, small = key_of(4), bytearray(64), bytearray(3)
-    assert get_one(memory.context, id(key), id(out), 0, 0) == 7
-    assert get_one(memory.context, id(key), id(small), 0, 0) == TOO_SMALL
+    assert get_one(memory.context, id(key), id(out), 0, 0, 0) == 7
+    assert get_one(memory.context, id(key), id(small), 0, 0, 0) == TOO_SMALL
     out.extend(b"can only grow while nobody holds it")
     small.clear()
 
 
 def test_get_large_buffer_is_left_to_a_batch(memory: MappedMemory) -> None:
     key, out = key_of(4), bytearray(1 << 20)
-    assert get_one(memory.context, id(key), id(out), 0, 0) == LARGE
+    assert get_one(memory.context, id(key), id(out), 0, 0, 0) == LARGE
     assert ring(memory) == []
 
 
 def test_reads_ask_for_a_look_at_the_daemons_lock_when_it_is_due(memory: MappedMemory) -> None:
     memory.set(fields.NEXT_LOOK, 0)
     key, out, keys = key_of(4), bytearray(64), [key_of(1)]
-    assert get_one(memory.context, id(key), id(out), 0, 0) == LOOK
-    assert pin_one(memory.context, id(key), 0, 0, 0) == LOOK
+    assert get_one(memory.context, id(key), id(out), 0, 0, 0) == LOOK
+    assert pin_one(memory.context, id(key), 0, 0, 0, 0) == LOOK
     assert match(memory.context, id(keys), 1, 0) == LOOK
     assert ring(memory) == []
 
@@ -216,7 +216,7 @@ def test_batch_bad_argument_or_small_buffer_copies_nothing_and_holds_nothing(mem
 def test_reports_full_ring_drops_and_counts_them_and_keeps_room_for_commits(memory: MappedMemory) -> None:
     key, out = key_of(4), bytearray(64)
     for _ in range(RING_RECORDS + 100):
-        assert get_one(memory.context, id(key), id(out), 0, 0) == 7
+        assert get_one(memory.context, id(key), id(out), 0, 0, 0) == 7
     head = int(memory.file[HEAD_OFFSET // 8])
     assert head == RING_RECORDS - 512
     assert int(memory.file[392 // 8]) == RING_RECORDS + 100 - head
@@ -228,7 +228,7 @@ def test_reports_ring_the_bell_only_when_the_ring_fills_up(memory: MappedMemory)
     memory.set(fields.BELL, writer)
     try:
         for number in range(RING_RECORDS - 600):
-            get_one(memory.context, id(key), id(out), 0, 0)
+            get_one(memory.context, id(key), id(out), 0, 0, 0)
             rang = bool(select.select([reader], [], [], 0)[0])
             assert rang == (number >= RING_RECORDS // 2 - 1), number
         assert len(os.read(reader, 100)) == 1
