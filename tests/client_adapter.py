@@ -1,4 +1,4 @@
-"""``AsyncClient`` with the face of ``Client``, so that one suite can run against both."""
+"""``AsyncClient`` with the face of ``Client``, so that one suite can run against both, mapped and over the socket."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Callable, Coroutine, Iterator
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -115,5 +116,10 @@ Connect = Callable[..., AnyClient]
 CLIENTS: dict[str, Callable[..., AnyClient]] = {
     "sync": Client,
     "asyncio": AsyncAdapter,
-    "uvloop": lambda endpoint, **options: AsyncAdapter(endpoint, factory=uvloop.new_event_loop, **options),
+    "uvloop": partial(AsyncAdapter, factory=uvloop.new_event_loop),
+    "sync-socket": partial(Client, mapped=False),
+    "uvloop-socket": partial(AsyncAdapter, factory=uvloop.new_event_loop, mapped=False),
 }
+"""Every kind of client: those that map where they can, and those that send and receive every block."""
+
+MAPPING = [name for name in CLIENTS if not name.endswith("-socket")]

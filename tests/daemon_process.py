@@ -27,7 +27,7 @@ import uvloop
 import zmq
 
 from kvstore.protocol.endpoint import default_arena_directory
-from kvstore_client import Client, DaemonUnavailable, DeadlineExceeded
+from kvstore_client import Client, DaemonStats, DaemonUnavailable, DeadlineExceeded
 
 MIB = 1 << 20
 START_S = 30.0
@@ -62,6 +62,11 @@ def wait_until(condition: Callable[[], object], timeout_s: float = 10.0, poll_s:
     while not condition():
         assert time.monotonic() < end, f"still not true after {timeout_s:g} s"
         time.sleep(poll_s)
+
+
+def wait_until_nothing_is_lent(stats: Callable[[], DaemonStats], timeout_s: float = 5.0) -> None:
+    """Wait until no client holds a granted slot: those lent ahead to mapped clients come back when they idle."""
+    wait_until(lambda: not (stats().dram.granted_bytes or stats().dram.limbo_bytes), timeout_s, 0.1)
 
 
 @dataclass(frozen=True)

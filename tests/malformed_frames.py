@@ -31,6 +31,8 @@ from kvstore.protocol.messages import (
     PutReply,
     Release,
     Remove,
+    Reserve,
+    Reserved,
     Stats,
     TierId,
     Verify,
@@ -42,7 +44,7 @@ from kvstore.protocol.namespace import Namespace
 HEAD = (7, 3, 1, 123_456_789, 5000, 0, 42)
 KEYS = bytes(range(1, 97))
 REQUESTS = [
-    Hello(1, 0, 0, 0, 5000, 0, 0, 1, 1, "0.1.0", 4711, "5a3c0c39-86ff-4f7c-8fd5-8f7d0f8a9a54"),
+    Hello(1, 0, 0, 0, 5000, 0, 0, 1, 2, "0.1.0", 4711, "5a3c0c39-86ff-4f7c-8fd5-8f7d0f8a9a54", 1),
     Attach(*HEAD, Namespace(name="chat", model="m", parts=2, tenant_salt=b"s"), (4096, 65_536), True, 4),
     Attach(*HEAD, Namespace()),
     Put(*HEAD, 2),
@@ -57,12 +59,14 @@ REQUESTS = [
     Release(*HEAD, 99),
     Stats(*HEAD),
     Verify(*HEAD),
+    Reserve(*HEAD, 65_792, 3),
     Ping(*HEAD),
     Bye(*HEAD),
 ]
 REPLIES = [
     ErrorReply(7, 5, 3, "greet again"),
     Welcome(7, 5, 1, 3, "0.1.0", 1 << 20, "/dev/shm/kvstore-0-abc/session-3", True),
+    Welcome(7, 5, 2, 3, "0.1.0", 1 << 20, "/k/client-3", True, 42, "/k/arena-5", "/k/index-5", "/k/doorbell-5"),
     Attached(7, 5, 1, 0, bytes(32)),
     PutReply(7, 5, b"\1\2", b"\0\0", 0),
     GetReply(7, 5, b"\1\0"),
@@ -70,6 +74,7 @@ REPLIES = [
     ExistsReply(7, 5, b"\2\0"),
     CountReply(7, 5, 3),
     Done(7, 5),
+    Reserved(7, 5, 69_632, 60),
     VerifyReply(7, 5, 10, 4096, 0.25, ["slot 3: wrong checksum"]),
 ]
 LEAD_BYTES = bytes([0x00, 0x7F, 0x80, 0x90, 0x9F, 0xA0, 0xC0, 0xC1, *range(0xC2, 0xE0), 0xE0, 0xFF])

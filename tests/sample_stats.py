@@ -40,6 +40,8 @@ def sample_stats(*, namespaces: int = 2, sessions: int = 1, problem: str = "", f
             free_slabs=1234,
             problem=problem,
             classes=[SlotClassStats(slot_bytes=266_240, slabs=750, used_slots=11_000, free_slots=250)] * used,
+            index_bytes=81 * MIB,
+            max_records=524_288,
         ),
         lookups=LookupStats(
             matches=used * 1000,
@@ -50,6 +52,8 @@ def sample_stats(*, namespaces: int = 2, sessions: int = 1, problem: str = "", f
             get_hits=used * 31_999,
             get_throttled=used * 7,
             bytes_out=used * 7_812 * MIB,
+            mapped_reads=used * 2500,
+            dropped_reports=used * 3,
         ),
         puts=PutStats(
             stored=used * 24_000,
@@ -92,6 +96,7 @@ def sample_stats(*, namespaces: int = 2, sessions: int = 1, problem: str = "", f
                 granted_bytes=3 * MIB,
                 outbound_bytes=2 * MIB,
                 version="0.1.0",
+                mapped=index % 2 == 0,
             )
             for index in range(sessions)
         ],

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from fakes.memory_executor import MemoryExecutor
+from fakes.memory_executor import Identity, MemoryExecutor
 
 from kvstore.core.block import Block, Record, runs_of
 from kvstore.core.events import (
@@ -43,17 +43,29 @@ class SmallStore:
         capacity_pages, grant_pages: of the store.
         slab_pages: of each slab; there are as many as capacity and grants need.
         parts: of the namespace.
+        records: most at a time.
+        places: the two buckets of each index entry, see ``MemoryExecutor``.
     """
 
-    def __init__(self, capacity_pages: int = 8, grant_pages: int = 8, *, slab_pages: int = 4, parts: int = 1) -> None:
+    def __init__(
+        self,
+        capacity_pages: int = 8,
+        grant_pages: int = 8,
+        *,
+        slab_pages: int = 4,
+        parts: int = 1,
+        records: int = 1 << 62,
+        places: Callable[[Identity], tuple[int, int]] | None = None,
+    ) -> None:
         slabs = -(-(capacity_pages + grant_pages) // slab_pages)
         limits = StoreLimits(
             capacity_bytes=capacity_pages * PAGE_BYTES,
             grant_bytes=grant_pages * PAGE_BYTES,
             grant_bytes_per_session=grant_pages * PAGE_BYTES,
+            max_records=records,
         )
         self.store = Store(limits, SlabAllocator(slabs, slab_pages * PAGE_BYTES, FIRST_PAGE), Lru())
-        self.executor = MemoryExecutor(self.store)
+        self.executor = MemoryExecutor(self.store, places=places)
         for index in range(slabs):
             self.executor.apply(SlabPopulated(index))
         self.executor.apply(PopulationEnded())

@@ -22,7 +22,7 @@ def _warm_up() -> None:
 @pytest.fixture(scope="module")
 def daemon() -> Iterator[DaemonProcess]:
     """A daemon with room for everything that a module's tests store."""
-    with DaemonProcess(capacity="96MiB", grant="32MiB") as daemon:
+    with DaemonProcess(capacity="192MiB", grant="32MiB") as daemon:
         yield daemon
 
 

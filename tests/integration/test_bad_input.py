@@ -30,6 +30,7 @@ from kvstore.errors import (
     ProtocolMismatch,
 )
 from kvstore.mapped.arena import ARENA_HEADER_BYTES
+from kvstore.protocol.version import PROTOCOL_OLDEST, PROTOCOL_VERSION
 from kvstore.server.app import Daemon, run
 from kvstore.settings import Settings
 from kvstore.tiers.files import SharedFile
@@ -41,10 +42,10 @@ NOBODY = 65534
 
 @pytest.fixture
 def small_tmpfs(tmp_path: Path) -> Iterator[Path]:
-    """A memory file system of 8 MiB."""
+    """A memory file system of 12 MiB."""
     mounted = tmp_path / "shm"
     mounted.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "kvstore-test", str(mounted)], capture_output=True)
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "kvstore-test", str(mounted)], capture_output=True)
     if done.returncode:
         pytest.skip(f"cannot mount a tmpfs here: {done.stderr.decode().strip()}")
     yield mounted
@@ -66,7 +67,7 @@ def test_arena_larger_than_its_file_system_is_refused_with_sizes_and_remedy(smal
         daemon._remove()
     assert status == 2 or status == 1
     assert "the file system of" in one_line(line)
-    assert "8.0 MiB" in line
+    assert "12.0 MiB" in line
     assert "--capacity" in line
     assert list(small_tmpfs.iterdir()) == []
 
@@ -165,7 +166,8 @@ def test_listener_that_never_answers_is_given_up_within_the_timeout(tmp_path: Pa
 def test_client_of_another_protocol_is_told_both_versions(daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(kvstore_client.session, "PROTOCOL_OLDEST", 90)
     monkeypatch.setattr(kvstore_client.session, "PROTOCOL_VERSION", 99)
-    with pytest.raises(ProtocolMismatch, match=r"speaks protocol 1 to 1.*90 to 99; install the same version"):
+    spoken = rf"speaks protocol {PROTOCOL_OLDEST} to {PROTOCOL_VERSION}\b.*90 to 99; install the same version"
+    with pytest.raises(ProtocolMismatch, match=spoken):
         daemon.connect()
     monkeypatch.undo()
     with daemon.connect() as client:
@@ -197,7 +199,7 @@ def as_nobody(work: Callable[[], str]) -> str:
 
 def ping(endpoint: str) -> str:
     with Client(endpoint, timeout=3.0) as client:
-        return f"in {client.ping() > 0}"
+        return f"in {client.ping() > 0}, mapped {client.mapped} {client.unmapped}"
 
 
 @needs_root
@@ -210,7 +212,7 @@ def test_other_users_are_kept_out_unless_the_mode_lets_them_in():
         assert "access.mode" in said
     with DaemonProcess("--mode", "0666") as daemon:
         daemon.directory.chmod(0o755)
-        assert as_nobody(lambda: ping(daemon.endpoint)) == "in True"
+        assert as_nobody(lambda: ping(daemon.endpoint)) == "in True, mapped True "
 
 
 @needs_root
@@ -250,18 +252,22 @@ def test_endpoint_that_is_something_else_is_refused_and_left_alone(kind: str, tm
 
 
 @needs_root
-def test_full_file_system_keeps_no_client_out_and_leaks_nothing(small_tmpfs: Path):
-    with DaemonProcess(
-        "--arena-dir", str(small_tmpfs / "arena"), "--slab", "256KiB", capacity="3MiB", grant="1MiB"
-    ) as daemon:
+@pytest.mark.parametrize("mapped", ["true", "false"])
+def test_full_file_system_keeps_no_client_out_and_leaks_nothing(small_tmpfs: Path, mapped: str):
+    arguments = ("--arena-dir", str(small_tmpfs / "arena"), "--slab", "256KiB", "--set", f"dram.mapped={mapped}")
+    with DaemonProcess(*arguments, capacity="3MiB", grant="1MiB") as daemon:
+        # The file of the client that waited for the daemon must be gone, or its room would come free later.
+        wait_until(lambda: not list((small_tmpfs / "arena").glob("client-*")))
         (small_tmpfs / "filler").open("wb").close()
         with (small_tmpfs / "filler").open("r+b", buffering=0) as filler, suppress(OSError):
             while True:
                 filler.write(bytes(4096))
         before = daemon.resources()
+        why = {"true": "no room for the client's file", "false": "dram.mapped is off"}[mapped]
         for number in range(1, 40):
             with daemon.connect(namespace="full") as client:
                 assert client.put(bytes([number]) * 32, b"x" * 100) is PutStatus.STORED
+                assert why in client.unmapped
         wait_until(lambda: daemon.resources().fds <= before.fds)
         assert len(list((small_tmpfs / "arena").glob("client-*"))) == 0
         (small_tmpfs / "filler").unlink()

@@ -72,7 +72,7 @@ from kvstore.protocol.messages import Get
 from kvstore_client import Client
 from kvstore_client.session import Ask
 keys = bytes.fromhex(sys.argv[2])
-client = Client(sys.argv[1], namespace="reader")
+client = Client(sys.argv[1], namespace="reader", mapped=False)
 client._link.send(encode(client._session.request(Ask(Get, (keys, 0)), 60.0)))
 time.sleep(float(sys.argv[3]))
 os.kill(os.getpid(), signal.SIGSTOP)
@@ -166,7 +166,7 @@ def test_stopped_reader_keeps_nobody_from_writing(reading: Reading):
 def test_get_larger_than_the_outbound_limit_arrives_in_turns():
     with (
         DaemonProcess("--set", "limits.outbound_bytes_per_session=3MiB") as daemon,
-        daemon.connect(timeout=10.0) as client,
+        daemon.connect(timeout=10.0, mapped=False) as client,
     ):
         keys = [key(number) for number in range(1, 31)]
         for number in range(1, 31):
@@ -181,7 +181,7 @@ def test_get_larger_than_the_outbound_limit_arrives_in_turns():
 def test_block_larger_than_the_outbound_limit_is_read_alone():
     with (
         DaemonProcess("--set", "limits.outbound_bytes_per_session=4KiB") as daemon,
-        daemon.connect(timeout=10.0) as client,
+        daemon.connect(timeout=10.0, mapped=False) as client,
     ):
         for number in range(1, 4):
             client.put(key(number), data(number))
@@ -271,7 +271,7 @@ def test_flood_of_large_puts_stays_within_memory(daemon: DaemonProcess):
 async def test_thousands_of_outstanding_requests_are_served(daemon: DaemonProcess):
     async with AsyncClient(daemon.endpoint, namespace="many", timeout=30.0) as client:
         await client.put(key(1), data(1, 10_000))
-        clients = [AsyncClient(daemon.endpoint, namespace="many", timeout=30.0) for _ in range(8)]
+        clients = [AsyncClient(daemon.endpoint, namespace="many", timeout=30.0, mapped=False) for _ in range(8)]
         outcomes = await asyncio.gather(*(each.get(key(1)) for each in clients for _ in range(1000)))
         assert set(outcomes) == {data(1, 10_000)}
         for each in clients:
@@ -298,7 +298,7 @@ def test_payload_requests_that_waited_too_long_are_throttled_and_the_rest_is_ser
         before = client.stats()
 
         def note(name: str, operation: Callable[[Client], object]) -> threading.Thread:
-            other = daemon.connect(timeout=10.0)
+            other = daemon.connect(timeout=10.0, mapped=False)
 
             def run() -> None:
                 with other:
@@ -331,7 +331,11 @@ def test_payload_requests_that_waited_too_long_are_throttled_and_the_rest_is_ser
 
 
 def test_put_that_its_client_gave_up_is_not_carried_out():
-    with DaemonProcess() as daemon, daemon.connect(timeout=10.0) as watching, daemon.connect(timeout=0.3) as client:
+    with (
+        DaemonProcess() as daemon,
+        daemon.connect(timeout=10.0) as watching,
+        daemon.connect(timeout=0.3, mapped=False) as client,
+    ):
         with paused(daemon):
             with pytest.raises(DeadlineExceeded):
                 client.put(key(1), b"x")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import pytest
-from client_adapter import CLIENTS, AnyClient, Connect
+from client_adapter import CLIENTS, MAPPING, AnyClient, Connect
 from daemon_process import DaemonProcess, read_line, script, wait_until
 from raw_peer import RawPeer
 
@@ -41,6 +41,7 @@ from kvstore.protocol.messages import (
     Welcome,
 )
 from kvstore.protocol.namespace import Namespace
+from kvstore.protocol.version import PROTOCOL_OLDEST, PROTOCOL_VERSION
 from kvstore_client import Client, ConnectionLost, KVStoreError, RemoteError
 from kvstore_client.session import Session
 
@@ -165,12 +166,15 @@ def test_silent_client_without_a_lock_is_given_up_and_one_with_a_lock_is_not(has
         assert locked.stats().server.sessions_opened == stats.server.sessions_opened
 
 
+@pytest.mark.parametrize("kind", MAPPING)
 def test_silent_client_without_a_lock_greets_again_by_itself(
     hasty: DaemonProcess, kind: str, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(Session, "_lock", lambda self, welcome: False)
     client = stack.enter_context(CLIENTS[kind](hasty.endpoint, namespace=f"silent-{kind}"))
     other = stack.enter_context(CLIENTS[kind](hasty.endpoint, namespace=f"silent-{kind}"))
+    # Without the lock the daemon would not know that it still copies: it must not map.
+    assert not client.mapped
     client.put(key(1), b"x")
     lease = client.match([key(1)], lease=30)
     for operation in (lambda: client.put(key(2), b"y"), lambda: client.put(key(3), b"z", wait=False)):
@@ -278,11 +282,11 @@ def test_greeting_of_another_protocol_is_refused_with_both_versions(peer: Callab
     one = peer()
     error = one.error(Hello, 90, 99, "9.9.9", 1, "", session=0)
     assert error.code == ErrorCode.PROTOCOL_MISMATCH
-    assert "speaks protocol 1 to 1" in error.message
+    assert f"speaks protocol {PROTOCOL_OLDEST} to {PROTOCOL_VERSION}, " in error.message
     assert "(kvstored 9.9.9) 90 to 99; install the same version on both sides" in error.message
     welcome = one.ask(Hello, 0, 99, "9.9.9", 1, "", session=0)
     assert isinstance(welcome, Welcome)
-    assert welcome.protocol == 1
+    assert welcome.protocol == PROTOCOL_VERSION
 
 
 def test_two_generations_of_one_namespace_do_not_share_records(peer: Callable[[], RawPeer], namespace: str):

@@ -1,7 +1,8 @@
 """The store against a plain-dict model, under any order of events, with the invariants checked after each.
 
-Covers: statuses, hits, bytes of every slot, order of eviction, limits, leaks. The fake arena notices a slot that is
-used while it is read, or moved without its bytes.
+Covers: statuses, hits, bytes of every slot, order of eviction, limits, leaks, and that exactly the resident records are
+published. The fake arena notices a slot that is used while it is read, or moved without its bytes; the fake index one
+that is published too early, twice, or for a namespace that is over, and in some runs it is too small for the tier.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
-from fakes.memory_executor import MemoryExecutor
+from fakes.memory_executor import MemoryExecutor, spread
 from fakes.store_model import Identity, ModelBlock, ModelNamespace, StoreModel
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -28,12 +29,14 @@ from kvstore.core.events import (
     ClearWanted,
     Committed,
     CommittedRecord,
+    Displaced,
     Event,
     FoundCorrupt,
     GrantsReturned,
     InvalidateWanted,
     Joined,
     LeaseReleased,
+    LeasesEnded,
     LeaseWanted,
     PopulationEnded,
     RemoveWanted,
@@ -42,7 +45,17 @@ from kvstore.core.events import (
     SlabPopulated,
     Ticked,
 )
-from kvstore.core.instructions import Answer, Count, Instruction, Leased, Move, Namespaced, Refuse, Withdraw
+from kvstore.core.instructions import (
+    Answer,
+    Count,
+    Instruction,
+    Leased,
+    Move,
+    Namespaced,
+    Publish,
+    Refuse,
+    Withdraw,
+)
 from kvstore.core.invariants import validate_state
 from kvstore.core.slabs import SlabAllocator
 from kvstore.core.store import Store, StoreLimits
@@ -83,13 +96,15 @@ def natural_chain(index: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Arena:
-    """Sizes of one run, in pages."""
+    """Sizes of one run, in pages; ``records``: most at a time; ``buckets``: of two entries each, 0 for any number."""
 
     slab_pages: int
     slabs: int
     capacity: int
     grants: int
     session_grants: float
+    records: int = 1 << 62
+    buckets: int = 0
 
 
 ARENAS = st.sampled_from(
@@ -99,6 +114,9 @@ ARENAS = st.sampled_from(
         Arena(slab_pages=4, slabs=4, capacity=10, grants=6, session_grants=6),
         Arena(slab_pages=40, slabs=4, capacity=120, grants=40, session_grants=40),
         Arena(slab_pages=40, slabs=4, capacity=130, grants=30, session_grants=18.5),
+        Arena(slab_pages=8, slabs=9, capacity=64, grants=8, session_grants=8, records=20),
+        Arena(slab_pages=8, slabs=9, capacity=64, grants=8, session_grants=8, buckets=12),
+        Arena(slab_pages=4, slabs=4, capacity=10, grants=6, session_grants=6, records=7, buckets=5),
     ]
 )
 
@@ -118,10 +136,14 @@ class StoreMachine(RuleBasedStateMachine):
             grant_bytes=arena.grants * PAGE_BYTES,
             grant_bytes_per_session=int(arena.session_grants * PAGE_BYTES),
             leases_per_session=LEASES_PER_SESSION,
+            max_records=arena.records,
         )
         self.store = Store(self.limits, SlabAllocator(arena.slabs, arena.slab_pages * PAGE_BYTES, 512), Lru())
-        self.executor = MemoryExecutor(self.store, now_ns=1, quiesce_at_once=quiesce_at_once)
+        places = spread(arena.buckets) if arena.buckets else None
+        self.executor = MemoryExecutor(self.store, now_ns=1, quiesce_at_once=quiesce_at_once, places=places)
         self.model = StoreModel()
+        self.slot_bytes: dict[int, int] = {}
+        self.displaced: list[ModelBlock] = []
         self.current: dict[str, int] = {}
         self.serial = 0
         self.next_session = 100
@@ -142,22 +164,43 @@ class StoreMachine(RuleBasedStateMachine):
         return self.executor.apply(event)
 
     def evictions(self, placed: list[ModelBlock] | None = None) -> None:
-        """Take out of the model what the last event evicted, checking that each victim was the right one."""
+        """Take out of the model what the last event evicted, checking that each victim was the right one.
+
+        ``placed``: the event was a commit, of these blocks.
+        """
+        left: list[int] = []
+        displaced: Displaced | None = None
         for instruction in self.executor.last:
-            if isinstance(instruction, Move):
+            if isinstance(instruction, Displaced):
+                displaced = instruction
+            elif isinstance(instruction, Move):
                 self.model.slots[instruction.target] = self.model.slots.pop(instruction.source)
+                self.slot_bytes[instruction.target] = instruction.slot_bytes
+            elif isinstance(instruction, Withdraw) and displaced is not None:
+                self._displaced(displaced, instruction.slots)
+                displaced = None
             elif isinstance(instruction, Withdraw):
                 for slot in instruction.slots:
                     if slot in self.model.slots:
                         namespace_id, block, part = self.model.slots[slot]
-                        self._evicted(namespace_id, block, part, placed)
+                        left = [each for each, held in self.model.slots.items() if held[1] is block]
+                        left = left if self._evicted(namespace_id, block, part, placed) else [slot]
+            elif isinstance(instruction, (Publish, Answer)) and placed is not None and left:
+                # Before the last of them left there was one too many, or too much: nothing leaves without need.
+                held_bytes = sum(map(self.slot_bytes.__getitem__, self.model.slots))
+                left_bytes = sum(map(self.slot_bytes.__getitem__, left))
+                too_much = held_bytes + left_bytes > self.limits.capacity_bytes
+                assert too_much or len(self.model.slots) + len(left) > self.limits.max_records
+                left = []
+        assert displaced is None, f"{displaced} was not answered"
 
-    def _evicted(self, namespace_id: int, block: ModelBlock, part: int, placed: list[ModelBlock] | None) -> None:
+    def _evicted(self, namespace_id: int, block: ModelBlock, part: int, placed: list[ModelBlock] | None) -> bool:
+        """Whether all of the block left."""
         legal = self.model.victims()
         if legal or placed is None:
             assert any(block is victim for victim in legal), f"{block} was evicted, expected was one of {legal}"
             self.model.leave(namespace_id, block)
-            return
+            return True
         # Nothing may leave: then what was just placed must, and no more than that.
         assert any(block is other for other in placed), f"{block} was evicted although nothing may be"
         assert not block.leases, f"{block} was evicted for room although it is leased"
@@ -165,6 +208,19 @@ class StoreMachine(RuleBasedStateMachine):
         del block.parts[part]
         if not block.parts:
             self.model.leave(namespace_id, block)
+        return False
+
+    def _displaced(self, event: Displaced, slots: list[int]) -> None:
+        """A block left so that another has a place in the index: one of those in its way, or else itself."""
+        own = self.model.slots[event.slot][1]
+        others = [self.model.slots[slot][1] for slot in event.others if slot in self.model.slots]
+        free = [block for block in others if block is not own and not block.leases]
+        legal = [block for block in free if not block.children] or free or [own]
+        namespace_id, block, _ = self.model.slots[slots[0]]
+        assert any(block is other for other in legal), f"{block} left for {own}, expected was one of {legal}"
+        assert set(slots) == {slot for slot, held in self.model.slots.items() if held[1] is block}
+        self.displaced.append(block)
+        self.model.leave(namespace_id, block)
 
     def pick_session(self, place: int) -> int:
         sessions = list(self.model.grants)
@@ -209,6 +265,17 @@ class StoreMachine(RuleBasedStateMachine):
         session = self.pick_session(place)
         self.apply(SessionClosed(session))
         del self.model.grants[session]
+        self._leases_ended(session)
+
+    @rule(place=SESSIONS, really=RARELY)
+    def end_leases(self, place: int, really: bool) -> None:
+        """A client is going that may still write into what it was lent."""
+        if really:
+            session = self.pick_session(place)
+            self.apply(LeasesEnded(session))
+            self._leases_ended(session)
+
+    def _leases_ended(self, session: int) -> None:
         for identity, lease in list(self.model.leases.items()):
             if lease.session == session:
                 self.model.end_lease(identity)
@@ -279,7 +346,7 @@ class StoreMachine(RuleBasedStateMachine):
             assert granted.slot_bytes - record_bytes < max(PAGE_BYTES, granted.slot_bytes // 8 + PAGE_BYTES)
             assert granted.session == session
             assert all(granted.slot not in other for other in self.model.grants.values())
-            held[granted.slot] = granted.slot_bytes
+            held[granted.slot] = self.slot_bytes[granted.slot] = granted.slot_bytes
             return granted
         if granted.reason is Reason.TOO_LARGE:
             assert granted.status is PutStatus.REJECTED
@@ -299,6 +366,22 @@ class StoreMachine(RuleBasedStateMachine):
         # Nothing in the way: no grants, no limbo, no leases. Then any record that fits must get a slot.
         assert not quiet, f"{granted} although nothing is held"
         return None
+
+    @rule(place=SESSIONS, pages=SIZES, short=st.integers(0, PAGE_BYTES - 1), count=st.integers(1, 3))
+    def reserve_ahead(self, place: int, pages: int, short: int, count: int) -> None:
+        """Slots for later, as mapped clients are lent them: they cost nobody anything (the executor sees to that)."""
+        session, record_bytes = self.pick_session(place), pages * PAGE_BYTES - short
+        for _ in range(count):
+            granted = self.executor.want_slot_ahead(session, record_bytes)
+            if isinstance(granted, Refuse):
+                assert (granted.reason is Reason.TOO_LARGE) == (record_bytes > self.store.max_record_bytes)
+                assert granted.reason in (Reason.TOO_LARGE, Reason.GRANT_LIMIT, Reason.ALL_HELD)
+                if granted.reason is Reason.ALL_HELD:
+                    # What would make room is not done, so there really is none.
+                    assert self.store.slabs.allocate(self.store.slot_bytes_for(record_bytes)) is None
+                return
+            assert record_bytes <= granted.slot_bytes
+            self.model.grants[session][granted.slot] = self.slot_bytes[granted.slot] = granted.slot_bytes
 
     @rule(
         place=SESSIONS,
@@ -418,6 +501,7 @@ class StoreMachine(RuleBasedStateMachine):
                 contents[record.slot] = content
                 self.executor.write(record.slot, content)
         granted = dict(held)
+        self.displaced.clear()
         answer = self.apply(Committed(session, namespace_id, tuple(records), access))
         assert isinstance(answer, Answer)
         for record in records:
@@ -425,9 +509,12 @@ class StoreMachine(RuleBasedStateMachine):
             if slot_bytes is None:
                 expected.append((PutStatus.REJECTED, Reason.BAD_RECORD, None))
                 continue
+            space = self.model.namespaces.get(namespace_id)
+            known = space is not None and record.key in space.blocks
             placing = self.model.place(namespace_id, record, slot_bytes, number, contents[record.slot])
             expected.append(placing)
-            if placing[2] is not None and placing[0] is not PutStatus.STORED:
+            # Also another part of a block that is there uses it.
+            if placing[2] is not None and known:
                 used.append(placing[2])
         for block in used:
             block.number = max(block.number, number)
@@ -437,7 +524,8 @@ class StoreMachine(RuleBasedStateMachine):
             records, zip(answer.statuses, answer.reasons, strict=True), expected, strict=True
         ):
             here = block is not None and record.part in block.parts
-            if status in (PutStatus.STORED, PutStatus.EXISTS) and not here:
+            displaced = any(block is other for other in self.displaced)
+            if status in (PutStatus.STORED, PutStatus.EXISTS) and not here and not displaced:
                 assert got in [(PutStatus.THROTTLED, Reason.ALL_HELD), (PutStatus.REJECTED, Reason.NO_ROOM)]
             else:
                 assert got == (status, reason), f"{record} was answered {got}, expected {status, reason}"
@@ -461,11 +549,21 @@ class StoreMachine(RuleBasedStateMachine):
     def match(self, place: int, namespace: int, index: int, access: int) -> None:
         self._read(self.pick_session(place), self.space(namespace), [KEYS[n] for n in natural_chain(index)], access)
 
-    @rule(place=SESSIONS, namespace=SPACES, indexes=st.lists(KEY_INDEXES, max_size=6), access=st.integers(0, 3))
-    def match_any_keys(self, place: int, namespace: int, indexes: list[int], access: int) -> None:
-        self._read(self.pick_session(place), self.space(namespace), [KEYS[n] for n in indexes], access)
+    @rule(
+        place=SESSIONS,
+        namespace=SPACES,
+        indexes=st.lists(KEY_INDEXES, max_size=6),
+        access=st.integers(0, 3),
+        chain=st.booleans(),
+    )
+    def match_any_keys(self, place: int, namespace: int, indexes: list[int], access: int, chain: bool) -> None:
+        """Keys that need not be a chain; ``chain``: they are reported as if they were one, as matches are."""
+        keys = [KEYS[index] for index in indexes]
+        self._read(self.pick_session(place), self.space(namespace), keys, access, chain=chain)
 
-    def _read(self, session: int, space: ModelNamespace, keys: list[bytes], access: int) -> None:
+    def _read(
+        self, session: int, space: ModelNamespace, keys: list[bytes], access: int, *, chain: bool = False
+    ) -> None:
         blocks = self.store.leading(space.id, keys)
         expected = space.leading(keys)
         assert [block.key for block in blocks] == [block.key for block in expected]
@@ -474,6 +572,11 @@ class StoreMachine(RuleBasedStateMachine):
                 record = self.store.find(space.id, block.key, part)
                 assert record is not None
                 assert self.executor.contents[record.slot] == content
+        if chain and blocks:
+            # The deepest hit stands for all above it, however many there are.
+            self.apply(Accessed(session, access, [(blocks[-1], len(blocks))], len(keys)))
+            self.model.used(expected[-1:], self.model.access_number(session, access))
+            return
         runs = runs_of(blocks)
         assert sum(hits for _, hits in runs) == len(blocks)
         for deepest, hits in runs:
@@ -586,6 +689,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert store.resident_bytes <= self.limits.capacity_bytes
         assert store.granted_bytes == sum(sum(held.values()) for held in model.grants.values())
         assert store.granted_bytes <= self.limits.grant_bytes
+        assert store.record_count == len(model.slots) <= self.limits.max_records
         assert len(store.leases) == len(model.leases)
         for identity, space in model.namespaces.items():
             state = store.namespaces.by_id[identity]
@@ -596,6 +700,7 @@ class StoreMachine(RuleBasedStateMachine):
                 assert set(parts) == set(block.parts)
                 for part, record in parts.items():
                     assert self.executor.contents[record.slot] == block.parts[part]
+                    assert self.executor.index[identity, key, part] == record.slot
         for slot in self.executor.pinned:
             assert store.records[slot].state in (RecordState.RESIDENT, RecordState.LIMBO)
 
@@ -621,6 +726,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert not store.resident_bytes + store.granted_bytes + store.limbo_bytes + store.resident_record_bytes
         assert not store.slabs.classes
         assert store.slabs.free_slabs == store.slabs.usable_slabs
+        assert not self.executor.index
         assert not self.executor.contents, f"slots still hold {self.executor.contents}"
 
 

@@ -286,6 +286,13 @@ def test_refusal_of_a_file_that_cannot_be_read_names_it(tmp_path: Path) -> None:
         ({"dram.capacity_bytes": "100KiB"}, "must be at least 1.0 MiB, got 100.0 KiB"),
         ({"dram.directory": "arena"}, "must be an absolute path"),
         ({"dram.verify_every": 0}, "should be greater than or equal to 1"),
+        ({"dram.mapped": "perhaps"}, "should be a valid boolean"),
+        ({"dram.max_records": 0}, "should be greater than or equal to 1"),
+        ({"dram.max_records": True}, "must be a number, got true"),
+        ({"limits.hazard_bytes_per_session": 0}, "must be more than 0"),
+        ({"limits.reclaim_grace_s": -0.1}, "should be greater than or equal to 0"),
+        ({"limits.reclaim_grace_s": "inf"}, "should be a finite number"),
+        ({"limits.reclaim_grace_s": True}, "must be a number, got true"),
         ({"limits.max_lease_s": 601}, "should be less than or equal to 600"),
         ({"limits.max_lease_s": "nan"}, "should be greater than 0"),
         ({"limits.session_idle_s": "inf"}, "should be a finite number"),
@@ -331,6 +338,36 @@ def test_grants_of_one_client_default_to_no_more_than_all_grants() -> None:
     assert Settings().limits.grant_bytes_per_session == 32 << 20
     assert Settings(dram=DramSettings(grant_bytes=8 << 20)).limits.grant_bytes_per_session == 8 << 20
     assert Settings().limits.grant_bytes_per_session == 32 << 20
+
+
+@pytest.mark.parametrize(
+    ("capacity_bytes", "records"),
+    [
+        (1 << 20, 256),
+        (256 << 20, 1 << 16),
+        (1 << 30, 1 << 16),
+        (2 << 30, 1 << 17),
+        (100 << 30, 100 << 16),
+    ],
+)
+def test_record_limit_by_default_is_one_in_16_kib_or_all_that_fit_a_small_tier(
+    capacity_bytes: int, records: int
+) -> None:
+    assert DramSettings(capacity_bytes=capacity_bytes).record_limit == records
+    assert DramSettings(capacity_bytes=capacity_bytes, max_records=7).record_limit == 7
+
+
+def test_mapping_is_on_unless_switched_off_by_any_source(config: Path) -> None:
+    assert Settings().dram.mapped
+    config.write_text("[dram]\nmapped = false\n")
+    assert not Settings.load(config, environ={}).dram.mapped
+    assert not Settings.load(environ={"KVSTORE_DRAM__MAPPED": "false"}).dram.mapped
+    assert Settings.load(config, {"dram.mapped": "true"}, environ={}).dram.mapped
+
+
+def test_grace_of_zero_reclaims_at_once() -> None:
+    assert Settings().limits.reclaim_grace_s == 2
+    assert Settings.load(None, {"limits.reclaim_grace_s": "0"}, environ={}).limits.reclaim_grace_s == 0
 
 
 def test_capacity_below_a_mebibyte_needs_a_slab_size() -> None:

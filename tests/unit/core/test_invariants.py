@@ -51,6 +51,10 @@ def _exceed_capacity(small: SmallStore) -> None:
     object.__setattr__(small.store.limits, "capacity_bytes", 4096)
 
 
+def _exceed_records(small: SmallStore) -> None:
+    object.__setattr__(small.store.limits, "max_records", 2)
+
+
 def _exceed_grants(small: SmallStore) -> None:
     object.__setattr__(small.store.limits, "grant_bytes", 0)
 
@@ -97,7 +101,8 @@ DAMAGES: list[tuple[Damage, str]] = [
     (_forget_in_policy, "policy holds"),
     (_count_lease, "counts 1 leases"),
     (_exceed_capacity, "over capacity"),
-    (_exceed_grants, "over the limit"),
+    (_exceed_records, "3 records, over the limit"),
+    (_exceed_grants, "granted bytes, over the limit"),
     (_lose_grant, "holds 0, not"),
     (_wrong_depth, "has depth 7"),
     (_resident_grant, "0 bytes in a slot"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import pytest
 from fakes.small_store import FIRST_PAGE, PAGE_BYTES, SESSION, SmallStore, key_of
@@ -12,11 +13,14 @@ from kvstore.core.events import (
     Accessed,
     ClearWanted,
     Committed,
+    CommittedRecord,
+    Displaced,
     FoundCorrupt,
     GrantsReturned,
     InvalidateWanted,
     Joined,
     LeaseReleased,
+    LeasesEnded,
     LeaseWanted,
     Quiesced,
     RemoveWanted,
@@ -25,12 +29,13 @@ from kvstore.core.events import (
     SlabPopulated,
     Ticked,
 )
-from kvstore.core.instructions import Answer, Count, Leased, Namespaced, Refuse
+from kvstore.core.instructions import Answer, Count, EndNamespace, Leased, Namespaced, Publish, Refuse, Withdraw
 from kvstore.core.invariants import validate_state
 from kvstore.core.slabs import SlabAllocator
 from kvstore.core.store import ACCESS_IDS, LIMBO_PATIENCE_NS, Store, StoreLimits
 from kvstore.errors import InvalidArgument, InvalidTransition
 from kvstore.policy.lru import Lru
+from kvstore.protocol.keys import ROOT_KEY
 from kvstore.protocol.messages import PutStatus, Reason
 from kvstore.protocol.namespace import Namespace
 
@@ -234,6 +239,164 @@ def test_slot_quiesced_twice_raises():
     assert "committed" in str(caught.value)
 
 
+def test_slot_wanted_ahead_is_given_from_what_is_free_and_never_made_room_for():
+    small = SmallStore(capacity_pages=8, grant_pages=4, slab_pages=4)
+    small.put("abcd")
+    small.put("efgh")
+    ahead = [small.executor.want_slot_ahead(SESSION, PAGE_BYTES) for _ in range(4)]
+    assert all(isinstance(granted, Record) for granted in ahead)
+    assert small.executor.want_slot_ahead(SESSION, 10) == Refuse(PutStatus.THROTTLED, Reason.GRANT_LIMIT)
+    small.executor.apply(GrantsReturned(SESSION, tuple(granted.slot for granted in ahead[:2])))  # type: ignore[union-attr]
+    # Of another size there is none, and no record is moved or evicted for it.
+    assert small.executor.want_slot_ahead(SESSION, 2 * PAGE_BYTES) == Refuse(PutStatus.THROTTLED, Reason.ALL_HELD)
+    assert small.resident() == "abcdefgh"
+    assert small.store.counters.moved_records == 0
+    too_large = small.executor.want_slot_ahead(SESSION, 5 * PAGE_BYTES)
+    assert too_large == Refuse(PutStatus.REJECTED, Reason.TOO_LARGE)
+    validate_state(small.store)
+
+
+def test_slot_granted_ahead_is_committed_and_returned_like_any():
+    small = SmallStore()
+    first, second = (small.executor.want_slot_ahead(SESSION, 100) for _ in range(2))
+    assert isinstance(first, Record)
+    assert isinstance(second, Record)
+    small.executor.write(first.slot, ("a", 0))
+    record = CommittedRecord(first.slot, key_of("a"), ROOT_KEY, small.namespace.digest, 0, 100, 0, 255, codec=1)
+    assert small.commit(record) == [STORED]
+    assert (small.blocks("a")[0].parts[0].codec, small.blocks("a")[0].parts[0].fidelity) == (1, 255)
+    small.executor.apply(SessionClosed(SESSION))
+    assert small.store.granted_bytes == 0
+    assert small.hits("a") == 1
+
+
+# ---------------------------------------------------------------- what is published
+
+
+def test_commit_publishes_what_stays_before_it_answers():
+    small = SmallStore(capacity_pages=3)
+    small.put("x")
+    small.put("abcde")
+    withdrawn, published, answer = small.executor.last
+    assert isinstance(withdrawn, Withdraw)
+    assert isinstance(published, Publish)
+    assert isinstance(answer, Answer)
+    assert [record.block.key for record in published.records if record.block] == [key_of(letter) for letter in "abc"]
+    assert len(withdrawn.slots) == 3  # x, and the chain's end, which was never published
+
+
+def test_commit_that_stores_nothing_publishes_nothing():
+    small = SmallStore()
+    small.put("a")
+    small.put("a")
+    assert small.executor.last == [Answer([PutStatus.EXISTS], [Reason.NONE])]
+
+
+def test_namespace_is_over_before_its_records_are_withdrawn():
+    small = SmallStore()
+    small.put("abc")
+    before = small.namespace.id
+    small.executor.apply(InvalidateWanted(before))
+    assert [type(told) for told in small.executor.last] == [EndNamespace, Withdraw, Namespaced]
+    answer = small.executor.apply(Joined(small.namespace.description, (), 5))
+    assert isinstance(answer, Namespaced)
+    assert [type(told) for told in small.executor.last] == [EndNamespace, Namespaced]
+    assert small.executor.ended == {before, before + 1}
+
+
+# ---------------------------------------------------------------- records of which there are too many
+
+
+def test_records_over_their_limit_are_evicted_though_there_is_room():
+    small = SmallStore(capacity_pages=8, records=3)
+    for letter in "abcd":
+        assert small.put(letter) == [STORED]
+    assert small.resident() == "bcd"
+    small.touch("b")
+    assert small.put("e") == [STORED]
+    assert small.resident() == "bde"
+    validate_state(small.store)
+
+
+def test_records_over_their_limit_count_every_part():
+    small = SmallStore(capacity_pages=8, parts=2, records=4)
+    for letter in "abc":
+        small.commit(small.record(letter, part=0), small.record(letter, part=1))
+    assert small.resident() == "bc"
+
+
+def test_chain_of_more_records_than_there_may_be_keeps_its_beginning():
+    small = SmallStore(capacity_pages=8, records=3)
+    assert small.put("abcde") == [STORED] * 3 + [NO_ROOM] * 2
+    assert small.hits("abcde") == 3
+
+
+def test_records_at_their_limit_and_all_leased_are_throttled():
+    small = SmallStore(capacity_pages=8, records=2)
+    small.put("ab")
+    small.lease("ab")
+    assert small.put("c") == [ALL_HELD]
+    assert small.resident() == "ab"
+
+
+# ---------------------------------------------------------------- an index that is full in one place
+
+
+def by_letter(places: dict[str, tuple[int, int]]) -> Callable[[tuple[int, bytes, int]], tuple[int, int]]:
+    """The buckets of blocks by their letter; others have one of their own."""
+
+    def of(identity: tuple[int, bytes, int]) -> tuple[int, int]:
+        return places.get(chr(identity[1][0]), (identity[1][0], identity[1][0]))
+
+    return of
+
+
+def test_displaced_record_takes_the_place_of_a_leaf_of_those_in_its_way():
+    small = SmallStore(places=by_letter(dict.fromkeys("abz", (1, 1))))
+    small.put("ab")
+    assert small.put("z") == [STORED]
+    # "a" is older, but "b" depends on it.
+    assert small.resident() == "az"
+    assert small.store.counters.evicted_blocks == 1
+    validate_state(small.store)
+
+
+def test_displaced_record_takes_the_place_of_a_parent_where_no_leaf_is_in_its_way():
+    small = SmallStore(places=by_letter(dict.fromkeys("abz", (1, 1))))
+    small.put("abc")
+    assert small.put("z") == [STORED]
+    assert len(small.resident()) == 3
+    assert "z" in small.resident()
+    assert "c" in small.resident()
+    validate_state(small.store)
+
+
+def test_displaced_record_does_not_take_a_leased_place_and_leaves_itself():
+    small = SmallStore(places=by_letter(dict.fromkeys("abz", (1, 1))))
+    small.put("ab")
+    small.lease("ab")
+    small.put("z")
+    assert small.resident() == "ab"
+    validate_state(small.store)
+
+
+def test_displaced_records_of_one_block_do_not_take_each_others_places():
+    small = SmallStore(parts=3, places=by_letter({"z": (1, 1)}))
+    small.commit(*(small.record("z", part=part) for part in range(3)))
+    assert small.resident() == ""
+    assert small.executor.index == {}
+    validate_state(small.store)
+
+
+def test_displaced_records_of_one_commit_make_room_one_after_the_other():
+    small = SmallStore(places=by_letter(dict.fromkeys("abyz", (1, 1))))
+    small.put("ab")
+    small.commit(small.record("y"), small.record("z"))
+    assert len(small.resident()) == 2
+    assert len([told for told in small.executor.last if isinstance(told, Displaced)]) == 2
+    validate_state(small.store)
+
+
 # ---------------------------------------------------------------- sizes that change
 
 
@@ -329,6 +492,24 @@ def test_lease_ends_by_release_time_and_session_and_only_by_its_own():
     for letter in "de":
         small.put(letter)
     assert small.resident() == "de"
+
+
+def test_leases_of_a_client_that_goes_end_before_its_grants():
+    small = SmallStore(capacity_pages=2)
+    small.put("ab")
+    small.lease("ab")
+    slot = small.grant()
+    assert small.executor.apply(LeasesEnded(SESSION)) is None
+    assert not small.store.leases
+    assert small.store.granted_bytes == PAGE_BYTES
+    assert small.put("c") == [STORED]
+    # It may still write into what it was lent, and even commit it.
+    small.executor.write(slot, ("d", 0))
+    record = CommittedRecord(slot, key_of("d"), ROOT_KEY, small.namespace.digest, 0, PAGE_BYTES - 1, 0, 0)
+    assert small.commit(record) == [STORED]
+    small.executor.apply(SessionClosed(SESSION))
+    assert small.store.granted_bytes == small.store.limbo_bytes == 0
+    validate_state(small.store)
 
 
 def test_lease_of_nothing_is_none_and_too_many_are_throttled():

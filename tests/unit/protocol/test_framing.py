@@ -14,7 +14,7 @@ from malformed_frames import REPLIES, REQUESTS, frames
 
 from kvstore.errors import InvalidArgument
 from kvstore.protocol.framing import decode_reply, decode_request, encode, request_id
-from kvstore.protocol.messages import AnyReply, AnyRequest
+from kvstore.protocol.messages import AnyReply, AnyRequest, StatsReply
 from kvstore.protocol.version import MAX_HEADER_FRAME_BYTES
 
 FRAMES = 400_000
@@ -43,7 +43,7 @@ def test_decode_request_malformed_frames_refused_or_whole():
     allowed = get_args(AnyRequest)
     outcomes: Counter[tuple[str, str]] = Counter()
     slowest = 0.0
-    for kind, frame in frames(1, samples, [*range(1, 17)], FRAMES):
+    for kind, frame in frames(1, samples, [*range(1, 18)], FRAMES):
         begun = time.perf_counter()
         request, refusal = refusal_of(decode_request, frame)
         identity = request_id(frame)
@@ -70,7 +70,7 @@ def test_decode_request_malformed_frames_refused_or_whole():
 def test_decode_reply_malformed_frames_refused_or_whole():
     samples = [encode(reply) for reply in REPLIES]
     allowed = get_args(AnyReply)
-    for _, frame in frames(2, samples, [*range(101, 112)], FRAMES // 4):
+    for _, frame in frames(2, samples, [*range(101, 113)], FRAMES // 4):
         reply, refusal = refusal_of(decode_reply, frame)
         assert refusal.startswith("malformed reply: ") if reply is None else isinstance(reply, allowed), frame.hex()
 
@@ -158,5 +158,6 @@ def test_requests_are_no_replies_and_replies_no_requests():
             decode_request(encode(reply))
 
 
-def test_samples_cover_every_request():
+def test_samples_cover_every_request_and_all_replies_but_one():
     assert {type(request) for request in REQUESTS} == set(get_args(AnyRequest))
+    assert {type(reply) for reply in REPLIES} == set(get_args(AnyReply)) - {StatsReply}

@@ -39,7 +39,7 @@ REPLY_FIELDS = "id incarnation"
 
 # Released tags and fields. Rows and fields are only ever added at the end; nothing here is changed or removed.
 RELEASED = {
-    1: ("Hello", f"{REQUEST_FIELDS} protocol_oldest protocol_newest client_version pid boot_id"),
+    1: ("Hello", f"{REQUEST_FIELDS} protocol_oldest protocol_newest client_version pid boot_id mapped_layout"),
     2: ("Attach", f"{REQUEST_FIELDS} namespace payload_bytes locked generation"),
     3: ("Put", f"{REQUEST_FIELDS} count"),
     4: ("Get", f"{REQUEST_FIELDS} keys part"),
@@ -55,10 +55,12 @@ RELEASED = {
     14: ("Verify", REQUEST_FIELDS),
     15: ("Ping", REQUEST_FIELDS),
     16: ("Bye", REQUEST_FIELDS),
+    17: ("Reserve", f"{REQUEST_FIELDS} record_bytes lane"),
     101: ("ErrorReply", f"{REPLY_FIELDS} code message"),
     102: (
         "Welcome",
-        f"{REPLY_FIELDS} protocol session daemon_version max_record_bytes session_file same_host pid",
+        f"{REPLY_FIELDS} protocol session daemon_version max_record_bytes session_file same_host pid "
+        "arena_file index_file doorbell unmapped",
     ),
     103: ("Attached", f"{REPLY_FIELDS} namespace_id generation digest"),
     104: ("PutReply", f"{REPLY_FIELDS} statuses reasons retry_after_ms"),
@@ -69,6 +71,7 @@ RELEASED = {
     109: ("Done", REPLY_FIELDS),
     110: ("StatsReply", f"{REPLY_FIELDS} stats"),
     111: ("VerifyReply", f"{REPLY_FIELDS} records bytes seconds problems"),
+    112: ("Reserved", f"{REPLY_FIELDS} slot_bytes slots reason"),
 }
 
 RELEASED_ENUMS = {
@@ -157,7 +160,7 @@ ENVELOPE = [1, 2, 3, 4, 5, 6, 7]
         *[([15, *ENVELOPE[:at], bad, *ENVELOPE[at + 1 :]], f"`$[{at + 1}]`")
           for at in range(7) for bad in (None, True, 1.0, "1", b"1", [1], {})],
         ([0, *ENVELOPE], "`$[0]`"),
-        ([17, *ENVELOPE], "`$[0]`"),
+        ([18, *ENVELOPE], "`$[0]`"),
         ([101, *ENVELOPE], "`$[0]`"),
         (["15", *ENVELOPE], "`$[0]`"),
         ([15, *ENVELOPE[:6]], "length 8, got 7"),
@@ -167,6 +170,10 @@ ENVELOPE = [1, 2, 3, 4, 5, 6, 7]
         ([4, *ENVELOPE, b"", -1], "`$[9]`"),
         ([11, *ENVELOPE, b"", 9], "`$[9]`"),
         ([1, *ENVELOPE, 1, 1, "v" * (MAX_IDENT_CHARACTERS + 1)], "`$[10]`"),
+        ([1, *ENVELOPE, 1, 1, "v", 2, "b", -1], "`$[13]`"),
+        ([17, *ENVELOPE, 4096], "length 10, got 9"),
+        ([17, *ENVELOPE, -1, 0], "`$[8]`"),
+        ([17, *ENVELOPE, 4096, "0"], "`$[9]`"),
         ([2, *ENVELOPE, []], "`$[8]`"),
         ([2, *ENVELOPE, {"parts": 0}], "parts must be 1 to 4096"),
         ([2, *ENVELOPE, {"colour": "red"}], "unknown field `colour`"),
@@ -210,12 +217,27 @@ def test_reply_with_statuses_of_a_later_version_still_decodes():
 
 @pytest.mark.parametrize(
     ("oldest", "newest", "agreed"),
-    [(1, 1, 1), (1, 9, PROTOCOL_VERSION), (2, 9, None), (0, 0, None), (0, 5, PROTOCOL_VERSION), (5, 1, None)],
+    [
+        (1, 1, 1),
+        (0, 1, 1),
+        (1, 2, 2),
+        (2, 2, 2),
+        (1, 9, PROTOCOL_VERSION),
+        (2, 9, PROTOCOL_VERSION),
+        (3, 9, None),
+        (0, 0, None),
+        (0, 5, PROTOCOL_VERSION),
+        (5, 1, None),
+    ],
 )
 def test_negotiate_highest_common_version_or_none(oldest, newest, agreed):
     assert negotiate(oldest, newest) == agreed
 
 
 def test_stats_and_hello_are_what_a_first_client_sends():
-    assert encode(Hello(1, 0, 0, 0, 5000, 0, 0, 1, 1)).hex() == "9d0101000000cd138800000101a000a0"
+    first = bytes.fromhex("9d0101000000cd138800000101a000a0")
+    hello = decode_request(first)
+    assert hello == Hello(1, 0, 0, 0, 5000, 0, 0, 1, 1)
+    # The array is one longer now: what a client would map, which one of version 1 does not say.
+    assert encode(hello) == b"\x9e" + first[1:] + b"\0"
     assert encode(Stats(2, 3, 0, 0, 0, 0, 0)).hex() == "980d02030000000000"
