@@ -279,20 +279,18 @@ class MappedSession(SharedMemory):
 
     def settle(self) -> int:
         """Take over answers that have come; how many are still missing."""
-        if self._settling.acquire(blocking=False):
-            try:
-                taken = consumed(self._file_at)
-                pending = self.pending
-                while pending and pending[0][0] < taken:
-                    number, key = pending.popleft()
-                    answer = int(self._answers[number & (RING_RECORDS - 1)])
-                    self._wanted.pop(number, None)
-                    self._answered[answer] += 1
-                    self.refused = self.refused or answer > _LAST_GOOD
-                    if self._pending_keys.get(key) == number:
-                        del self._pending_keys[key]
-            finally:
-                self._settling.release()
+        # A ``with``: between taking a lock by a call and a ``try`` an interrupt could leave it taken for ever.
+        with self._settling:
+            taken = consumed(self._file_at)
+            pending = self.pending
+            while pending and pending[0][0] < taken:
+                number, key = pending.popleft()
+                answer = int(self._answers[number & (RING_RECORDS - 1)])
+                self._wanted.pop(number, None)
+                self._answered[answer] += 1
+                self.refused = self.refused or answer > _LAST_GOOD
+                if self._pending_keys.get(key) == number:
+                    del self._pending_keys[key]
         return len(self.pending)
 
     def take_answers(self) -> Counter[int]:

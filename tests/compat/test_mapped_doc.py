@@ -446,7 +446,8 @@ def test_mapped_doc_limits_are_the_codes():
 
 def test_mapped_doc_times_of_looking_at_locks_are_the_codes():
     assert mapping._RETIRED_POLL_S == 0.01
-    assert "every 10 ms while its session is over and the lock is held" in TEXT
+    assert "every 10 ms for half a second after its session is over" in TEXT
+    assert mapping._RETIRED_POLLS * mapping._RETIRED_POLL_S == 0.5
     assert "within 10 ms its slots go back" in TEXT
     assert f"at least every {shared_memory._LOOK_EVERY_NS // 1_000_000} ms while it is used" in TEXT
     assert f"in the SDK a thread looks every {int(mapped_watch._LOOK_S * 1000)} ms" in TEXT

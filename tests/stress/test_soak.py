@@ -45,7 +45,9 @@ class Worker:
 
 def soak(seconds: float, seed: int) -> None:
     rng = random.Random(seed)
-    with DaemonProcess("--slab", "1MiB", capacity="24MiB", grant="8MiB") as daemon:
+    # One that is killed between its greeting and its lock is only noticed by its silence.
+    arguments = ("--slab", "1MiB", "--set", "limits.session_idle_s=5")
+    with DaemonProcess(*arguments, capacity="24MiB", grant="8MiB") as daemon:
         workers = [Worker(daemon, seed * 1000 + number) for number in range(CLIENTS)]
         outputs: list[str] = []
         kills = freezes = 0
