@@ -6,12 +6,13 @@ Nothing here waits or sends, except for one byte into the doorbell. What cannot 
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
 from collections import Counter, deque
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -28,6 +29,9 @@ from kvstore.protocol.keys import KEY_BYTES, ROOT_KEY
 from kvstore.protocol.messages import PutStatus, Reason, Welcome
 from kvstore_client.shared_memory import NotMapped, SharedMemory, Words
 
+if TYPE_CHECKING:
+    from kvstore_client.views import _Pinned
+
 __all__ = ["MappedSession", "NotMapped"]
 
 _LENGTH_MASK: Final = (1 << 32) - 1
@@ -37,6 +41,7 @@ _SETTLE_EVERY: Final = 16
 """Unanswered puts after which answers are looked for; far fewer than the ring has places."""
 _STALE_ANSWER: Final = PutStatus.REJECTED | Reason.STALE_NAMESPACE << 8
 _LAST_GOOD: Final = int(PutStatus.EXISTS)
+_ABANDONED: Final = 4
 _SPARE_ITEMS: Final = 64
 _SPARE_BATCHES: Final = 4
 _PUT_ITEM: Final = fields.ITEM_BYTES // 8
@@ -65,6 +70,7 @@ class MappedSession(SharedMemory):
         pending: commits that nobody waits for and whose answers have not come.
         free_hazards: numbers of hazard words that are not in use.
         hazard_bytes, most_hazard_bytes: what is read in place, and may be.
+        views: the views that hold hazards.
         pin_one: the compiled function, for views.
     """
 
@@ -83,6 +89,8 @@ class MappedSession(SharedMemory):
         self.corrupt = 0
         self.free_hazards = list(range(HAZARD_WORDS))
         self.hazard_bytes = 0
+        self.views: dict[int, _Pinned] = {}
+        self._lingering = 0
         self.most_hazard_bytes = self.header.hazard_bytes
         self._settling = threading.Lock()
         self.pending: deque[tuple[int, bytes]] = deque()
@@ -180,6 +188,7 @@ class MappedSession(SharedMemory):
                 return where
             unpin(self.address, hazard)
             where = BUSY
+        self.views.pop(hazard, None)
         self.free_hazards.append(hazard)
         if where == CORRUPT:
             self.corrupt += 1
@@ -188,12 +197,35 @@ class MappedSession(SharedMemory):
     def unpin(self, hazard: int, length: int) -> None:
         """Let go of a pinned record; its view must not be used any more."""
         unpin(self.address, hazard)
-        self.free_hazards.append(hazard)
         self.hazard_bytes -= length
+        self.views.pop(hazard, None)
+        self.free_hazards.append(hazard)
 
     def linger(self, array: object, hazard: int, length: int) -> None:
         """A view ended while something made from its array is still there: hold slot and mapping until that is gone."""
-        weakref.finalize(array, self.unpin, hazard, length).atexit = False
+        self._lingering += length
+        weakref.finalize(array, self._end_lingering, hazard, length).atexit = False
+        self.views.pop(hazard, None)
+
+    def _end_lingering(self, hazard: int, length: int) -> None:
+        self._lingering -= length
+        self.unpin(hazard, length)
+
+    def head_for_request(self) -> int:
+        """Records written into the ring, for a request; also the moment to look for what interrupts left behind."""
+        if self.views:
+            self.reclaim()
+        return self.head()
+
+    def reclaim(self) -> None:
+        """Let go of what views held that an interrupt ended before they could."""
+        for hazard, view in list(self.views.items()):
+            # The dictionary, the list's tuple, the variable, the argument: nobody else has it.
+            if sys.getrefcount(view) <= _ABANDONED and self.views.pop(hazard, None) is view:
+                unpin(self.address, hazard)
+                if hazard not in self.free_hazards:
+                    self.free_hazards.append(hazard)
+                self.hazard_bytes = self._lingering + sum(other.length for other in list(self.views.values()))
 
     # -------------------------------------------------------------- puts
 

@@ -128,7 +128,7 @@ class Session:
             self.namespace_id,
             time.monotonic_ns() if self._same_host else 0,
             min(int(max(timeout_s, 0.0) * 1000) + 1, 1 << 31),
-            0 if self.mapped is None else self.mapped.head(),
+            0 if self.mapped is None else self.mapped.head_for_request(),
             ask.access,
             *ask.fields,
         )

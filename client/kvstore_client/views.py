@@ -27,6 +27,11 @@ _LENGTH_MASK: Final = (1 << 32) - 1
 class _Pinned:
     """What both kinds of view do with a mapping."""
 
+    @property
+    def length(self) -> int:
+        """Bytes that are held, 0 for none."""
+        return self._length
+
     __slots__ = ("_data", "_hazard", "_held", "_key", "_length", "_part", "_request")
 
     _data: memoryview | None
@@ -44,8 +49,12 @@ class _Pinned:
             check_read(part, request)
         hazards = mapped.free_hazards
         if not hazards:
-            return False
+            mapped.reclaim()
+            if not hazards:
+                return False
         hazard = hazards.pop()
+        # Before anything is held: should an interrupt strike from here on, ``reclaim`` finds what nobody uses.
+        mapped.views[hazard] = self
         key = self._key
         unsure = 0 if sure and not mapped.pending else mapped.unsure(key, sure)
         where = mapped.pin_one(mapped.address, id(key), hazard, part, request or 0, unsure)
@@ -95,6 +104,7 @@ class View(_Pinned):
         self._part = part
         self._request = request
         self._data = self._held = None
+        self._length = 0
 
     def __enter__(self) -> memoryview | None:
         client = self._client
@@ -117,6 +127,7 @@ class AsyncView(_Pinned):
         self._part = part
         self._request = request
         self._data = self._held = None
+        self._length = 0
 
     async def __aenter__(self) -> memoryview | None:
         client = self._client
