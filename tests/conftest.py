@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
+import signal
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -62,3 +63,9 @@ def _leak_checks(request: pytest.FixtureRequest) -> None:
         request.getfixturevalue("no_leaks")
         if inspect.iscoroutinefunction(getattr(request, "function", None)):
             request.getfixturevalue("no_leaked_tasks")
+
+
+def pytest_configure() -> None:
+    """A run in the background of a script inherits an ignored SIGINT, and so would every process that a test starts."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
