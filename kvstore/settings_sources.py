@@ -121,11 +121,15 @@ def _override_values(
     return values
 
 
+_NO_SETTINGS = frozenset({CONFIG_VARIABLE, "KVSTORE_CACHE_DIR", "KVSTORE_DIRECTORY"})
+"""Variables of other parts: where compiled code is kept, where a client finds the daemon's directory."""
+
+
 def _environment_values(environ: Mapping[str, str], keys: Sequence[str]) -> dict[str, _Value]:
     by_variable = {PREFIX + key.upper().replace(".", "__"): key for key in keys}
     values: dict[str, _Value] = {}
     for variable in sorted(environ):
-        if not variable.startswith(PREFIX) or variable == CONFIG_VARIABLE:
+        if not variable.startswith(PREFIX) or variable in _NO_SETTINGS:
             continue
         if variable in by_variable:
             values[by_variable[variable]] = _Value(environ[variable], variable)
