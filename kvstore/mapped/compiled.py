@@ -136,6 +136,15 @@ class _CacheImpl(CompileResultCacheImpl):  # type: ignore[misc]
 class _Cache(FunctionCache):  # type: ignore[misc]
     _impl_class = _CacheImpl
 
+    def load_overload(self, signature: object, target_context: object) -> object:
+        try:
+            return super().load_overload(signature, target_context)
+        except Exception as error:
+            # A file damaged by a crash of the host: compile anew, and replace it.
+            _log.warning("kept code could not be read, it is compiled again: %r", error)
+            self.flush()
+            return None
+
     def save_overload(self, signature: object, data: object) -> None:
         try:
             super().save_overload(signature, data)
