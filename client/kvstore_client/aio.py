@@ -310,6 +310,8 @@ class AsyncClient(BaseClient):
             except StopIteration:
                 pass
             except _LinkLost:
+                self._disconnect(_LinkLost())
+                self._check_usable()
                 raise ConnectionLost(
                     f"the daemon at {self.endpoint} closed the connection during the greeting"
                 ) from None
@@ -317,6 +319,8 @@ class AsyncClient(BaseClient):
                 self._disconnect(_LinkLost())
                 raise
             try:
+                # The client may have been closed between the last reply and now.
+                self._check_usable()
                 self._begin_mapping()
             except BaseException:
                 self._disconnect(_LinkLost())

@@ -303,6 +303,35 @@ async def test_close_while_others_connect_leaves_nothing(daemon: DaemonProcess):
         assert all(isinstance(outcome, (ConnectionLost, float)) for outcome in outcomes), outcomes
 
 
+@pytest.mark.parametrize("replies", [1, 2])
+async def test_close_between_a_reply_to_the_greeting_and_its_taking_leaves_nothing(
+    daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch, replies: int
+):
+    """The task that greets has its reply and did not run yet: it goes on with a client that is closed."""
+    fresh = AsyncClient(daemon.endpoint)
+    taken = 0
+    receive = fresh._on_readable
+
+    def receive_and_close() -> None:
+        nonlocal taken
+        waiting = len(fresh._replies)
+        receive()
+        taken += waiting - len(fresh._replies)
+        if taken == replies and not fresh._closed:
+            with pytest.raises(StopIteration):
+                # It has nothing to wait for, so one step is all of it.
+                fresh.close().send(None)
+
+    monkeypatch.setattr(fresh, "_on_readable", receive_and_close)
+    with pytest.raises(ConnectionLost):
+        await fresh.ping()
+    assert taken == replies
+    assert not fresh.mapped
+    assert not fresh._greeted
+    with pytest.raises(ConnectionLost, match="this client is closed; make a new one"):
+        await fresh.ping()
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 async def test_daemon_that_ends_under_many_operations_is_an_error_of_this_package_for_each(number: signal.Signals):
     with DaemonProcess() as daemon:
