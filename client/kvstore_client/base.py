@@ -113,6 +113,7 @@ class BaseClient:
         if link is None or self._closed or self._is_of_another_process():
             return
         self._mapped = None
+        unwatch(self)
         link.close()
         self._session.forget()
         warnings.warn(f"unclosed {type(self).__name__} of {self.endpoint}", ResourceWarning, stacklevel=2, source=self)

@@ -22,9 +22,9 @@ from kvstore.mapped.client_file import LANE_COUNT, RING_RECORDS
 from kvstore.mapped.context import BUSY, CORRUPT, FULL, LARGE, LOOK, MISS, STALE
 from kvstore.mapped.index_reader import copy_batch, unpin
 from kvstore.mapped.index_writer import HAZARD_WORDS
-from kvstore.mapped.reads import close_batch, get_one, match, open_batch, pin_one
+from kvstore.mapped.reads import cancel_batch, close_batch, get_one, match, open_batch, pin_one
 from kvstore.mapped.ring import consumed
-from kvstore.mapped.writes import begin_put, end_put, fill_slot, give_back, put_one
+from kvstore.mapped.writes import begin_put, cancel_put, end_put, fill_slot, give_back, put_one
 from kvstore.protocol.keys import KEY_BYTES, ROOT_KEY
 from kvstore.protocol.messages import PutStatus, Reason, Welcome
 from kvstore_client.shared_memory import NotMapped, SharedMemory, Words
@@ -56,7 +56,7 @@ class _Batch:
     __slots__ = ("address", "items", "results")
 
     def __init__(self, count: int) -> None:
-        self.items: Words = np.empty((max(count, _SPARE_ITEMS), fields.ITEM_WORDS), np.int64)
+        self.items: Words = np.zeros((max(count, _SPARE_ITEMS), fields.ITEM_WORDS), np.int64)
         self.address = int(self.items.ctypes.data)
         self.results = self.items[:, fields.ITEM_RESULT // 8]
 
@@ -140,21 +140,23 @@ class MappedSession(SharedMemory):
         count = len(keys)
         batch = self._spare_batches.pop() if self._spare_batches and count <= _SPARE_ITEMS else _Batch(count)
         at = batch.address
-        refused: int = open_batch(self.address, id(keys), id(outs), count, at, part)
-        if refused == LOOK and self._look():
-            refused = open_batch(self.address, id(keys), id(outs), count, at, part)
-        if refused:
-            self._keep(batch)
-            return refused
         try:
+            refused: int = open_batch(self.address, id(keys), id(outs), count, at, part)
+            if refused == LOOK and self._look():
+                refused = open_batch(self.address, id(keys), id(outs), count, at, part)
+            if refused:
+                self._keep(batch)
+                return refused
             copy_batch(self.address, at, count, part)
             if owed or not sure:
                 # What is asked for again is reported then, and not twice.
                 for index in np.flatnonzero(batch.results[:count] == MISS).tolist():
                     if not sure or keys[index] in owed:
                         batch.results[index] = BUSY
-        finally:
             hits = close_batch(self.address, at, count, part, access)
+        except BaseException:
+            cancel_batch(at, count)
+            raise
         results: list[int] = batch.results[:count].tolist()
         self._keep(batch)
         if hits < count:
@@ -239,14 +241,20 @@ class MappedSession(SharedMemory):
         if result == LOOK and self._look():
             result = put_one(self.address, id(key), id(parent), id(data), part, access)
         if result == LARGE:
-            item: Words = np.empty(_PUT_ITEM, np.int64)
+            item: Words = np.zeros(_PUT_ITEM, np.int64)
             at = int(item.ctypes.data)
-            result = begin_put(self.address, at, id(key), id(data))
-            if result == 0:
-                fill_slot(self.address, at)
-                result = end_put(self.address, at, id(parent), part, access)
-                if result < 0:
-                    self._unreturned.append(int(item[fields.ITEM_SLOT // 8]))
+            try:
+                result = begin_put(self.address, at, id(key), id(data))
+                if result == 0:
+                    fill_slot(self.address, at)
+                    result = end_put(self.address, at, id(parent), part, access)
+                    if result < 0:
+                        self._unreturned.append(int(item[fields.ITEM_SLOT // 8]))
+            except BaseException:
+                slot = cancel_put(at)
+                if slot:
+                    self._unreturned.append(slot)
+                raise
         return result
 
     def put_unwaited(self, key: object, data: object, parent: object, part: object, request: object) -> bool:

@@ -6,7 +6,9 @@ about a microsecond for each mapping.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import queue
 import threading
 import weakref
 from typing import Final, Protocol
@@ -32,7 +34,8 @@ class Owner(Protocol):
 _owners: weakref.WeakSet[Owner] = weakref.WeakSet()
 _lock = threading.Lock()
 _thread: threading.Thread | None = None
-_wake = threading.Event()
+_wake: queue.SimpleQueue[None] = queue.SimpleQueue()
+"""Each call is one of C: an exception from a signal handler leaves no lock in it taken, as it does in an Event."""
 
 
 def watch(owner: Owner) -> None:
@@ -41,7 +44,6 @@ def watch(owner: Owner) -> None:
     with _lock:
         _owners.add(owner)
         if _thread is None:
-            _wake.clear()
             _thread = threading.Thread(target=_run, name="kvstore-watch", daemon=True)
             _thread.start()
 
@@ -52,7 +54,7 @@ def unwatch(owner: Owner) -> None:
         _owners.discard(owner)
         thread = _thread if not _owners else None
         if thread is not None:
-            _wake.set()
+            _wake.put(None)
     if thread is not None and thread is not threading.current_thread():
         thread.join(1.0)
 
@@ -60,13 +62,13 @@ def unwatch(owner: Owner) -> None:
 def _run() -> None:
     global _thread
     while True:
-        _wake.wait(_LOOK_S)
+        with contextlib.suppress(queue.Empty):
+            _wake.get(timeout=_LOOK_S)
         with _lock:
             owners = list(_owners)
             if not owners:
                 _thread = None
                 return
-            _wake.clear()
         for owner in owners:
             if not owner.daemon_lives():
                 owner.drop_mapping()
@@ -76,7 +78,7 @@ def _run() -> None:
 def _in_forked_child() -> None:
     """The mapping, its hazards and its ring are the parent's: a child that used them would speak in its name."""
     global _lock, _thread, _wake
-    _lock, _wake, _thread = threading.Lock(), threading.Event(), None
+    _lock, _wake, _thread = threading.Lock(), queue.SimpleQueue(), None
     owners = list(_owners)
     _owners.clear()
     for owner in owners:

@@ -186,13 +186,13 @@ class Session:
         self.number = 0
         self.namespace_id = 0
         mapped, self.mapped = self.mapped, None
+        # Taken out first: an interrupt may lose a descriptor, but never close one twice, which could be a stranger's.
+        fd, self._lock_fd = self._lock_fd, -1
         if mapped is not None:
+            mapped.own_lock(fd)
             mapped.release()
-            mapped.own_lock(self._lock_fd)
-            self._lock_fd = -1
-        if self._lock_fd >= 0:
-            os.close(self._lock_fd)
-            self._lock_fd = -1
+        elif fd >= 0:
+            os.close(fd)
 
     def _lock(self, welcome: Welcome) -> bool:
         """Lock the session file; False where this process cannot (another container, another user)."""

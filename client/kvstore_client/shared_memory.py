@@ -243,10 +243,11 @@ class SharedMemory:
         if hasattr(self, "_scratch"):
             # First: compiled calls, which hold the interpreter lock, write into what stands here.
             self._scratch[fields.BELL // 8] = -1
-        for fd in (self._lock_fd, self._bell_fd):
+        fds = (self._lock_fd, self._bell_fd)
+        self._lock_fd = self._bell_fd = -1
+        for fd in fds:
             if fd >= 0:
                 os.close(fd)
-        self._lock_fd = self._bell_fd = -1
 
     def disown(self) -> None:
         """In a forked child: what a view that is still open lets go of is not the parent's, and descriptors are copies.

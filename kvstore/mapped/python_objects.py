@@ -25,6 +25,7 @@ _clear_error: Final = types.ExternalFunction("PyErr_Clear", types.void())
 
 # ``Py_buffer`` is part of the stable ABI since Python 3.11 (PEP 688's predecessor, bpo-45459): its first fields.
 BUFFER_BYTES: Final = 80
+_BUFFER_OBJECT: Final = 8
 _BUFFER_LENGTH: Final = 16
 _BUFFER_FORMAT: Final = 40
 
@@ -107,6 +108,12 @@ def buffer_address(buffer: int) -> int:
 def buffer_length(buffer: int) -> int:
     """How many bytes there are."""
     return load(buffer + _BUFFER_LENGTH)
+
+
+@inlined
+def buffer_is_open(buffer: int) -> bool:
+    """Whether memory that was zero, or used for a buffer before, holds one now."""
+    return load(buffer + _BUFFER_OBJECT) != 0
 
 
 @inlined

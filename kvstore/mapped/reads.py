@@ -45,6 +45,7 @@ from kvstore.mapped.index_file import BUCKET_BYTES, BUCKET_ENTRIES, ENTRY_BYTES,
 from kvstore.mapped.index_reader import look_up, payload_of, pin_entry, read_item, usable
 from kvstore.mapped.python_objects import (
     buffer_address,
+    buffer_is_open,
     buffer_length,
     close_buffer,
     key_address,
@@ -360,3 +361,11 @@ def close_batch(context: int, items: int, count: int, part: int, access: int) ->
     # Last: giving a buffer back may run Python, and with it other threads.
     _close_items(items, count)
     return total
+
+
+@compiled("void(int64, int64)")
+def cancel_batch(items: int, count: int) -> None:
+    """After an exception: let go of the buffers that a batch holds, whose memory was zero before its first use."""
+    for item in range(items, items + count * ITEM_BYTES, ITEM_BYTES):
+        if buffer_is_open(item + ITEM_BUFFER):
+            close_buffer(item + ITEM_BUFFER)

@@ -48,7 +48,14 @@ from kvstore.mapped.context import (
 )
 from kvstore.mapped.grants import GRANT_PAGES_SHIFT, GRANT_SLOT_MASK, claim
 from kvstore.mapped.index_reader import usable
-from kvstore.mapped.python_objects import buffer_address, buffer_length, close_buffer, key_address, open_buffer
+from kvstore.mapped.python_objects import (
+    buffer_address,
+    buffer_is_open,
+    buffer_length,
+    close_buffer,
+    key_address,
+    open_buffer,
+)
 from kvstore.mapped.reads import LARGE_BYTES
 from kvstore.mapped.ring import advance, place, room
 from kvstore.mapped.streaming import STREAM_FROM_BYTES
@@ -238,6 +245,15 @@ def end_put(context: int, item: int, parent_id: int, part: int, access: int) -> 
         close_buffer(item + ITEM_BUFFER)
         return result
     return _end(context, item, parent_id, part, access, now_ns(context))
+
+
+@compiled("int64(int64)")
+def cancel_put(item: int) -> int:
+    """After an exception: let go of what an item holds, whose memory was zero before; a slot to be given back, or 0."""
+    if not buffer_is_open(item + ITEM_BUFFER):
+        return 0
+    close_buffer(item + ITEM_BUFFER)
+    return load(item + ITEM_SLOT)
 
 
 @compiled("int64(int64, int64)")

@@ -29,7 +29,7 @@ def check_arena_fits(directory: Path, arena_bytes: int) -> None:
 def _require(need_bytes: int, have_bytes: int, what: str, remedy: str) -> None:
     if need_bytes > have_bytes:
         raise InsufficientMemory(
-            f"the arena needs {format_size(need_bytes)} (capacity and grants) but {what} has "
+            f"the arena needs {format_size(need_bytes)} (capacity, grants and index) but {what} has "
             f"{format_size(have_bytes)}; lower dram.capacity_bytes (--capacity) or {remedy}"
         )
 
