@@ -311,7 +311,9 @@ class Operations:
 
     def _log_refusal(self, reason: int, records: int) -> None:
         if reason == Reason.STALE_NAMESPACE:
-            self._session.stale = True
+            # The answer may be to a put from before this client moved on itself; mapped memory knows.
+            mapped = self._session.mapped
+            self._session.stale = mapped is None or not mapped.in_current_generation()
         now = time.monotonic()
         if now - self._logged.get(reason, -_LOG_EVERY_S) >= _LOG_EVERY_S:
             self._logged[reason] = now

@@ -38,6 +38,7 @@ from kvstore.mapped.index_file import (
     NAMESPACE_OFFSET,
     STATE_OFFSET,
     IndexState,
+    NamespaceWord,
     decode_index_header,
 )
 from kvstore.mapped.session_file import decode_session_header
@@ -157,6 +158,11 @@ class SharedMemory:
         context[fields.NAMESPACE_ID // 8] = namespace_id
         # A copy that another thread has under way may see one of both: the old generation's records are gone already.
         context[fields.NAMESPACE // 8] = self._namespaces_at + namespace_id * NAMESPACE_ENTRY_BYTES
+
+    def in_current_generation(self) -> bool:
+        """Whether the generation that is read and written is the namespace's current one."""
+        entry = int(self._context[fields.NAMESPACE // 8]) - int(self._index_words.ctypes.data)
+        return int(self._index_words[entry // 8]) == NamespaceWord.CURRENT
 
     def _prepare(self, namespace_id: int, parts: int, digest: bytes) -> None:
         self._index_words: Words = np.frombuffer(self._index_map, np.int64)

@@ -180,3 +180,26 @@ def test_parts_of_different_clients_complete_a_block_for_all(daemon: DaemonProce
                 assert len(client.match([key(number)])) == 1
                 assert [client.get(key(number), part=part) for part in (0, 1)] == [b"second", b"first"]
         one.clear()
+
+
+def test_answers_to_puts_from_before_an_invalidation_do_not_make_the_client_that_moved_on_stale(
+    daemon: DaemonProcess, namespace: str
+):
+    with (
+        daemon.connect(namespace=namespace, mapped=True) as one,
+        daemon.connect(namespace=namespace, mapped=True) as other,
+    ):
+        refused = 0
+        for turn in range(200):
+            for number in range(20):
+                other.put(key(100 * turn + number), b"old", wait=False)
+            one.invalidate()
+            other.invalidate()
+            reasons = other.flush().reasons
+            assert reasons.keys() <= {"stale_namespace"}
+            refused += sum(reasons.values())
+            assert (other.stale, other.generation) == (False, one.generation)
+            one.put(key(0), b"new")
+            assert other.get(key(0)) == b"new"
+        if not refused:
+            pytest.skip("the daemon took every put before the invalidation that followed it")
