@@ -45,9 +45,11 @@ class EvictionPolicy(Protocol):
         """A block became resident. Precondition: the policy does not hold it."""
 
     def touch(self, deepest: Evictable, hits: int, access: int) -> None:
-        """The engine request ``access`` used a block and the ``hits - 1`` resident ancestors next above it.
+        """The engine request ``access`` used a block and the ``hits - 1`` ancestors next above it.
 
-        Precondition: the policy holds them all. A policy for which one use is a use of all ancestors need not walk up.
+        Precondition: the policy holds ``deepest``. Ancestors were resident when they were used, but a report through
+        mapped memory comes later, and some may have left by then: who walks up ends at the first missing parent. A
+        policy for which one use is a use of all ancestors need not walk up.
         """
 
     def discard(self, block: Evictable) -> None:
