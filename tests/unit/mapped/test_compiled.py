@@ -63,6 +63,22 @@ def test_code_is_kept_in_the_named_directory_and_found_by_the_next_process(tmp_p
     assert run(environment, script)[:2] == (directory, 1)
 
 
+@pytest.mark.parametrize("ending", [".nbi", ".nbc"])
+@pytest.mark.parametrize("length", [0, 10, -1])
+def test_damaged_file_of_kept_code_is_compiled_again_and_replaced(
+    tmp_path: Path, script: Path, ending: str, length: int
+) -> None:
+    environment = {"KVSTORE_CACHE_DIR": str(tmp_path / "named")}
+    directory, _, _ = run(environment, script)
+    damaged = next(Path(directory).rglob(f"*{ending}"))
+    damaged.write_bytes(damaged.read_bytes()[:length])
+    _, hits, log = run(environment, script)
+    assert hits == 0
+    assert "could not be read" in log
+    _, hits, log = run(environment, script)
+    assert (hits, log) == (1, "")
+
+
 def test_code_is_kept_under_the_home_where_nothing_is_named(tmp_path: Path, script: Path) -> None:
     directory, _, _ = run({"HOME": str(tmp_path / "home")}, script)
     assert directory.startswith(str(tmp_path / "home/.cache/kvstore") + os.sep)
