@@ -6,6 +6,7 @@ uses. Does not cover daemons that outlive the command, see ``kvstore serve``.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -19,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Final, Self
 
+from kvstore.cli.own_directory import fresh_path, own_directory
 from kvstore.errors import DaemonUnavailable, DeadlineExceeded, InvalidArgument, KVStoreError
 from kvstore.protocol.endpoint import IPC_PREFIX, check_endpoint, default_arena_directory, ipc_path
 
@@ -61,7 +63,7 @@ class PrivateDaemon:
         self._arguments += arguments
         population_s = (capacity_bytes + grant_bytes) / _SLOWEST_POPULATION_BYTES_PER_S
         self._timeout_s = 60.0 + population_s if timeout_s is None else timeout_s
-        self._directory: Path | None = None
+        self._files = contextlib.ExitStack()
         self._endpoint = ""
         self._process: subprocess.Popen[bytes] | None = None
         self._log: IO[bytes] | None = None
@@ -100,8 +102,9 @@ class PrivateDaemon:
         """
         if self._process is not None:
             raise KVStoreError("a private daemon starts once; make another")
-        self._directory, self._endpoint = _fresh_endpoint()
+        directory, self._endpoint = _fresh_endpoint()
         try:
+            self._files.enter_context(own_directory(directory))
             self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed in close()
             self._launch()
         except BaseException:
@@ -133,8 +136,8 @@ class PrivateDaemon:
                 self._stuck = True
                 process.kill()
                 process.wait()
-        if self._directory is not None:
-            shutil.rmtree(self._directory, ignore_errors=True)
+        self._files.close()
+        if self._endpoint:
             shutil.rmtree(default_arena_directory(self._endpoint), ignore_errors=True)
         if self._log is not None:
             self._log.close()
@@ -198,13 +201,11 @@ class PrivateDaemon:
 
 
 def _fresh_endpoint() -> tuple[Path, str]:
-    """A new directory of this user's and the endpoint in it, short enough for a unix socket."""
-    for parent in (None, "/tmp"):
-        directory = Path(tempfile.mkdtemp(prefix="kvstore-", dir=parent))
-        try:
+    """A path for a directory and the endpoint in it, short enough for a unix socket."""
+    for parent in (tempfile.gettempdir(), "/tmp"):
+        directory = fresh_path(parent, "kvstore-")
+        with contextlib.suppress(InvalidArgument):
             return directory, check_endpoint(f"{IPC_PREFIX}{directory}/kv.sock")
-        except InvalidArgument:
-            directory.rmdir()
     raise KVStoreError("no temporary directory is short enough for a socket; set TMPDIR to a shorter path")
 
 

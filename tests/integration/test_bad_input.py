@@ -150,7 +150,7 @@ def test_endpoint_without_a_daemon_is_an_error_at_once(kind: str, tmp_path: Path
     begin = time.monotonic()
     with pytest.raises(DaemonUnavailable, match=r"no daemon at ipc://.*kvstore serve"):
         Client(f"ipc://{path}", timeout=5.0)
-    assert time.monotonic() - begin < 1.0
+    assert time.monotonic() - begin < 2.0
 
 
 def test_listener_that_never_answers_is_given_up_within_the_timeout(tmp_path: Path):

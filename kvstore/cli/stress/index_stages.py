@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
 from kvstore.cli.stress.crew import Crew, Worker, WorkerDied
-from kvstore.cli.stress.layout import fresh_directory
+from kvstore.cli.stress.layout import stage_directory
 from kvstore.cli.stress.report import StageReport
 from kvstore.errors import DeadlineExceeded
 
@@ -64,35 +63,46 @@ def run_index_stage(crew: Crew, stage: IndexStage, seconds: float, seed: int) ->
         phase="control" if stage.is_control else "index", name=stage.name, processes=1 + len(stage.ways)
     )
     writer, *readers = crew.hire(report.processes)
-    directory = fresh_directory()
-    try:
-        writer.begin(
-            "churn",
-            seconds,
-            directory=str(directory),
-            shape=stage.shape,
-            readers=len(readers),
-            verify_every=stage.verify_every,
-            fault=stage.fault,
-            seed=seed,
-        )
-        files = writer.wait("progress", time.monotonic() + _ANSWER_S)
-        enough = _ENOUGH if stage.is_control else 0
-        for number, (reader, way) in enumerate(zip(readers, stage.ways, strict=True)):
-            how = {"files": files[number], "shape": stage.shape, "way": way, "seed": seed + 1 + number}
-            reader.begin("read", seconds, seconds=seconds, enough=enough, **how)
-        _collect(report, readers, seconds, enough)
-        writer.stop()
-        _add_writer(report, writer.wait("done", time.monotonic() + _ANSWER_S))
-    except (WorkerDied, DeadlineExceeded) as error:
-        report.hangs += isinstance(error, DeadlineExceeded)
-        report.problems.append(str(error))
-    finally:
-        for worker in (writer, *readers):
-            if worker.busy:
-                crew.dismiss(worker)
-        shutil.rmtree(directory, ignore_errors=True)
+    with stage_directory() as directory:
+        try:
+            _play(report, stage, writer, readers, str(directory), seconds, seed)
+        except (WorkerDied, DeadlineExceeded) as error:
+            report.hangs += isinstance(error, DeadlineExceeded)
+            report.problems.append(str(error))
+        finally:
+            for worker in (writer, *readers):
+                if worker.busy:
+                    crew.dismiss(worker)
     return report
+
+
+def _play(
+    report: StageReport,
+    stage: IndexStage,
+    writer: Worker,
+    readers: list[Worker],
+    directory: str,
+    seconds: float,
+    seed: int,
+) -> None:
+    writer.begin(
+        "churn",
+        seconds,
+        directory=directory,
+        shape=stage.shape,
+        readers=len(readers),
+        verify_every=stage.verify_every,
+        fault=stage.fault,
+        seed=seed,
+    )
+    files = writer.wait("progress", time.monotonic() + _ANSWER_S)
+    enough = _ENOUGH if stage.is_control else 0
+    for number, (reader, way) in enumerate(zip(readers, stage.ways, strict=True)):
+        how = {"files": files[number], "shape": stage.shape, "way": way, "seed": seed + 1 + number}
+        reader.begin("read", seconds, seconds=seconds, enough=enough, **how)
+    _collect(report, readers, seconds, enough)
+    writer.stop()
+    _add_writer(report, writer.wait("done", time.monotonic() + _ANSWER_S))
 
 
 def _collect(report: StageReport, readers: Iterable[Worker], seconds: float, enough: int) -> None:

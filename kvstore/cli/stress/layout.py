@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
+from kvstore.cli.own_directory import fresh_path, own_directory
 from kvstore.cli.stress.pattern import KeyTable
 from kvstore.format.constants import PAGE_BYTES, RECORD_HEADER_BYTES
 
-__all__ = ["COUNTING_ONLY", "NAMESPACE_ID", "SHAPES", "ReaderFiles", "Shape", "fresh_directory"]
+__all__ = ["COUNTING_ONLY", "NAMESPACE_ID", "SHAPES", "ReaderFiles", "Shape", "stage_directory"]
 
 KIB: Final = 1 << 10
 MIB: Final = 1 << 20
@@ -76,7 +79,7 @@ class ReaderFiles(msgspec.Struct):
     incarnation: int
 
 
-def fresh_directory() -> Path:
-    """A new directory of this user's in the memory file system, for files that nobody else knows of."""
-    memory = Path("/dev/shm")
-    return Path(tempfile.mkdtemp(prefix="kvstore-stress-", dir=memory if memory.is_dir() else None))
+def stage_directory() -> AbstractContextManager[Path]:
+    """A stage's own directory, in the memory file system where there is one."""
+    memory = "/dev/shm"
+    return own_directory(fresh_path(memory if os.path.isdir(memory) else tempfile.gettempdir(), "kvstore-stress-"))
