@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import os
 import signal
 import socket
@@ -139,6 +140,8 @@ def test_unknown_and_impossible_namespace_options_are_named(options: dict[str, o
 
 @pytest.mark.parametrize("kind", ["missing", "stale", "file", "directory"])
 def test_endpoint_without_a_daemon_is_an_error_at_once(kind: str, tmp_path: Path):
+    # Loaded once a process, before the client looks for its daemon: not what is timed here.
+    importlib.import_module("kvstore_client.mapped_session")
     path = tmp_path / "s"
     if kind == "stale":
         with socket.socket(socket.AF_UNIX) as listening:
@@ -150,7 +153,7 @@ def test_endpoint_without_a_daemon_is_an_error_at_once(kind: str, tmp_path: Path
     begin = time.monotonic()
     with pytest.raises(DaemonUnavailable, match=r"no daemon at ipc://.*kvstore serve"):
         Client(f"ipc://{path}", timeout=5.0)
-    assert time.monotonic() - begin < 2.0
+    assert time.monotonic() - begin < 1.0
 
 
 def test_listener_that_never_answers_is_given_up_within_the_timeout(tmp_path: Path):

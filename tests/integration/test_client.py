@@ -311,7 +311,7 @@ def test_mapped_client_of_a_stopped_daemon_reads_on_and_ends_the_rest_in_time(
         begin = time.monotonic()
         with pytest.raises(DeadlineExceeded, match=r"did not answer in time \(timeout 0\.4 s\)"):
             operation()
-        assert 0.3 < time.monotonic() - begin < 2.0
+        assert 0.3 < time.monotonic() - begin < 1.0
     stopped()
     wait_until(lambda: answers(mapped))
     assert mapped.get(key(2)) == b"y" * 200_000
@@ -347,7 +347,7 @@ def test_operation_ends_within_its_timeout_and_the_client_recovers(client: Clien
         begin = time.monotonic()
         with pytest.raises(DeadlineExceeded, match=r"did not answer in time \(timeout 0\.4 s\)"):
             operation()
-        assert 0.3 < time.monotonic() - begin < 2.0
+        assert 0.3 < time.monotonic() - begin < 1.0
     stopped()
     wait_until(lambda: answers(client))
     assert client.get(key(1)) == b"x" * 200_000
@@ -491,7 +491,7 @@ def test_closed_clients_end_their_sessions_at_once(daemon: DaemonProcess, namesp
         for _ in range(100):
             with daemon.connect(namespace=namespace):
                 pass
-        wait_until(lambda: len(watching.stats().sessions) == 1)
+        wait_until(lambda: len(watching.stats().sessions) == 1, 0.5)
         after = watching.stats()
         assert after.server.sessions_opened - before.server.sessions_opened == 100
         assert after.server.sessions_died == before.server.sessions_died

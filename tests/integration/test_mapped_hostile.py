@@ -291,7 +291,7 @@ def test_so_many_suspicions_keep_nobody_waiting():
             peer.push(RingKind.SUSPECT, slot=slot, sequence=sequence)
         begin = time.monotonic()
         peer.drained()
-        assert time.monotonic() - begin < 2.0
+        assert time.monotonic() - begin < 0.5
         assert client.exists([key(1)]) == [True]
 
 
