@@ -304,27 +304,21 @@ class AsyncClient(BaseClient):
                 self._loop.add_reader(descriptor, self._on_readable)
             greeting = self._session.greet(link.in_own_process)
             try:
-                ask = next(greeting)
-                while True:
-                    ask = greeting.send(await self._exchange(ask, deadline))
-            except StopIteration:
-                pass
-            except _LinkLost:
+                with contextlib.suppress(StopIteration):
+                    ask = next(greeting)
+                    while True:
+                        ask = greeting.send(await self._exchange(ask, deadline))
+                # The client may have been closed between the last reply and now.
+                self._check_usable()
+                self._begin_mapping()
+            except BaseException as error:
                 self._disconnect(_LinkLost())
+                if not isinstance(error, _LinkLost):
+                    raise
                 self._check_usable()
                 raise ConnectionLost(
                     f"the daemon at {self.endpoint} closed the connection during the greeting"
                 ) from None
-            except BaseException:
-                self._disconnect(_LinkLost())
-                raise
-            try:
-                # The client may have been closed between the last reply and now.
-                self._check_usable()
-                self._begin_mapping()
-            except BaseException:
-                self._disconnect(_LinkLost())
-                raise
             self._greeted = True
 
     def _disconnect(self, error: Exception, linger_ms: int = 0) -> None:

@@ -357,22 +357,16 @@ class Client(BaseClient):
         link = self._link = Link(self.endpoint, left_s, patience=left_s, own=self._own)
         greeting = self._session.greet(link.in_own_process)
         try:
-            ask = next(greeting)
-            while True:
-                ask = greeting.send(self._exchange(link, ask, deadline))
-        except StopIteration:
-            pass
-        except _LinkLost:
-            self._disconnect()
-            raise ConnectionLost(f"the daemon at {self.endpoint} closed the connection during the greeting") from None
-        except BaseException:
-            self._disconnect()
-            raise
-        try:
+            with contextlib.suppress(StopIteration):
+                ask = next(greeting)
+                while True:
+                    ask = greeting.send(self._exchange(link, ask, deadline))
             self._begin_mapping()
-        except BaseException:
+        except BaseException as error:
             self._disconnect()
-            raise
+            if not isinstance(error, _LinkLost):
+                raise
+            raise ConnectionLost(f"the daemon at {self.endpoint} closed the connection during the greeting") from None
 
     def _disconnect(self) -> None:
         self._end_mapping()

@@ -145,7 +145,6 @@ class MappedSession(SharedMemory):
             if refused == LOOK and self._look():
                 refused = open_batch(self.address, id(keys), id(outs), count, at, part)
             if refused:
-                self._keep(batch)
                 return refused
             copy_batch(self.address, at, count, part)
             if owed or not sure:
@@ -158,6 +157,7 @@ class MappedSession(SharedMemory):
             cancel_batch(at, count)
             raise
         results: list[int] = batch.results[:count].tolist()
+        # Never inside the block above: another thread may use it at once, and must not have it cancelled.
         self._keep(batch)
         if hits < count:
             self.corrupt += results.count(CORRUPT)

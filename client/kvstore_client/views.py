@@ -27,11 +27,6 @@ _LENGTH_MASK: Final = (1 << 32) - 1
 class _Pinned:
     """What both kinds of view do with a mapping."""
 
-    @property
-    def length(self) -> int:
-        """Bytes that are held, 0 for none."""
-        return self._length
-
     __slots__ = ("_data", "_hazard", "_held", "_key", "_length", "_part", "_request")
 
     _data: memoryview | None
@@ -41,6 +36,11 @@ class _Pinned:
     _length: int
     _part: int
     _request: int | None
+
+    @property
+    def length(self) -> int:
+        """Bytes that are held, 0 for none."""
+        return self._length
 
     def _pin(self, mapped: MappedSession, sure: bool) -> bool:
         """Whether the answer is known: the data, or that there is none (if a miss is ``sure`` to be one)."""

@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
+from kvstore.cli.own_directory import fresh_path, own_directory
 from kvstore.errors import DeadlineExceeded, InvalidArgument, KVStoreError
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def run_demo(
     capacity_bytes = max(_MIN_CAPACITY_BYTES, 2 * layout.full_blocks(prompt_tokens) * layout.block_bytes)
     reports: list[EngineReport] = []
     with contextlib.ExitStack() as stack:
-        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="kvstore-demo-"))
+        directory = stack.enter_context(own_directory(fresh_path("kvstore-demo-")))
         with phase("starting a private daemon") as done:
             begin = time.monotonic()
             daemon = stack.enter_context(PrivateDaemon(capacity_bytes=capacity_bytes))
@@ -180,7 +180,7 @@ def run_demo(
             task = EngineTask(
                 role=role,
                 model_size=model_size,
-                model_directory=directory,
+                model_directory=str(directory),
                 seed=seed,
                 prompt_tokens=prompt_tokens,
                 new_tokens=new_tokens,

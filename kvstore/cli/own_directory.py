@@ -6,6 +6,7 @@ import atexit
 import functools
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +14,9 @@ from pathlib import Path
 __all__ = ["fresh_path", "own_directory"]
 
 
-def fresh_path(parent: str | Path, prefix: str) -> Path:
-    """A path in ``parent`` that nobody else uses; nothing is made."""
-    return Path(parent) / f"{prefix}{secrets.token_hex(6)}"
+def fresh_path(prefix: str, parent: str | Path | None = None) -> Path:
+    """A path in ``parent``, by default the folder for temporary files, that nobody else uses; nothing is made."""
+    return Path(parent or tempfile.gettempdir()) / f"{prefix}{secrets.token_hex(6)}"
 
 
 @contextmanager

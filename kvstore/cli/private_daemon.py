@@ -202,8 +202,8 @@ class PrivateDaemon:
 
 def _fresh_endpoint() -> tuple[Path, str]:
     """A path for a directory and the endpoint in it, short enough for a unix socket."""
-    for parent in (tempfile.gettempdir(), "/tmp"):
-        directory = fresh_path(parent, "kvstore-")
+    for parent in (None, "/tmp"):
+        directory = fresh_path("kvstore-", parent)
         with contextlib.suppress(InvalidArgument):
             return directory, check_endpoint(f"{IPC_PREFIX}{directory}/kv.sock")
     raise KVStoreError("no temporary directory is short enough for a socket; set TMPDIR to a shorter path")

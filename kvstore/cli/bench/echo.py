@@ -8,16 +8,15 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Final
 
 import zmq
 
 from kvstore.cli.bench.process import READY, ChildProcess
+from kvstore.cli.own_directory import fresh_path, own_directory
 
 __all__ = ["echo_server", "serve"]
 
@@ -31,8 +30,8 @@ def echo_server() -> Iterator[str]:
     Raises:
         DaemonUnavailable: it did not start.
     """
-    with tempfile.TemporaryDirectory(prefix="kvstore-echo-") as directory:
-        endpoint = f"ipc://{Path(directory) / 'echo.sock'}"
+    with own_directory(fresh_path("kvstore-echo-")) as directory:
+        endpoint = f"ipc://{directory / 'echo.sock'}"
         with ChildProcess("the echo server", "kvstore.cli.bench.echo", endpoint) as child:
             child.wait_until_ready(time.monotonic() + _START_SECONDS)
             yield endpoint

@@ -12,7 +12,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from kvstore.cli.bench.process import READY, ChildProcess
+from kvstore.cli.own_directory import fresh_path, own_directory
 
 __all__ = ["Redis", "redis_server", "why_not"]
 
@@ -66,11 +66,11 @@ def redis_server() -> Iterator[Redis]:
         DaemonUnavailable: it did not start.
     """
     with (
-        tempfile.TemporaryDirectory(prefix="kvstore-redis-") as directory,
-        ChildProcess("redis", "kvstore.cli.bench.local_redis_server", directory) as child,
+        own_directory(fresh_path("kvstore-redis-")) as directory,
+        ChildProcess("redis", "kvstore.cli.bench.local_redis_server", str(directory)) as child,
     ):
         child.wait_until_ready(time.monotonic() + _START_SECONDS)
-        redis = _connect(directory)
+        redis = _connect(str(directory))
         try:
             yield redis
         finally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,4 +81,4 @@ class ReaderFiles(msgspec.Struct):
 def stage_directory() -> AbstractContextManager[Path]:
     """A stage's own directory, in the memory file system where there is one."""
     memory = "/dev/shm"
-    return own_directory(fresh_path(memory if os.path.isdir(memory) else tempfile.gettempdir(), "kvstore-stress-"))
+    return own_directory(fresh_path("kvstore-stress-", memory if os.path.isdir(memory) else None))

@@ -25,9 +25,9 @@ def at_exit(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], object]]:
 
 
 def test_own_directory_is_private_and_gone_with_its_content(tmp_path: Path, at_exit: list[Callable[[], object]]):
-    path = fresh_path(tmp_path, "kvstore-x-")
+    path = fresh_path("kvstore-x-", tmp_path)
     assert path.name.startswith("kvstore-x-")
-    assert path != fresh_path(tmp_path, "kvstore-x-")
+    assert path != fresh_path("kvstore-x-", tmp_path)
     with own_directory(path) as made:
         assert made == path
         assert path.stat().st_mode & 0o777 == 0o700
@@ -79,7 +79,7 @@ def interrupted(path: Path, line_event: int) -> bool:
 
 def test_an_interrupt_before_any_line_leaves_no_directory(tmp_path: Path, at_exit: list[Callable[[], object]]):
     line_event = 1
-    while interrupted(fresh_path(tmp_path, f"{line_event}-"), line_event):
+    while interrupted(fresh_path(f"{line_event}-", tmp_path), line_event):
         for function in at_exit:
             function()
         at_exit.clear()
