@@ -16,11 +16,11 @@ from kvstore.errors import ConnectionLost, DeadlineExceeded, KVStoreError
 from kvstore.protocol.framing import decode_reply, encode
 from kvstore.protocol.messages import Bye, DaemonStats, PutStatus, TierName, VerifyReply
 from kvstore.protocol.version import MAX_OUTSTANDING_REQUESTS
-from kvstore_client.base import DRAM, GOODBYE_MS, UNWAITED_BYTES, VERIFY_TIMEOUT_S, BaseClient, is_lost_session
+from kvstore_client.base import DRAM, GOODBYE_MS, UNWAITED_BYTES, VERIFY_TIMEOUT_S, BaseClient
 from kvstore_client.link import Link
 from kvstore_client.operations import NOT_THERE, check_read
 from kvstore_client.results import FlushResult, MatchResult
-from kvstore_client.session import Ask, Steps, Told
+from kvstore_client.session import Ask, Steps, Told, is_lost_session
 from kvstore_client.views import AsyncView
 
 if TYPE_CHECKING:

@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from kvstore.errors import (
     ConnectionLost,
     DeadlineExceeded,
-    ErrorCode,
     ForkedClient,
     InvalidArgument,
     PermissionRefused,
 )
 from kvstore.protocol.endpoint import check_endpoint, default_endpoint
 from kvstore.protocol.keys import chain_keys
-from kvstore.protocol.messages import ErrorReply, Reply, TierName
+from kvstore.protocol.messages import TierName
 from kvstore.protocol.namespace import Namespace
 from kvstore.protocol.version import MAX_KEYS_PER_REQUEST
 from kvstore_client.link import Link
@@ -294,11 +293,6 @@ class BaseClient:
             raise ConnectionLost("this client is closed; make a new one")
         if self._is_of_another_process():
             raise ForkedClient(f"this client was made by process {self._pid}; make one in the forked child")
-
-
-def is_lost_session(reply: Reply) -> bool:
-    """Whether a reply says that the daemon does not know the session any more."""
-    return isinstance(reply, ErrorReply) and reply.code in (ErrorCode.UNKNOWN_SESSION, ErrorCode.UNKNOWN_NAMESPACE)
 
 
 def _check_revision(namespace: Namespace, policy: OnUnknownRevision) -> None:

@@ -22,12 +22,11 @@ from kvstore_client.base import (
     UNWAITED_REQUESTS,
     VERIFY_TIMEOUT_S,
     BaseClient,
-    is_lost_session,
 )
 from kvstore_client.link import Link
 from kvstore_client.operations import NOT_THERE, check_read
 from kvstore_client.results import FlushResult, MatchResult
-from kvstore_client.session import Ask, Steps, Told
+from kvstore_client.session import Ask, Steps, Told, is_lost_session
 from kvstore_client.views import View
 
 R = TypeVar("R")

@@ -142,10 +142,20 @@ class Session:
         Raises:
             ProtocolMismatch: no common version.
         """
-        self.forget()
-        self.in_own_process = in_own_process
+        for last in (False, True):
+            self.forget()
+            self.in_own_process = in_own_process
+            locked = yield from self._open()
+            told = yield self.attach(locked, self.generation)
+            # A client that was stopped for long in the middle of its greeting is not waited for.
+            if last or not is_lost_session(told.reply):
+                self.joined(expect(told, Attached))
+                return
+
+    def _open(self) -> Steps[bool]:
+        """Open a session; returns whether its file could be locked."""
         versions = (PROTOCOL_OLDEST, PROTOCOL_VERSION, kvstore.__version__)
-        layout = MAPPED_LAYOUT if self.wants_mapping and not in_own_process else 0
+        layout = MAPPED_LAYOUT if self.wants_mapping and not self.in_own_process else 0
         hello = Ask(Hello, (*versions, os.getpid(), self._boot_id, layout))
         welcome = expect((yield hello), Welcome)
         self.welcome = welcome
@@ -154,8 +164,7 @@ class Session:
         self.daemon_version = welcome.daemon_version
         self.max_record_bytes = welcome.max_record_bytes
         self._same_host = welcome.same_host
-        locked = bool(welcome.session_file) and not in_own_process and self._lock(welcome)
-        self.joined(expect((yield self.attach(locked, self.generation)), Attached))
+        return bool(welcome.session_file) and not self.in_own_process and self._lock(welcome)
 
     def attach(self, locked: bool, generation: int) -> Ask:
         """The request that joins the namespace; generation -1 is whatever is current."""
@@ -229,6 +238,11 @@ def why_not_opened(error: OSError, what: str, path: Path) -> str:
     return f"cannot open {what} {path}: {error.strerror}"
 
 
+def is_lost_session(reply: Reply) -> bool:
+    """Whether a reply says that the daemon does not know the session any more."""
+    return isinstance(reply, ErrorReply) and reply.code in (ErrorCode.UNKNOWN_SESSION, ErrorCode.UNKNOWN_NAMESPACE)
+
+
 def expect(told: Told, kind: type[ReplyT]) -> ReplyT:
     """The reply as the type it must be, or its error raised.
 
@@ -242,7 +256,7 @@ def expect(told: Told, kind: type[ReplyT]) -> ReplyT:
     if not isinstance(reply, ErrorReply):
         raise RemoteError(ErrorCode.INTERNAL, f"the daemon answered {type(reply).__name__} instead of {kind.__name__}")
     code = reply.code
-    if code in (ErrorCode.UNKNOWN_SESSION, ErrorCode.UNKNOWN_NAMESPACE):
+    if is_lost_session(reply):
         raise SessionLost(f"the daemon gave this client's session up again and again: {reply.message}")
     if code == ErrorCode.PROTOCOL_MISMATCH:
         raise ProtocolMismatch(reply.message)

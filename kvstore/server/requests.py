@@ -280,6 +280,8 @@ class Requests:
         if not all(sizes):
             raise Refused(ErrorCode.BAD_REQUEST, "payload_bytes takes sizes above 0")
         session.locked = request.locked and session.file is not None and session.file.locked()
+        # A lock that is not there any more may be a client's that died on its way to here.
+        session.greeted = session.locked or not request.locked
         # A size that can never be stored is refused when it is put, by its own reason.
         fitting = tuple(
             RECORD_HEADER_BYTES + size for size in sizes if RECORD_HEADER_BYTES + size <= self._store.max_record_bytes

@@ -1,7 +1,8 @@
 """Client sessions: who is there, and who is gone.
 
 A client that can, locks its session file: the kernel frees the lock when it dies, and the daemon sees that within a
-second. Any other client's session ends when nothing was heard from it for ``session_idle_s``.
+second. Any other client's session ends when nothing was heard from it for ``session_idle_s``, and one whose greeting
+was never finished after a few seconds: its client died too early for a lock to show it.
 """
 
 from __future__ import annotations
@@ -11,11 +12,15 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 from kvstore.errors import KVStoreError
 from kvstore.mapped.client_file import CLIENT_FILE_BYTES
 from kvstore.mapped.session_file import SESSION_FILE_BYTES, SessionHeader, encode_session_header
 from kvstore.tiers.files import SessionFile
+
+_GREETING_NS: Final = 5_000_000_000
+"""How long a greeting may pause. A client that was stopped for longer greets again by itself."""
 
 
 class TooManySessions(KVStoreError):
@@ -31,6 +36,7 @@ class Session:
         same_host: whether its clock is ours.
         locked: whether it holds the lock on its file.
         last_ns: when it was last heard.
+        greeted: it joined a namespace, and the lock that it speaks of, if it does, was seen.
         namespaces: ids of the namespaces that it joined; it has no access to others.
         died_ns: when its lock was first seen to be free, 0 before.
     """
@@ -43,6 +49,7 @@ class Session:
     last_ns: int
     file: SessionFile | None
     locked: bool = False
+    greeted: bool = False
     requests: int = 0
     private_accesses: int = 0
     died_ns: int = 0
@@ -56,7 +63,7 @@ class Sessions:
         directory: where session files are made.
         incarnation: of this daemon.
         limit: most sessions at once.
-        idle_ns: after how long an unlocked session ends.
+        idle_ns: after how long an unlocked session ends that was greeted.
         mode, gid: of session files.
     """
 
@@ -151,7 +158,7 @@ class Sessions:
                     if now_ns - session.died_ns >= grace_ns(session):
                         self.died += 1
                         gone.append(session)
-            elif now_ns - session.last_ns > self._idle_ns:
+            elif now_ns - session.last_ns > (self._idle_ns if session.greeted else min(self._idle_ns, _GREETING_NS)):
                 self.expired += 1
                 gone.append(session)
         return gone

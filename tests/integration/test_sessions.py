@@ -20,6 +20,7 @@ from raw_peer import RawPeer
 
 from kvstore.errors import ErrorCode
 from kvstore.protocol.messages import (
+    Attach,
     Attached,
     Bye,
     Clear,
@@ -164,6 +165,46 @@ def test_silent_client_without_a_lock_is_given_up_and_one_with_a_lock_is_not(has
         assert silent.error(Ping).code == ErrorCode.UNKNOWN_SESSION
         assert locked.get(key(1)) is None
         assert locked.stats().server.sessions_opened == stats.server.sessions_opened
+
+
+def test_client_that_dies_within_its_greeting_is_noticed_within_seconds(
+    daemon: DaemonProcess, watching: Client, peer: Callable[..., RawPeer]
+):
+    """Killed before its Attach, or while the Attach of a locked session was on its way: no lock was ever seen."""
+    files = set(daemon.arena_directory.iterdir())
+    peer(same_host=True).greet()
+    peer(same_host=True).greet()
+    other = peer(same_host=True)
+    other.greet()
+    other.ask(Attach, Namespace(name="watching"), (), True, -1)
+    patient = peer(same_host=True)
+    patient.greet()
+    patient.ask(Attach, Namespace(name="watching"), (), False, -1)
+    assert len(watching.stats().sessions) == 5
+    wait_until(lambda: len(watching.stats().sessions) == 2, 8)
+    assert len(set(daemon.arena_directory.iterdir()) - files) == 1
+    time.sleep(1.5)
+    assert len(watching.stats().sessions) == 2, "one that never locked has limits.session_idle_s"
+
+
+@pytest.mark.parametrize("kind", MAPPING)
+def test_client_stopped_within_its_greeting_greets_again(
+    daemon: DaemonProcess, namespace: str, kind: str, monkeypatch: pytest.MonkeyPatch
+):
+    lock = Session._lock
+    greetings = []
+
+    def slowly(session: Session, welcome: Welcome) -> bool:
+        greetings.append(welcome.session)
+        if len(greetings) == 1:
+            time.sleep(7)
+        return lock(session, welcome)
+
+    monkeypatch.setattr(Session, "_lock", slowly)
+    with CLIENTS[kind](daemon.endpoint, namespace=namespace, timeout=20) as client:
+        client.put(key(1), b"x")
+        assert client.get(key(1)) == b"x"
+    assert len(greetings) == 2
 
 
 @pytest.mark.parametrize("kind", MAPPING)
