@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, get_args
 
 from kvstore.errors import CorruptRecord, ErrorCode, InvalidArgument, RemoteError, Throttled
 from kvstore.format.constants import RECORD_HEADER_BYTES
-from kvstore.format.record import Buffer, decode_record, encode_header, raw_header
+from kvstore.format.record import Buffer, RecordHeader, decode_record, encode_header, raw_header
 from kvstore.mapped.context import CORRUPT, FULL, MISS, NO_GRANT, NO_LANE, OVER, STALE
 from kvstore.protocol.keys import check_key, check_parent, join_keys
 from kvstore.protocol.messages import (
@@ -198,19 +198,29 @@ class Operations:
 
     def put_asks(self, chain: Chain) -> list[Ask]:
         """The requests that store a chain by sending it. Its records say the generation that the put began in."""
-        digest = chain.digest
+        headers = [
+            encode_header(
+                raw_header(
+                    key=key, parent_key=previous, namespace_digest=chain.digest, part=chain.part, payload=payload
+                )
+            )
+            for key, previous, payload in chain.blocks
+        ]
+        return self.record_asks(headers, [payload for _, _, payload in chain.blocks], chain.access)
+
+    def record_asks(self, headers: Sequence[bytes], payloads: Sequence[memoryview], access: int) -> list[Ask]:
+        """The requests that store records by sending them."""
         asks: list[Ask] = []
         frames: list[Buffer] = []
         total = 0
-        for key, previous, payload in chain.blocks:
+        for header, payload in zip(headers, payloads, strict=True):
             if frames and (total + payload.nbytes > _PUT_BYTES or len(frames) >= MAX_PAYLOAD_FRAMES):
-                asks.append(Ask(Put, (len(frames) // 2,), chain.access, frames))
+                asks.append(Ask(Put, (len(frames) // 2,), access, frames))
                 frames, total = [], 0
-            header = raw_header(key=key, parent_key=previous, namespace_digest=digest, part=chain.part, payload=payload)
-            frames += (encode_header(header), payload)
+            frames += (header, payload)
             total += payload.nbytes
         if frames:
-            asks.append(Ask(Put, (len(frames) // 2,), chain.access, frames))
+            asks.append(Ask(Put, (len(frames) // 2,), access, frames))
         return asks
 
     def put_chain(self, chain: Chain) -> Steps[list[PutStatus]]:
@@ -276,25 +286,34 @@ class Operations:
                 expect((yield Ask(Ping)), Done)
                 mapped.settle()
             elif number in (NO_LANE, NO_GRANT):
-                record_bytes = RECORD_HEADER_BYTES + payload.nbytes
-                lane = mapped.lane_for(record_bytes)
-                mapped.close_lane(lane, record_bytes)
-                reserved = expect((yield Ask(Reserve, (record_bytes, lane))), Reserved)
-                # Now and then, so that answers are taken before the ring goes around and others take their place.
-                mapped.settle()
-                if reserved.reason or self._session.mapped is not mapped:
+                if not (yield from self.reserve(mapped, RECORD_HEADER_BYTES + payload.nbytes)):
                     return NO_GRANT
-                mapped.open_lane(lane, record_bytes)
             else:
                 return number
         return NO_GRANT
 
+    def reserve(self, mapped: MappedSession, record_bytes: int) -> Steps[bool]:
+        """Ask for slots for records of a size; whether there are some, in the mapping that they were asked for."""
+        lane = mapped.lane_for(record_bytes)
+        mapped.close_lane(lane, record_bytes)
+        reserved = expect((yield Ask(Reserve, (record_bytes, lane))), Reserved)
+        # Now and then, so that answers are taken before the ring goes around and others take their place.
+        mapped.settle()
+        if reserved.reason or self._session.mapped is not mapped:
+            return False
+        mapped.open_lane(lane, record_bytes)
+        return True
+
     def _put_sent(self, chain: Chain) -> Steps[list[PutStatus]]:
+        return (yield from self.send_puts(self.put_asks(chain), len(chain.blocks), chain.digest))
+
+    def send_puts(self, asks: Sequence[Ask], records: int, digest: bytes) -> Steps[list[PutStatus]]:
+        """Statuses of records that are sent; they are rejected once the client is in another generation."""
         statuses: list[PutStatus] = []
-        for ask in self.put_asks(chain):
-            if self._session.digest != chain.digest:
+        for ask in asks:
+            if self._session.digest != digest:
                 _log.warning("a put that began before the namespace was invalidated was rejected")
-                return statuses + [PutStatus.REJECTED] * (len(chain.blocks) - len(statuses))
+                return statuses + [PutStatus.REJECTED] * (records - len(statuses))
             statuses += self.put_answer((yield ask))
         return statuses
 
@@ -363,7 +382,14 @@ class Operations:
     # -------------------------------------------------------------- gets
 
     def get_payloads(self, keys: Sequence[bytes], part: int, request: int | None) -> Steps[list[memoryview | None]]:
-        """Payloads of one part of blocks, views of received frames; None for a miss.
+        """Payloads of one part of blocks, views of received frames; None for a miss. Raises as ``get_records``."""
+        records = yield from self.get_records(keys, part, request)
+        return [None if record is None else record[1] for record in records]
+
+    def get_records(
+        self, keys: Sequence[bytes], part: int, request: int | None
+    ) -> Steps[list[tuple[RecordHeader, memoryview] | None]]:
+        """Headers and payloads of one part of blocks, views of received frames; None for a miss.
 
         Raises:
             Throttled: the daemon would not send more now.
@@ -372,7 +398,7 @@ class Operations:
         check_request(request)
         joined = join_keys(keys)
         access = next(self._accesses) if request is None and len(keys) > 1 else request or 0
-        found: dict[int, memoryview | None] = {}
+        found: dict[int, tuple[RecordHeader, memoryview] | None] = {}
         wanted = list(range(len(keys)))
         pauses = iter(_GET_PAUSES_S)
         pause_s = 0.0
@@ -388,7 +414,7 @@ class Operations:
                     throttled.append(at)
                 else:
                     record = next(frames) if status == GetStatus.HIT else None
-                    found[at] = None if record is None else self._payload(record, joined[32 * at : 32 * at + 32], part)
+                    found[at] = None if record is None else self._record(record, joined[32 * at : 32 * at + 32], part)
             pause_s = 0.0
             if len(throttled) == len(asked):
                 # What this client has read the daemon hears from libzmq, a moment after the client itself.
@@ -422,7 +448,7 @@ class Operations:
             lengths.append(None if payload is None else payload.nbytes)
         return lengths
 
-    def _payload(self, record: memoryview, key: bytes, part: int) -> memoryview | None:
+    def _record(self, record: memoryview, key: bytes, part: int) -> tuple[RecordHeader, memoryview] | None:
         """Check a received record; a wrong byte is a miss, never an answer."""
         try:
             header, payload = decode_record(record)
@@ -432,7 +458,7 @@ class Operations:
             self.corrupt += 1
             _log.error("key %s part %d: %s; treated as a miss", key.hex(), part, error)
             return None
-        return payload.toreadonly()
+        return header, payload.toreadonly()
 
     # -------------------------------------------------------------- the rest
 
