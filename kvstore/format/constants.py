@@ -20,10 +20,50 @@ FIDELITY_EXACT: Final = 255
 
 
 class CodecId(IntEnum):
-    """Codecs by the id that records carry; 0 is reserved for preallocated zeros."""
+    """Codecs by the id that records carry (``docs/codecs.md``); 0 is reserved for preallocated zeros."""
 
     RAW = 1
+    LOSSLESS = 2
+    LOSSLESS_ZSTD = 3
+    FP8 = 4
+    INT8 = 5
+    INT4 = 6
+    KIVI4 = 7
+    KIVI2 = 8
+    TURBO4 = 9
+    TURBO3 = 10
+    TURBO2 = 11
+    TURBO4_3 = 12
+    TURBO3_2 = 13
 
+    @property
+    def text(self) -> str:
+        """The codec's name outside of Python: ``lossless-zstd``, ``turbo4-3``."""
+        return self.name.lower().replace("_", "-")
+
+
+CODECS_BY_NAME: Final[dict[str, CodecId]] = {codec.text: codec for codec in CodecId}
+
+CODEC_FIDELITY: Final[dict[CodecId, int]] = {
+    CodecId.RAW: FIDELITY_EXACT,
+    CodecId.LOSSLESS: FIDELITY_EXACT,
+    CodecId.LOSSLESS_ZSTD: FIDELITY_EXACT,
+    CodecId.FP8: 127,
+    CodecId.INT8: 178,
+    CodecId.INT4: 84,
+    CodecId.KIVI4: 85,
+    CodecId.KIVI2: 34,
+    CodecId.TURBO4: 82,
+    CodecId.TURBO3: 59,
+    CodecId.TURBO2: 36,
+    CodecId.TURBO4_3: 59,
+    CodecId.TURBO3_2: 36,
+}
+"""How near each codec comes to the original, by which codecs are compared. A record carries a number of its own."""
+
+EXACT_CODECS: Final = frozenset(codec for codec, fidelity in CODEC_FIDELITY.items() if fidelity == FIDELITY_EXACT)
+LOSSLESS_CHUNK_VALUES: Final = 65_536
+"""Values of which a lossless record compresses each byte plane by itself."""
 
 DTYPE_SIZES: Final[dict[str, int]] = {
     "uint8": 1,
@@ -35,3 +75,6 @@ DTYPE_SIZES: Final[dict[str, int]] = {
     "float32": 4,
 }
 """Logical dtypes of this version, with bytes an element. Opaque payloads are ``uint8`` of one dimension."""
+
+LOSSY_DTYPES: Final = frozenset({"bfloat16", "float16", "float32"})
+"""Of these a lossy codec may make a record; what an engine quantised itself is stored exactly."""

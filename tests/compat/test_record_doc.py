@@ -7,11 +7,13 @@ import struct
 import pytest
 import xxhash
 from doc_tables import DOCS, examples, table, tables
-from golden_files import golden
+from golden_files import golden, golden_names
 
 from kvstore.format.constants import (
+    CODEC_FIDELITY,
     DTYPE_BYTES,
     DTYPE_SIZES,
+    EXACT_CODECS,
     FIDELITY_EXACT,
     MAX_DIMENSIONS,
     MAX_RECORD_BYTES,
@@ -51,7 +53,7 @@ def test_record_doc_offsets_cover_the_header_without_gaps():
             assert struct.calcsize(f"<{CODES[row['type']]}") == int(row["bytes"]), row
 
 
-@pytest.mark.parametrize("name", ["record-1/raw-opaque", "record-1/raw-bfloat16"])
+@pytest.mark.parametrize("name", sorted(golden_names("record-1")))
 def test_record_doc_fields_at_their_offsets_are_what_the_decoder_reads(name: str):
     (record,) = golden(name)
     header, payload = decode_record(record)
@@ -73,7 +75,7 @@ def test_record_doc_fields_at_their_offsets_are_what_the_decoder_reads(name: str
         "dimensions": dimensions,
         "sections": sections,
         "fidelity": header.fidelity,
-        "reserved": 0,
+        "lineage_loss": 255 - header.lineage,
         "section_bytes": (*header.section_bytes, *(0,) * (MAX_SECTIONS - sections)),
         "payload_checksum": header.payload_checksum,
         "reserved_tail": bytes(16),
@@ -82,6 +84,14 @@ def test_record_doc_fields_at_their_offsets_are_what_the_decoder_reads(name: str
     assert HEADER.column("field") == list(expected)
     assert {name: field(record, name) for name in expected} == expected
     assert field(record, "payload_checksum") == xxhash.xxh3_64_intdigest(payload)
+
+
+def test_record_doc_golden_records_have_fidelity_and_lineage_as_named():
+    found = {name: decode_record(golden(name)[0])[0] for name in golden_names("record-1")}
+    assert {name: header.lineage for name, header in found.items() if header.lineage != FIDELITY_EXACT} == {
+        "record-1/raw-lineage": 85
+    }
+    assert found["record-1/raw-lineage"].effective_fidelity == 85
 
 
 def test_record_doc_example_is_the_golden_record():
@@ -106,5 +116,13 @@ def test_record_doc_constants_and_version_are_the_codes():
     assert f"`dimensions` is 1 to {MAX_DIMENSIONS};" in text
     assert f"`sections` is 1 to {MAX_SECTIONS};" in text
     assert f"{FIDELITY_EXACT} exact" in text
-    (codec,) = [row["meaning"] for row in HEADER.rows if row["field"] == "codec"]
-    assert all(f"{member.value} `{member.name.lower()}`" in codec for member in CodecId)
+
+
+def test_record_doc_codecs_are_the_codes():
+    codecs = table(PAGE, "Codecs")
+    assert [int(identity) for identity in codecs.column("id")] == list(CodecId)
+    assert codecs.column("codec") == [codec.text for codec in CodecId]
+    assert [int(sections) for sections in codecs.column("sections")] == [
+        1 if codec in EXACT_CODECS else 2 for codec in CodecId
+    ]
+    assert [int(fidelity) for fidelity in codecs.column("fidelity")] == [CODEC_FIDELITY[codec] for codec in CodecId]

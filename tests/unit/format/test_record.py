@@ -53,7 +53,7 @@ FIELDS = {
     "dimensions": (188, "B"),
     "sections": (189, "B"),
     "fidelity": (190, "B"),
-    "reserved": (191, "B"),
+    "lineage_loss": (191, "B"),
     "section_bytes": (192, "4Q"),
     "payload_checksum": (224, "Q"),
     "reserved_tail": (232, "16s"),
@@ -103,6 +103,7 @@ def raw_headers(draw: st.DrawFn) -> RecordHeader:
         token_count=draw(st.integers(0, 2**32 - 1)),
         section_bytes=(prod(shape) * DTYPE_SIZES[dtype],),
         payload_checksum=draw(st.integers(0, 2**64 - 1)),
+        lineage=draw(st.just(FIDELITY_EXACT) | st.integers(0, 255)),
     )
 
 
@@ -137,7 +138,7 @@ def test_header_fields_lie_at_the_documented_offsets(header):
         "dimensions": (len(header.shape),),
         "sections": (1,),
         "fidelity": (255,),
-        "reserved": (0,),
+        "lineage_loss": (255 - header.lineage,),
         "section_bytes": (*header.section_bytes, 0, 0, 0),
         "payload_checksum": (header.payload_checksum,),
         "reserved_tail": (bytes(16),),
@@ -251,14 +252,13 @@ MANY = 2**32 - 1
         ({"magic": bytes(8)}, "wrong magic"),
         *[({"version": version}, "is not known to this version") for version in (0, 2, 65_535)],
         *[({"header_bytes": size}, "is not known to this version") for size in (0, 255, 257, 512)],
-        *[({"reserved": bit}, "reserved header bytes") for bit in (1, 255)],
         *[
             ({"reserved_tail": bytes(at) + b"\1" + bytes(15 - at)}, "reserved header bytes are not zero")
             for at in range(16)
         ],
         ({"key": bytes(32)}, "the record's key is the root"),
         ({"parent_key": KEY}, "its own parent"),
-        *[({"codec": codec}, f"unknown codec id {codec}") for codec in (0, 2, 65_535)],
+        *[({"codec": codec}, f"unknown codec id {codec}") for codec in (0, 14, 65_535)],
         *[
             ({"dtype": dtype}, "unknown logical dtype")
             for dtype in (bytes(24), b"uint9", b"UINT8", b"uint8\0x", b"\0uint8", b"uint8 ", b"\xff" * 24, b"u" * 24)
@@ -297,8 +297,8 @@ MANY = 2**32 - 1
         ({"shape": (767, 0, 0, 0, 0, 0)}, "not its dtype times its shape"),
         ({"dimensions": 6, "shape": (MANY,) * 6}, "not its dtype times its shape"),
         ({"dtype": b"float16"}, "not its dtype times its shape"),
-        *[({"fidelity": fidelity}, "exact and has no parameters") for fidelity in (0, 1, 254)],
-        ({"codec_parameters": bytes(15) + b"\1"}, "exact and has no parameters"),
+        *[({"fidelity": fidelity}, f"fidelity {fidelity} is not that of raw") for fidelity in (0, 1, 254)],
+        ({"codec_parameters": bytes(15) + b"\1"}, "the digest of parameters is not one of raw"),
     ],
 )
 def test_header_impossible_field_under_a_right_checksum_is_refused(values, message):
@@ -314,6 +314,7 @@ def test_header_impossible_field_under_a_right_checksum_is_refused(values, messa
         {"parent_key": bytes(32)},
         {"namespace_digest": bytes(32)},
         {"payload_checksum": 2**64 - 1},
+        *[{"lineage_loss": loss} for loss in (1, 221, 255)],
         {"dimensions": 6, "shape": (1, 2, 3, 4, 4, 8)},
         {"dtype": b"float32", "shape": (192, 0, 0, 0, 0, 0)},
         {"shape": (MANY - 255, 0, 0, 0, 0, 0), "section_bytes": (MANY - 255, 0, 0, 0), "record_bytes": MANY + 1},
@@ -340,6 +341,10 @@ def test_header_extreme_but_possible_field_is_accepted(values):
         {"part": 1.5},
         {"fidelity": 256},
         {"fidelity": 254},
+        {"lineage": 256},
+        {"lineage": -1},
+        {"codec": 0},
+        {"codec": CodecId.KIVI4},
         {"dtype": "int4"},
         {"dtype": "uint8" + "x" * 20},
         {"dtype": "ünt8"},
