@@ -30,9 +30,10 @@ from kvstore.protocol.messages import PutStatus, Reason, Welcome
 from kvstore_client.shared_memory import NotMapped, SharedMemory, Words
 
 if TYPE_CHECKING:
+    from kvstore_client.mapped_batches import SlotBatch
     from kvstore_client.views import _Pinned
 
-__all__ = ["MappedSession", "NotMapped"]
+__all__ = ["Hold", "MappedSession", "NotMapped"]
 
 _LENGTH_MASK: Final = (1 << 32) - 1
 _MOST_UNTAKEN: Final = RING_RECORDS - 64
@@ -61,6 +62,19 @@ class _Batch:
         self.results = self.items[:, fields.ITEM_RESULT // 8]
 
 
+class Hold:
+    """One of the hazards of a batch of reads in place, in the place of a view.
+
+    Attributes:
+        length: bytes that it holds.
+    """
+
+    __slots__ = ("length",)
+
+    def __init__(self) -> None:
+        self.length = 0
+
+
 class MappedSession(SharedMemory):
     """Reads and puts of one session. Args and errors are those of ``SharedMemory``.
 
@@ -71,6 +85,7 @@ class MappedSession(SharedMemory):
         free_hazards: numbers of hazard words that are not in use.
         hazard_bytes, most_hazard_bytes: what is read in place, and may be.
         views: the views that hold hazards.
+        slot_batches: those that hold slots, by id.
         pin_one: the compiled function, for views.
     """
 
@@ -89,7 +104,8 @@ class MappedSession(SharedMemory):
         self.corrupt = 0
         self.free_hazards = list(range(HAZARD_WORDS))
         self.hazard_bytes = 0
-        self.views: dict[int, _Pinned] = {}
+        self.views: dict[int, _Pinned | Hold] = {}
+        self.slot_batches: dict[int, SlotBatch] = {}
         self._lingering = 0
         self.most_hazard_bytes = self.header.hazard_bytes
         self._settling = threading.Lock()
@@ -215,12 +231,15 @@ class MappedSession(SharedMemory):
 
     def head_for_request(self) -> int:
         """Records written into the ring, for a request; also the moment to look for what interrupts left behind."""
-        if self.views:
+        if self.views or self.slot_batches:
             self.reclaim()
         return self.head()
 
     def reclaim(self) -> None:
-        """Let go of what views held that an interrupt ended before they could."""
+        """Let go of what views and batches held that an interrupt ended before they could."""
+        for number, batch in list(self.slot_batches.items()):
+            if sys.getrefcount(batch) <= _ABANDONED and self.slot_batches.pop(number, None) is batch:
+                batch.give_back()
         for hazard, view in list(self.views.items()):
             # The dictionary, the list's tuple, the variable, the argument: nobody else has it.
             if sys.getrefcount(view) <= _ABANDONED and self.views.pop(hazard, None) is view:
@@ -233,9 +252,7 @@ class MappedSession(SharedMemory):
 
     def put(self, key: bytes, parent: bytes, data: object, part: int, access: int) -> int:
         """Write a record into a granted slot and commit it: the commit's number, or why not."""
-        if self._unreturned:
-            self._return_slots()
-        if self._wanted and self.head() - next(iter(self._wanted), 1 << 62) > _MOST_UNTAKEN:
+        if not self.ready_for(1):
             return FULL
         result: int = put_one(self.address, id(key), id(parent), id(data), part, access)
         if result == LOOK and self._look():
@@ -282,6 +299,19 @@ class MappedSession(SharedMemory):
             return False
         self.expect_answer(number, key)
         return True
+
+    def ready_for(self, commits: int) -> bool:
+        """Whether the ring may go on so far, for the answers that somebody waits for; also returns what is left over.
+
+        Not where it has no room.
+        """
+        if self._unreturned:
+            self._return_slots()
+        return not self._wanted or self.head() + commits - next(iter(self._wanted), 1 << 62) <= _MOST_UNTAKEN + 1
+
+    def give_back_later(self, slot: int) -> None:
+        """Return a granted slot when the ring has room."""
+        self._unreturned.append(slot)
 
     def _return_slots(self) -> None:
         unreturned, self._unreturned = self._unreturned, []

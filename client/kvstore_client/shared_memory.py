@@ -89,6 +89,7 @@ class SharedMemory:
         over: whether the daemon or the session is known to be gone.
         header: of the index.
         arena_view: all of the arena, read-only; a slot of it may be read while a hazard holds it.
+        arena_address: where it begins in this process.
         address: of the block of words that compiled functions take.
 
     Raises:
@@ -172,6 +173,7 @@ class SharedMemory:
         begin = ANSWER_OFFSET // 8
         self._answers = self._words[begin : begin + RING_RECORDS * 2 // 8].view(np.uint16)
         self.arena_view: Bytes = np.frombuffer(memoryview(self._arena_map).toreadonly(), np.uint8)
+        self.arena_address = int(self._arena_bytes.ctypes.data)
         self._touched = np.zeros(len(self._arena_map) // fields.CHUNK_BYTES + 1, np.uint8)
         self._recent: Words = np.zeros(2 * fields.RECENT_TARGETS, np.int64)
         self._window: Words = np.zeros(fields.WINDOW * fields.WINDOW_WORDS, np.int64)
@@ -186,7 +188,7 @@ class SharedMemory:
             (fields.BUCKETS, index_at + BUCKET_OFFSET),
             (fields.BUCKET_COUNT, self.header.bucket_count),
             (fields.SEED, self.header.hash_seed),
-            (fields.ARENA, int(self._arena_bytes.ctypes.data)),
+            (fields.ARENA, self.arena_address),
             (fields.ARENA_BYTES, self.header.arena_bytes),
             (fields.EPOCH, index_at + STATE_OFFSET),
             (fields.FILE, self._file_at),

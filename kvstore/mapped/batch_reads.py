@@ -35,7 +35,7 @@ from kvstore.mapped.context import (
     OVER,
     STALE,
 )
-from kvstore.mapped.index_file import ENTRY_CHECKSUM, WHO_MASK, NamespaceWord
+from kvstore.mapped.index_file import ENTRY_CHECKSUM, FIDELITY_SHIFT, WHO_MASK, NamespaceWord
 from kvstore.mapped.index_reader import is_due, look_up, usable
 from kvstore.mapped.system import look_is_due, now_ns, touch
 from kvstore.mapped.writes import _HEADER_CHECKSUM, _KEY, _PARENT, _PAYLOAD_CHECKSUM, _RECORD_BYTES
@@ -199,30 +199,15 @@ def release_batch(context: int, hazards: int, count: int) -> None:
 
 
 @compiled("void(int64, int64, int64, int64, int64)")
-def probe_batch(context: int, keys: int, count: int, part: int, headers: int) -> None:
-    """Copy out the headers of records that are there, zeros for those that are not or cannot be read now.
+def find_batch(context: int, keys: int, count: int, part: int, out: int) -> None:
+    """What the index says of keys: the effective fidelity of each record, -1 where there is none or it cannot be seen.
 
-    ``keys`` is the address of 32 bytes each, ``headers`` of 256 bytes each.
+    ``keys`` is the address of 32 bytes each, ``out`` of a word each. Nothing is held or reported.
     """
     for index in range(count):
-        header = headers + index * RECORD_HEADER_BYTES
-        key = keys + 32 * index
-        there = False
-        for _ in range(_TRIES):
-            if usable(context) != 0:
-                break
-            entry, sequence, where, _ = look_up(context, key, part)
-            if entry <= 0:
-                break
-            record, length = _place_of(context, where)
-            expected = load(entry + ENTRY_CHECKSUM)
-            if record != 0:
-                copy(header, record, RECORD_HEADER_BYTES)
-            # Acquire fence, as in ``index_reader.read_item``.
-            fence_acquire()
-            if load(entry) == sequence:
-                there = record != 0 and _check_header(context, header, key, part, length, expected)
-                break
-        if not there:
-            for at in range(0, RECORD_HEADER_BYTES, 8):
-                store(header + at, 0)
+        found = -1
+        if usable(context) == 0:
+            entry, _, _, identity = look_up(context, keys + 32 * index, part)
+            if entry > 0:
+                found = (identity >> FIDELITY_SHIFT) & 0xFF
+        store(out + 8 * index, found)
