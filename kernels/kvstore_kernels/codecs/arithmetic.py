@@ -16,8 +16,12 @@ if TYPE_CHECKING:
 LIMIT: Final = 61440.0
 """Greatest magnitude that an int or fp8 group may hold; a group with more, or with a NaN, is void."""
 
-FLOOR: Final = 168 * 2.0**-24
-"""Smallest scale, float16 bits 0x00A8 (1.0014e-05)."""
+FLOOR_BITS: Final = 0x00A8
+FLOOR: Final = FLOOR_BITS * 2.0**-24
+"""Smallest scale, 1.0014e-05, and its bits as float16."""
+
+BOUNDS: Final = f"floor={FLOOR_BITS:04x} limit={LIMIT:.0f}"
+"""Both, as they stand in the parameters of codecs."""
 
 
 class Quantised(NamedTuple):

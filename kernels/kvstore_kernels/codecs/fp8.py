@@ -24,7 +24,7 @@ class Fp8(PlaneMethod):
     """Groups of 64 tokens of a plane, the last one shorter."""
 
     name = "fp8"
-    parameters = f"symmetric e4m3 group={GROUP_TOKENS}tokens quotient={GREATEST} floor=00a8 limit=61440"
+    parameters = f"symmetric e4m3 group={GROUP_TOKENS}tokens quotient={GREATEST} {arithmetic.BOUNDS}"
 
     def regions(self, planes: Planes, block_tokens: int) -> tuple[Region, ...]:
         """Codes ``[L, H, T, D]`` and scales ``[L, H, ceil(T/64)]``."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Int4(PlaneMethod):
     """Groups of 64 channels of a token, or 32 or 16 where 64 does not divide the channels."""
 
-    parameters = "asymmetric bits=4 group=64,32,16channels order=lanes64,natural floor=00a8 limit=61440"
+    parameters = f"asymmetric bits=4 group=64,32,16channels order=lanes64,natural {arithmetic.BOUNDS}"
 
     def __init__(self, name: str) -> None:
         self.name = name

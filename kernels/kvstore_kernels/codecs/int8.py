@@ -22,7 +22,7 @@ class Int8(PlaneMethod):
     """Groups of one token of a plane, all its channels."""
 
     name = "int8"
-    parameters = f"symmetric bits=8 group=token quotient={GREATEST} floor=00a8 limit=61440"
+    parameters = f"symmetric bits=8 group=token quotient={GREATEST} {arithmetic.BOUNDS}"
 
     def regions(self, planes: Planes, block_tokens: int) -> tuple[Region, ...]:
         """Codes ``[L, H, T, D]`` in two's complement and scales ``[L, H, T]``."""

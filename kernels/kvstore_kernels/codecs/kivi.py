@@ -29,7 +29,7 @@ class KiviKey(PlaneMethod):
     def __init__(self, name: str, bits: int) -> None:
         self.name = name
         self.parameters = (
-            f"asymmetric bits={bits} group={16 * bits}tokens order=tokens{16 // bits}channels2 floor=00a8 limit=61440"
+            f"asymmetric bits={bits} group={16 * bits}tokens order=tokens{16 // bits}channels2 {arithmetic.BOUNDS}"
         )
         self.token_multiple = 16 * bits
         self._bits = bits
@@ -68,7 +68,7 @@ class Kivi2Value(PlaneMethod):
     """Groups of 32 channels of a token, or 16 where 32 does not divide the channels; two bits."""
 
     name = "kivi2v"
-    parameters = "asymmetric bits=2 group=32,16channels order=lanes64,natural floor=00a8 limit=61440"
+    parameters = f"asymmetric bits=2 group=32,16channels order=lanes64,natural {arithmetic.BOUNDS}"
 
     def regions(self, planes: Planes, block_tokens: int) -> tuple[Region, ...]:
         """Codes ``[L, H, T, D/64, 8]`` u16 or ``[L, H, T, D/4]`` u8; parameters ``[L, H, T, D/G, 2]``."""

@@ -1,0 +1,88 @@
+"""``docs/codecs.md``, implemented a second time from the page alone, against the reference: bytes and values."""
+
+from __future__ import annotations
+
+import codec_oracle as oracle
+import numpy as np
+import pytest
+import torch
+from doc_tables import table
+from golden_codecs import BLOCKS, golden_block, golden_names
+
+from kvstore_kernels.codecs import CODECS, get_codec
+from kvstore_kernels.codecs.turbo import LEVELS, THRESHOLDS
+from kvstore_kernels.layout import KVLayout, Rule
+
+LOSSY = [(block, codec) for block, codec in golden_names() if not get_codec(codec).exact]
+TABLE = table("codecs.md", "Codecs")
+
+
+def bits_of(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+@pytest.mark.parametrize(("block", "codec"), LOSSY)
+def test_reference_gives_the_bytes_that_the_page_describes(block: str, codec: str) -> None:
+    layout, x = BLOCKS[block], golden_block(block)
+    encoded = get_codec(codec).encode(x, layout)
+    sections, void_groups = oracle.encode(codec, layout, x.float().numpy())
+    for planes, ours, theirs in zip(layout.planes, encoded.sections, sections, strict=True):
+        if planes.rule is not Rule.EXACT:
+            assert ours == theirs, planes
+    assert encoded.void_groups == void_groups
+
+
+@pytest.mark.parametrize(("block", "codec"), LOSSY)
+def test_reference_decodes_to_the_values_that_the_page_describes(block: str, codec: str) -> None:
+    layout = BLOCKS[block]
+    encoded = get_codec(codec).encode(golden_block(block), layout)
+    decoded = layout.split(get_codec(codec).decode(encoded.sections, layout))
+    expected = oracle.decode(codec, layout, encoded.sections)
+    for planes, ours, theirs in zip(layout.planes, decoded, expected, strict=True):
+        if planes.rule is not Rule.EXACT:
+            assert bits_of(ours) == bits_of(torch.from_numpy(theirs).to(ours.dtype)), planes
+
+
+def test_every_fp8_code_decodes_as_the_oracle_says_and_encodes_to_itself() -> None:
+    values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().tolist()
+    for code, value in enumerate(values):
+        if code & 127 == 127:
+            assert np.isnan(value)
+        else:
+            assert abs(value) == oracle.E4M3[code & 127]
+            assert oracle.e4m3_code(value) == code
+
+
+def test_levels_and_thresholds_are_those_of_the_page() -> None:
+    rows = table("codecs.md", "Arithmetic").rows
+    assert {int(row["b"]): tuple(map(int, row["levels"].split())) for row in rows} == LEVELS
+    assert {int(row["b"]): tuple(map(int, row["thresholds"].split())) for row in rows} == THRESHOLDS
+
+
+def test_codecs_are_those_of_the_page() -> None:
+    assert TABLE.column("codec") == list(CODECS)
+    for row in TABLE.rows:
+        codec = get_codec(row["codec"])
+        assert codec.id == int(row["id"])
+        assert codec.fidelity == int(row["fidelity"])
+
+
+@pytest.mark.parametrize("dim", [128, 64])
+def test_bits_a_value_are_those_of_the_page(dim: int) -> None:
+    layout = KVLayout(2, 3, dim, "bfloat16", 64)
+    for row in TABLE.rows:
+        bits = get_codec(row["codec"]).bits_per_value(layout)
+        cell = row[f"bits a value (D {dim})"]
+        if bits is None:
+            assert "about" in cell or not cell
+        else:
+            assert round(bits, 3) == float(cell), row["codec"]
+
+
+@pytest.mark.parametrize("codec", ["kivi4", "kivi2"])
+def test_tokens_are_multiples_as_on_the_page(codec: str) -> None:
+    (cell,) = [row["T a multiple of"] for row in TABLE.rows if row["codec"] == codec]
+    multiple = int(cell)
+    get_codec(codec).check(KVLayout(1, 1, 128, "bfloat16", multiple))
+    with pytest.raises(ValueError, match=f"multiple of {multiple} tokens"):
+        get_codec(codec).check(KVLayout(1, 1, 128, "bfloat16", multiple // 2))
