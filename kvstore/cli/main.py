@@ -15,6 +15,8 @@ import typer
 import kvstore
 from kvstore.cli.bench import app as bench
 from kvstore.cli.demo import demo
+from kvstore.cli.layout import layout
+from kvstore.cli.quality.command import quality
 from kvstore.cli.replay import replay
 from kvstore.cli.serve import serve
 from kvstore.cli.stats import StatsCommand, stats
@@ -62,7 +64,9 @@ app.command("serve")(serve)
 app.command("stats", cls=StatsCommand)(stats)
 app.command("verify")(verify)
 app.command("replay")(replay)
+app.command("layout")(layout)
 app.command("demo")(demo)
+app.command("quality")(quality)
 app.add_typer(bench, name="bench")
 app.command("version")(_version)
 

@@ -98,8 +98,9 @@ def table(title: str, columns: Sequence[str | Column], *, show_header: bool = Tr
 
 
 def facts(title: str, rows: Iterable[tuple[str, str]]) -> Table:
-    """A two-column table of names and values, without headings."""
+    """A two-column table of names and values, without headings; on a narrow terminal long values take several lines."""
     made = table(title, ["", text_column("")], show_header=False)
+    made.columns[1].no_wrap, made.columns[1].overflow = False, "fold"
     for name, value in rows:
         made.add_row(Text(name, style="dim"), value)
     return made
