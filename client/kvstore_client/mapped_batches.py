@@ -244,10 +244,14 @@ class HeldBatch:
         """Addresses of the payloads that are held."""
         return np.ascontiguousarray(self._items[: self.count, _HELD_TARGET]).view(np.uint64)
 
-    def verify(self) -> int:
-        """How many leading records count, of those that were decoded. Without the interpreter lock."""
-        good: int = verify_batch(self._mapped.address, self._items_at, self.count, self._headers_at)
+    def verify(self, decoded: int) -> int:
+        """How many leading records count, of the first so many that were decoded. Without the interpreter lock."""
+        good: int = verify_batch(self._mapped.address, self._items_at, decoded, self._headers_at)
         return good
+
+    def suspect(self, index: int) -> None:
+        """Report that a record's bytes are not what its header says."""
+        self._items[index, _HELD_RESULT] = CORRUPT
 
     def report(self, used: int, access: int) -> None:
         """Tell the daemon what was read: the first ``used`` of the records that are held."""

@@ -1,0 +1,339 @@
+"""Saving blocks: encoded straight into granted slots, or sent where that cannot be."""
+
+from __future__ import annotations
+
+from collections import deque
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from kvstore.errors import ConnectionLost
+from kvstore.format.constants import PAGE_BYTES, RECORD_HEADER_BYTES
+from kvstore.format.record import checksum
+from kvstore.mapped.context import FULL, NO_GRANT, NO_LANE, STALE
+from kvstore.protocol.messages import PutStatus, Reason
+from kvstore_client.operations import STALE_ANSWER, Operations
+from kvstore_client.session import Session
+from kvstore_client.tensors.backends import Backend, Scratch
+from kvstore_client.tensors.blocks import Blocks
+from kvstore_client.tensors.plan import StorePlan
+from kvstore_client.tensors.records import BlockRecords
+from kvstore_client.tensors.results import SaveReport
+from kvstore_client.tensors.work import Work
+
+if TYPE_CHECKING:
+    from kvstore_client.mapped_batches import SlotBatch
+    from kvstore_client.mapped_session import MappedSession
+
+__all__ = ["Saving"]
+
+_MOST_BLOCKS: Final = 64
+"""Blocks of one group: so many does the daemon take at once."""
+_SEND_BYTES: Final = 16 << 20
+_SCRATCH_BYTES: Final = 8 << 20
+_TRIES: Final = 4
+"""How often slots or ring places are asked for before blocks are sent instead."""
+_ROUNDS: Final = 3
+"""How often blocks are stored anew that a daemon that went away did not answer for."""
+_STEPS: Final = 32
+"""Into so many slot sizes the records of a codec without a fixed size are sorted."""
+_NONE: Final = 0
+
+Indices = npt.NDArray[np.intp]
+
+
+class Saving:
+    """One call of ``save_blocks``.
+
+    Args:
+        session, operations: of the client, which is connected.
+        plan: what is stored.
+        backend: the kernels.
+        scratch: memory for payloads whose place is not known.
+        blocks: what is saved.
+        lineage: fidelity of what the blocks were computed on.
+        access: the engine request.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        operations: Operations,
+        plan: StorePlan,
+        backend: Backend,
+        scratch: Scratch,
+        blocks: Blocks,
+        lineage: int,
+        access: int,
+    ) -> None:
+        self._session = session
+        self._operations = operations
+        self._plan = plan
+        self._backend = backend
+        self._scratch = scratch
+        self._blocks = blocks
+        self._lineage = lineage
+        self._access = access
+        self._digest = session.digest
+        count = len(blocks.keys)
+        self._answers = np.zeros(count, np.int64)
+        """Status | reason << 8 of each block, 0 while there is none."""
+        self._payload_bytes = np.zeros(count, np.int64)
+        self._void = np.zeros(count, np.bool_)
+        self._waiting: deque[tuple[MappedSession, int, int]] = deque()
+        """Commits whose answers have not come: of which mapping, their number, the block's position."""
+
+    def run(self) -> Work[SaveReport]:
+        """Store what is not there yet; then what the codec could not hold, by the exact one."""
+        try:
+            yield from self._find()
+            for _ in range(_ROUNDS):
+                yield from self._store(np.flatnonzero((self._answers == _NONE) & ~self._void), self._plan.records)
+                yield from self._store(np.flatnonzero((self._answers == _NONE) & self._void), self._plan.exact_records)
+                yield from self._take_last_answers()
+                if self._answers.all():
+                    break
+            else:
+                raise ConnectionLost("the daemon went away again and again while blocks were saved")
+        finally:
+            self._forget_answers()
+        return self._report()
+
+    def _report(self) -> SaveReport:
+        statuses = tuple(PutStatus(answer & 0xFF) for answer in self._answers.tolist())
+        reasons = {
+            index: Reason(answer >> 8).name.lower()
+            for index, answer in enumerate(self._answers.tolist())
+            if answer >> 8
+        }
+        stored = (self._answers & 0xFF) == PutStatus.STORED
+        return SaveReport(
+            statuses=statuses,
+            reasons=reasons,
+            void=tuple(np.flatnonzero(self._void).tolist()),
+            raw_bytes=int(np.count_nonzero(stored)) * self._plan.layout.block_bytes,
+            stored_bytes=int(self._payload_bytes[stored].sum()),
+        )
+
+    def _find(self) -> Work[None]:
+        """Answer for the blocks that are there already, at the fidelity that they would get or a better one."""
+        wanted = min(self._plan.records.codec.fidelity, self._lineage)
+        mapped = self._session.mapped
+        if mapped is not None:
+            from kvstore_client.mapped_batches import fidelities
+
+            found = fidelities(mapped, self._blocks.key_words, self._plan.part)
+        else:
+            found = yield self._operations.fidelities(self._blocks.keys)
+        self._answers[np.asarray(found) >= wanted] = PutStatus.EXISTS
+
+    def _store(self, todo: Indices, records: BlockRecords) -> Work[None]:
+        """Store blocks by a codec, through mapped memory as far as that goes."""
+        while todo.size:
+            if self._session.digest != self._digest:
+                # Joined another generation meanwhile: what was computed in the old one is not stored in the new one.
+                self._answers[todo] = STALE_ANSWER
+                return
+            mapped = self._session.mapped
+            if mapped is not None and not mapped.over and not mapped.in_current_generation():
+                self._answers[todo] = STALE_ANSWER
+                self._operations.answered(STALE_ANSWER)
+                return
+            if mapped is not None and mapped.writable:
+                into = self._into_slots if records.fixed else self._through_scratch
+                todo = yield from into(mapped, todo, records)
+            if todo.size and self._session.digest == self._digest:
+                todo = yield from self._send(todo, records)
+
+    # -------------------------------------------------------------- through mapped memory
+
+    def _into_slots(self, mapped: MappedSession, todo: Indices, records: BlockRecords) -> Work[Indices]:
+        """Encode blocks straight into slots and commit them; those for which there is no slot."""
+        from kvstore_client.mapped_batches import SlotBatch
+
+        most = max(1, min(self._backend.group_bytes // records.max_payload_bytes, _MOST_BLOCKS, todo.size))
+        header = records.template(self._digest, self._plan.part, self._lineage)
+        with SlotBatch(mapped, most) as slots:
+            while todo.size:
+                claimed = yield from self._claim(mapped, slots, min(most, todo.size), records.max_record_bytes)
+                if not claimed:
+                    break
+                indices, todo = todo[:claimed], todo[claimed:]
+                kept = yield partial(self._encode_into, slots, indices, records)
+                if kept.size and not (yield from self._commit(mapped, slots, kept, header)):
+                    return np.concatenate((kept, todo))
+        return todo
+
+    def _encode_into(self, slots: SlotBatch, indices: Indices, records: BlockRecords) -> Indices:
+        """Encode blocks into the slots that are held; those that the codec could hold, whose slots are kept."""
+        blocks = self._blocks
+        lengths, void = self._backend.encode(records.codec, blocks.kv, blocks.pages[indices], slots.payloads())
+        if void.any() and not records.codec.exact:
+            self._void[indices[void]] = True
+            slots.keep(np.flatnonzero(~void))
+            indices, lengths = indices[~void], lengths[~void]
+        if indices.size:
+            slots.describe(blocks.key_words[indices], blocks.parent_words[indices], lengths)
+            slots.seal()
+            self._payload_bytes[indices] = lengths.sum(axis=1)
+        return indices
+
+    def _through_scratch(self, mapped: MappedSession, todo: Indices, records: BlockRecords) -> Work[Indices]:
+        """Encode blocks of which nobody knows how long they become, then copy each into a slot of about its size."""
+        from kvstore_client.mapped_batches import SlotBatch
+
+        stride = _aligned(records.max_payload_bytes)
+        most = max(1, min(_SCRATCH_BYTES // stride, _MOST_BLOCKS, todo.size))
+        header = records.template(self._digest, self._plan.part, self._lineage)
+        step = max(PAGE_BYTES, self._plan.layout.block_bytes // _STEPS // PAGE_BYTES * PAGE_BYTES)
+        memory = self._scratch.take(most * stride)
+        try:
+            with SlotBatch(mapped, most) as slots:
+                while todo.size:
+                    group = todo[:most]
+                    payloads, lengths = yield partial(self._encode_aside, memory, stride, group, records)
+                    sizes = np.minimum(
+                        -(-(RECORD_HEADER_BYTES + lengths.sum(axis=1)) // step) * step, records.max_record_bytes
+                    )
+                    at = 0
+                    while at < group.size:
+                        alike = int(np.argmax(sizes[at:] != sizes[at])) or group.size - at
+                        claimed = yield from self._claim(mapped, slots, alike, int(sizes[at]))
+                        if not claimed:
+                            return todo[at:]
+                        some, indices = slice(at, at + claimed), group[at : at + claimed]
+                        slots.describe(
+                            self._blocks.key_words[indices], self._blocks.parent_words[indices], lengths[some]
+                        )
+                        yield partial(slots.fill, payloads[some])
+                        if not (yield from self._commit(mapped, slots, indices, header)):
+                            return todo[at:]
+                        at += claimed
+                    todo = todo[most:]
+        finally:
+            self._scratch.put(memory)
+        return todo
+
+    def _claim(self, mapped: MappedSession, slots: SlotBatch, count: int, record_bytes: int) -> Work[int]:
+        """Take slots, having asked for them where there are none; 0 where blocks have to be sent instead."""
+        for _ in range(_TRIES):
+            if self._session.mapped is not mapped or self._session.digest != self._digest:
+                return 0
+            claimed = slots.claim(count, record_bytes)
+            if claimed > 0:
+                return claimed
+            if claimed == FULL:
+                yield self._operations.ping()
+                self._take_answers()
+            elif claimed in (NO_LANE, NO_GRANT):
+                reserved = yield self._operations.reserve(mapped, record_bytes)
+                self._take_answers()
+                if not reserved:
+                    return 0
+            else:
+                return 0
+        return 0
+
+    def _commit(
+        self, mapped: MappedSession, slots: SlotBatch, indices: Indices, header: npt.NDArray[np.int64]
+    ) -> Work[bool]:
+        """Commit what is in the slots; False where it was not possible, and they are given back."""
+        first = FULL
+        for _ in range(_TRIES):
+            first = slots.commit(header, self._plan.part, self._access)
+            if first != FULL:
+                break
+            yield self._operations.ping()
+            self._take_answers()
+        if first < 0:
+            slots.give_back()
+            if first == STALE:
+                self._answers[indices] = STALE_ANSWER
+            return first == STALE
+        for number, index in enumerate(indices.tolist(), first):
+            mapped.want_answer(number)
+            self._waiting.append((mapped, number, index))
+        self._take_answers()
+        return True
+
+    def _take_answers(self) -> None:
+        """Take over the answers that have come."""
+        waiting = self._waiting
+        while waiting:
+            mapped, number, index = waiting[0]
+            answer = mapped.answer(number)
+            if answer < 0:
+                return
+            self._operations.answered(answer)
+            self._answers[index] = answer
+            waiting.popleft()
+
+    def _take_last_answers(self) -> Work[None]:
+        self._take_answers()
+        if self._waiting:
+            # The daemon deals with what was written into the ring before it answers a later request.
+            yield self._operations.ping()
+            self._take_answers()
+        # What a daemon that is gone did not answer for is stored again: a repeated put changes nothing.
+        self._forget_answers()
+
+    def _forget_answers(self) -> None:
+        while self._waiting:
+            mapped, number, _ = self._waiting.popleft()
+            mapped.forget_answers((number,))
+
+    # -------------------------------------------------------------- by sending
+
+    def _encode_aside(
+        self, memory: npt.NDArray[np.uint8], stride: int, indices: Indices, records: BlockRecords
+    ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]:
+        """Encode blocks into scratch memory; where their payloads are, and the lengths of their sections."""
+        payloads = (int(memory.ctypes.data) + stride * np.arange(indices.size)).astype(np.uint64)
+        blocks = self._blocks
+        lengths, void = self._backend.encode(records.codec, blocks.kv, blocks.pages[indices], payloads)
+        self._payload_bytes[indices] = lengths.sum(axis=1)
+        if not records.codec.exact:
+            self._void[indices[void]] = True
+        return payloads, lengths
+
+    def _send(self, todo: Indices, records: BlockRecords) -> Work[Indices]:
+        """Encode some blocks and send them; the rest."""
+        stride = _aligned(records.max_payload_bytes)
+        most = max(1, min(_SEND_BYTES // stride, _MOST_BLOCKS, todo.size))
+        indices, rest = todo[:most], todo[most:]
+        memory = self._scratch.take(most * stride)
+        try:
+            _, lengths = yield partial(self._encode_aside, memory, stride, indices, records)
+            headers: list[bytes] = []
+            payloads: list[memoryview] = []
+            sent: list[int] = []
+            for place, index in enumerate(indices.tolist()):
+                if self._void[index] and not records.codec.exact:
+                    continue
+                payload = memory.data[place * stride : place * stride + int(self._payload_bytes[index])]
+                headers.append(self._header(index, records, lengths[place].tolist(), payload))
+                payloads.append(payload)
+                sent.append(index)
+            asks = self._operations.record_asks(headers, payloads, self._access)
+            if asks:
+                self._answers[sent] = yield self._operations.send_puts(asks, len(sent), self._digest)
+        finally:
+            self._scratch.put(memory)
+        return rest
+
+    def _header(self, index: int, records: BlockRecords, section_bytes: list[int], payload: memoryview) -> bytes:
+        return records.header(
+            self._blocks.keys[index],
+            self._blocks.parent_words[index].tobytes(),
+            self._digest,
+            self._plan.part,
+            lineage=self._lineage,
+            section_bytes=section_bytes,
+            payload_checksum=checksum(payload),
+        )
+
+
+def _aligned(payload_bytes: int) -> int:
+    return -(-payload_bytes // 64) * 64
