@@ -67,6 +67,11 @@ def test_codecs_are_those_of_the_page() -> None:
         assert codec.fidelity == int(row["fidelity"])
 
 
+def test_digests_are_those_of_the_page() -> None:
+    rows = table("codecs.md", "Parameters").rows
+    assert {row["codec"]: row["digest"] for row in rows} == {name: codec.digest.hex() for name, codec in CODECS.items()}
+
+
 @pytest.mark.parametrize("dim", [128, 64])
 def test_bits_a_value_are_those_of_the_page(dim: int) -> None:
     layout = KVLayout(2, 3, dim, "bfloat16", 64)
