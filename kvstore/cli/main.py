@@ -14,6 +14,7 @@ import typer
 
 import kvstore
 from kvstore.cli.bench import app as bench
+from kvstore.cli.codecs import codecs
 from kvstore.cli.demo import demo
 from kvstore.cli.layout import layout
 from kvstore.cli.quality.command import quality
@@ -64,6 +65,7 @@ app.command("serve")(serve)
 app.command("stats", cls=StatsCommand)(stats)
 app.command("verify")(verify)
 app.command("replay")(replay)
+app.command("codecs")(codecs)
 app.command("layout")(layout)
 app.command("demo")(demo)
 app.command("quality")(quality)

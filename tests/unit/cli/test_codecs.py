@@ -1,0 +1,192 @@
+"""``kvstore codecs``: what it says of each codec, how it looks, what it refuses."""
+
+from __future__ import annotations
+
+import builtins
+import json
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from kvstore.cli import backends as machine
+from kvstore.cli.backends import Backend, Backends, backends
+from kvstore.cli.codecs import codecs
+from kvstore.cli.codecs_report import codec_detail, codecs_report, codecs_table
+from kvstore.cli.model_files import read_model
+from kvstore.cli.quality.measured import CodecQuality, Estimate
+from kvstore.errors import InvalidArgument
+from kvstore_kernels.codecs import CODECS, get_codec
+
+NO_GPU = Backends(
+    cpu=Backend(available=True, text="numba on a CPU"), cuda=Backend(available=False, text="no device: none is here")
+)
+
+
+def quality(codec: str, *, exact: bool = False) -> CodecQuality:
+    return CodecQuality(
+        codec=codec,
+        sequences=96,
+        bits=10.71,
+        header_bits=0.06,
+        padding_bits=0.1,
+        exact=exact,
+        natural=Estimate(1.0056, 0.0022),
+        recall=Estimate(1.0117, 0.0019),
+        natural_divergence=Estimate(0.0123, 0.0004),
+        recall_divergence=Estimate(0.0234, 0.0005),
+        key_error=0.183,
+        value_error=0.182,
+        attention_error=0.156,
+        outlier_recall=Estimate(1.0641, 0.01),
+    )
+
+
+def text_of(renderable: Any, width: int = 80) -> str:
+    console = Console(width=width, highlight=False, emoji=False, markup=False)
+    with console.capture() as capture:
+        console.print(renderable)
+    text = capture.get()
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    return text
+
+
+def table(model: str = "llama-3.1-8b", block_tokens: int = 64, **measured: CodecQuality) -> str:
+    layout = read_model(model, block_tokens).groups[0].layout
+    return text_of(codecs_table(codecs_report(model, layout, list(CODECS.values()), measured, NO_GPU)))
+
+
+def detail(name: str, model: str = "llama-3.1-8b", width: int = 80, **measured: CodecQuality) -> str:
+    codec = get_codec(name)
+    layout = read_model(model, 64).groups[0].layout
+    return text_of(codec_detail(codecs_report(model, layout, [codec], measured, NO_GPU), codec), width)
+
+
+def cells(text: str, codec: str) -> list[str]:
+    return next(line.split() for line in text.splitlines() if line.split()[:1] == [codec])
+
+
+# ------------------------------------------------------------------ the table
+
+
+def test_table_has_bits_ratio_rule_fidelity_and_backends_of_each_codec() -> None:
+    text = table()
+    assert cells(text, "raw") == ["raw", "16.000", "1.00", "exact", "255", "-", "fast", "no"]
+    assert cells(text, "kivi4") == ["kivi4", "4.500", "3.56", "channel", "85", "-", "fast", "no"]
+    assert cells(text, "turbo3-2") == ["turbo3-2", "2.625", "6.10", "rotated", "36", "-", "fast", "no"]
+    assert cells(text, "lossless") == ["lossless", "-", "-", "exact", "255", "-", "fast", "no"]
+    assert "nothing measured comes with this version" in text
+    assert "no device: none is here" in text
+
+
+def test_table_shows_measured_quality_and_bits_where_the_data_decides() -> None:
+    measured = {"turbo3": quality("turbo3"), "lossless-zstd": quality("lossless-zstd", exact=True)}
+    text = table(**measured)
+    assert "1.0117(19)" in cells(text, "turbo3")
+    assert cells(text, "turbo3")[1] == "3.125"
+    assert cells(text, "lossless-zstd")[1:3] == ["10.710", "1.49"]
+    assert "exact" in cells(text, "lossless-zstd")[5]
+    assert "nothing measured" not in text
+
+
+def test_codec_that_cannot_store_the_layout_says_why() -> None:
+    text = table(block_tokens=16)
+    assert cells(text, "kivi4")[1:3] == ["-", "-"]
+    assert "codec kivi4 needs blocks of a multiple of 64 tokens" in " ".join(text.split())
+
+
+def test_planes_of_unusual_width_are_said_to_be_slow(tmp_path: Any) -> None:
+    config = {"num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 48, "dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    layout = read_model(str(tmp_path), 64).groups[0].layout
+    report = codecs_report("odd", layout, [get_codec("int8")], {}, NO_GPU)
+    assert (report.codecs[0].cpu, report.codecs[0].cuda) == ("slow", "no")
+
+
+# ------------------------------------------------------------------ one codec
+
+
+@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("width", [80, 120])
+def test_detail_of_each_codec_fits_and_names_its_digest(name: str, width: int) -> None:
+    text = detail(name, width=width, **{name: quality(name)})
+    assert get_codec(name).digest.hex() in text
+    assert "1.0117(19)" in text
+    assert "0.0123 natural, 0.0234 recall" in text
+
+
+def test_detail_has_source_regions_and_exact_bytes() -> None:
+    text = detail("kivi4")
+    assert "arXiv 2402.02750" in text
+    assert "``" not in text
+    assert ["key", "kivi4k", "codes", "uint32", "32", "8", "1", "16", "64", "1,048,576"] in [
+        line.split() for line in text.splitlines()
+    ]
+    assert "2,359,296" in text
+    assert "4.500 bits a value, a ratio of 3.56" in text
+    assert ["rotary", "exact", "values"] in [line.split()[:3] for line in detail("int8", "deepseek-v3").splitlines()]
+
+
+def test_detail_of_a_codec_whose_size_varies_has_its_bound() -> None:
+    assert "at most 8,389,120" in detail("lossless")
+    assert "at most" not in detail("raw")
+
+
+# ------------------------------------------------------------------ the command
+
+
+def test_command_prints_one_json_object(capsys: pytest.CaptureFixture[str]) -> None:
+    codecs(as_json=True)
+    report = json.loads(capsys.readouterr().out)
+    assert [row["codec"] for row in report["codecs"]] == list(CODECS)
+    assert [row["id"] for row in report["codecs"]] == list(range(1, len(CODECS) + 1))
+    turbo4 = report["codecs"][8]
+    assert turbo4["bits_per_value"] == 4.125
+    regions = turbo4["sections"][0]["regions"]
+    assert [region["name"] for region in regions] == ["codes", "scales"]
+    assert sum(region["region_bytes"] for region in regions) == turbo4["sections"][0]["most_bytes"]
+    assert report["backends"]["cpu"]["available"] is True
+    codecs("int8", model="deepseek-v3", as_json=True)
+    (row,) = json.loads(capsys.readouterr().out)["codecs"]
+    assert [section["role"] for section in row["sections"]] == ["latent", "rotary"]
+
+
+def test_unknown_codec_is_refused_with_those_that_there_are() -> None:
+    with pytest.raises(InvalidArgument, match=r"^unknown codec 'kivi'; known are raw, .*turbo3-2$"):
+        codecs("kivi")
+    with pytest.raises(InvalidArgument, match="no such file"):
+        codecs(model="nowhere")
+
+
+# ------------------------------------------------------------------ the machine
+
+
+def test_backends_of_this_machine_say_what_they_run_on() -> None:
+    found = backends()
+    assert found.cpu.available
+    assert "numba" in found.cpu.text
+    assert found.cuda.text
+
+
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "find_spec", lambda name: None)
+    found = backends()
+    assert (found.cpu.available, found.cuda.available) == (False, False)
+    assert "pip install numba" in found.cpu.text
+    assert "CuPy is not installed" in found.cuda.text
+
+
+def test_gpu_that_cannot_be_used_says_what_the_driver_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def refuse(name: str, *arguments: Any, **options: Any) -> Any:
+        if name == "cupy":
+            raise ImportError("libcuda.so.1: cannot open\nshared object file")
+        return real(name, *arguments, **options)
+
+    monkeypatch.setattr(machine, "find_spec", lambda name: object())
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    found = backends().cuda
+    assert not found.available
+    assert found.text == "no CUDA device can be used: libcuda.so.1: cannot open shared object file"
