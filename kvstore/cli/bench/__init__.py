@@ -8,7 +8,7 @@ from typing import Annotated, Final
 
 import typer
 
-__all__ = ["app", "bench_control", "bench_local"]
+__all__ = ["app", "bench_codecs", "bench_control", "bench_local"]
 
 app: Final = typer.Typer(no_args_is_help=True, help="Measure the store beside a baseline in the same run.")
 
@@ -122,6 +122,49 @@ def bench_local(
         print(msgspec.json.encode(report).decode())
     else:
         render.console().print(local_table(report))
+
+
+@app.command("codecs")
+def bench_codecs(
+    codec: Annotated[
+        list[str] | None, typer.Option(help="Codec to measure; repeat for several. [default: all]", metavar="NAME")
+    ] = None,
+    mib: Annotated[
+        int, typer.Option(help="MiB of KV; it takes four times as much memory.", min=1, max=1 << 20, metavar="N")
+    ] = 256,
+    threads: Annotated[str, typer.Option(help="Numbers of threads, with commas between.", metavar="N,...")] = "1,2",
+    rounds: Annotated[
+        int, typer.Option(help="Calls of each side; a call works on 32 MiB.", min=1, max=10_000, metavar="N")
+    ] = 20,
+    dtype: Annotated[str, typer.Option(help="Of the KV: bfloat16, float16, float32.", metavar="NAME")] = "bfloat16",
+    store: Annotated[bool, typer.Option(help="Also measure 64 blocks through a daemon of its own, with kivi4.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure the CPU codecs beside a plain copy of the same KV.
+
+    Encoding and decoding, of KV in one tensor and in an engine's pages, with each number of threads.
+    """
+    import msgspec
+
+    from kvstore.cli import render
+    from kvstore.cli.bench.codecs import CodecExtent, measure_codecs, thread_counts
+    from kvstore.cli.bench.codecs_table import codecs_table
+    from kvstore_kernels.codecs import CODECS
+
+    extent = CodecExtent(
+        total_bytes=mib << 20,
+        codecs=tuple(dict.fromkeys(codec or CODECS)),
+        threads=thread_counts(threads),
+        rounds=rounds,
+        dtype=dtype,
+        with_store=store,
+    )
+    with _progress(extent.steps) as on_round:
+        report = measure_codecs(extent, on_round)
+    if as_json:
+        print(msgspec.json.encode(report).decode())
+    else:
+        render.console().print(codecs_table(report))
 
 
 @contextlib.contextmanager

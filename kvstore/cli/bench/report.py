@@ -18,9 +18,12 @@ class Row(msgspec.Struct, kw_only=True, omit_defaults=True):
 
     Attributes:
         op: what was measured.
-        size_bytes: payload of a block.
-        batch: keys in a request, or clients where clients are what is counted.
+        codec: name of the codec that did it.
+        size_bytes: payload of a block; with a codec, of the block as the engine holds it.
+        batch: keys in a request, blocks in a call of a codec, or clients where clients are what is counted.
         cache: "cold" or "hot": whether the block can be in the processor's caches.
+        memory: "contiguous" or "paged": where a codec reads or writes the engine's KV.
+        threads: that a codec uses.
         buffers: "one" or "rotating": what the client copies into or out of.
         depth: requests under way at once, where that is more than one.
         samples: exchanges measured on each side.
@@ -31,7 +34,8 @@ class Row(msgspec.Struct, kw_only=True, omit_defaults=True):
         baseline: what this row is compared with, where a report has several.
         baseline_median_us: the baseline's median.
         baseline_ops_per_s: the baseline's exchanges a second.
-        ratio: the baseline's time / the daemon's time; 1.0 is as fast as the baseline.
+        ratio: the baseline's time / the time measured; 1.0 is as fast as the baseline.
+        scale: the time of one thread / the time measured.
         limit: what is aimed at: the least ``ratio``, or the most ``core_share``.
         hoped: a ``ratio`` that would be better still; nothing is missed below it.
         seconds: length of the measurement, where it was chosen.
@@ -42,9 +46,12 @@ class Row(msgspec.Struct, kw_only=True, omit_defaults=True):
     """
 
     op: str
+    codec: str | None = None
     size_bytes: int | None = None
     batch: int
     cache: str | None = None
+    memory: str | None = None
+    threads: int | None = None
     buffers: str | None = None
     depth: int | None = None
     samples: int | None = None
@@ -56,6 +63,7 @@ class Row(msgspec.Struct, kw_only=True, omit_defaults=True):
     baseline_median_us: float | None = None
     baseline_ops_per_s: float | None = None
     ratio: float | None = None
+    scale: float | None = None
     limit: float | None = None
     hoped: float | None = None
     seconds: float | None = None
@@ -131,7 +139,7 @@ def facts_of(report: Report, more: Sequence[tuple[str, str]] = ()) -> Renderable
         software += f", numba {machine.numba}"
     notes = [
         ("baseline", report.baseline),
-        ("ratio", "the baseline's time / the daemon's time; 1.00 is as fast as the baseline"),
+        ("ratio", "the baseline's time / the time measured; 1.00 is as fast as the baseline"),
         *more,
         *(
             (
