@@ -1,0 +1,147 @@
+"""Blocks in an engine's pages to encoded blocks and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from kvstore_kernels.codecs import EXACT, Codec, Region
+from kvstore_kernels.cpu.methods import method_of
+from kvstore_kernels.cpu.sections import Dense, Section, row_offsets, run_section
+from kvstore_kernels.layout import Layout, MLALayout
+from kvstore_kernels.paged import PagedKV
+
+__all__ = ["EncodedBlocks", "decode", "encode"]
+
+
+class EncodedBlocks(NamedTuple):
+    """What encoding made.
+
+    Attributes:
+        section_bytes: int64 ``[blocks, sections]``; sections lie one behind another.
+        void_groups: int64 ``[blocks]``, groups that decode to zeros because the codec cannot hold their numbers.
+    """
+
+    section_bytes: npt.NDArray[np.int64]
+    void_groups: npt.NDArray[np.int64]
+
+
+def encode(
+    codec: Codec,
+    kv: PagedKV,
+    pages: npt.NDArray[np.int32],
+    payloads: npt.NDArray[np.uint64],
+    *,
+    threads: int = 1,
+) -> EncodedBlocks:
+    """Encode blocks out of an engine's pages. Releases the interpreter's lock while it works.
+
+    Args:
+        codec: to use.
+        kv: the pages.
+        pages: of each block, in its order: int32 ``[blocks, kv.block_pages]``.
+        payloads: addresses of memory for each block, of ``sum(codec.max_section_bytes(kv.layout))`` bytes.
+        threads: to use, the caller's among them.
+
+    Raises:
+        ValueError: the codec cannot store the layout, or an argument is out of range.
+    """
+    pages, addresses = _check(codec, kv, pages, payloads, threads)
+    lengths = codec.section_bytes(kv.layout)
+    assert lengths is not None
+    voids = np.zeros(len(pages), np.int64)
+    for section, name in _sections(codec, kv, pages, addresses, lengths):
+        method = method_of(name, section.planes)
+        voids += run_section(method.encode, method.kind, section, decoding=False, threads=threads)
+    return EncodedBlocks(np.tile(np.array(lengths, np.int64), (len(pages), 1)), voids)
+
+
+def decode(
+    codec: Codec,
+    kv: PagedKV,
+    pages: npt.NDArray[np.int32],
+    payloads: npt.NDArray[np.uint64],
+    section_bytes: npt.NDArray[np.int64],
+    *,
+    threads: int = 1,
+) -> None:
+    """Decode blocks into an engine's pages. Releases the interpreter's lock while it works.
+
+    Args:
+        codec: that encoded the blocks.
+        kv: the pages; overwritten.
+        pages: of each block, as for ``encode``.
+        payloads: addresses of the encoded blocks.
+        section_bytes: of each block ``[blocks, sections]``; nothing is read behind them.
+        threads: to use, the caller's among them.
+
+    Raises:
+        ValueError: the codec cannot store the layout, an argument is out of range, or a block is not well formed; then
+            pages of this block and of others may have been written.
+    """
+    pages, addresses = _check(codec, kv, pages, payloads, threads)
+    lengths = codec.section_bytes(kv.layout)
+    assert lengths is not None
+    given = np.asarray(section_bytes, np.int64).reshape(len(pages), -1)
+    for block, row in enumerate(given.tolist()):
+        if tuple(row) != lengths:
+            raise ValueError(f"block {block}: codec {codec.name} has sections of {list(lengths)} bytes here, got {row}")
+    for section, name in _sections(codec, kv, pages, addresses, lengths):
+        method = method_of(name, section.planes)
+        run_section(method.decode, method.kind, section, decoding=True, threads=threads)
+
+
+def _check(
+    codec: Codec, kv: PagedKV, pages: npt.NDArray[np.int32], payloads: npt.NDArray[np.uint64], threads: int
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    """Arguments checked, and addresses as compiled functions take them."""
+    codec.check(kv.layout)
+    if kv.device != "cpu":
+        raise ValueError(f"the pages are on the device {kv.device!r}: use kvstore_kernels.cuda")
+    if threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}")
+    pages = np.asarray(pages)
+    if pages.ndim != 2 or pages.shape[1] != kv.block_pages or pages.dtype.kind not in "iu":
+        raise ValueError(
+            f"pages must be whole numbers [blocks, {kv.block_pages}], got {pages.dtype.name} {list(pages.shape)}"
+        )
+    if pages.size and not 0 <= int(pages.min()) <= int(pages.max()) < kv.num_pages:
+        raise ValueError(f"pages must be 0 to {kv.num_pages - 1}, got {pages.min()} to {pages.max()}")
+    addresses = np.asarray(payloads)
+    if addresses.shape != (len(pages),) or addresses.dtype.kind not in "iu":
+        raise ValueError(f"expected {len(pages)} addresses of payloads, got {addresses.dtype.name} {addresses.shape}")
+    return pages, addresses.astype(np.int64)
+
+
+def _sections(
+    codec: Codec, kv: PagedKV, pages: npt.NDArray[np.int32], addresses: npt.NDArray[np.int64], lengths: tuple[int, ...]
+) -> Iterator[tuple[Section, str]]:
+    """Sections of codecs of fixed size, and the method of each."""
+    if codec.whole:
+        for number, dense in enumerate(whole_block(kv.layout)):
+            rows = row_offsets(kv, number, pages)
+            yield Section(kv.layout.planes[number], kv.sections[number], rows, addresses, dense), EXACT
+        return
+    for number, planes in enumerate(kv.layout.planes):
+        form: Dense | tuple[Region, ...] = codec.regions(planes, kv.layout.block_tokens)
+        name = codec.plane_codec(planes)
+        if name == EXACT:
+            row_bytes = planes.dim * kv.layout.element_bytes
+            form = Dense(0, row_bytes * kv.layout.block_tokens, row_bytes, 0)
+        yield Section(planes, kv.sections[number], row_offsets(kv, number, pages), addresses, form), name
+        addresses = addresses + lengths[number]
+
+
+def whole_block(layout: Layout) -> tuple[Dense, ...]:
+    """Where the planes of each role lie in a block of the layout's own order."""
+    layer_bytes = layout.block_bytes // layout.num_layers
+    token_bytes = layer_bytes // layout.block_tokens
+    if isinstance(layout, MLALayout):
+        latent = layout.latent_dim * layout.element_bytes
+        plane = layout.planes[0].dim * layout.element_bytes
+        return Dense(0, layer_bytes, token_bytes, plane), Dense(latent, layer_bytes, token_bytes, 0)
+    head, half = layout.head_dim * layout.element_bytes, layer_bytes // 2
+    return tuple(Dense(i * half, layer_bytes, token_bytes // 2, head) for i in (0, 1))

@@ -1,0 +1,209 @@
+"""Keys and latents of ``kivi4`` and ``kivi2`` (``docs/codecs.md``): groups of tokens of one channel.
+
+Thirty-two channels at a time, or the sixteen that are left of a row: their least and greatest numbers so far stay in
+registers while tokens go by, and 32 bfloat16 are a line. A kind's ``run`` is the channels of such a tile; the plane's
+are any multiple of 16.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from kvstore_kernels.cpu.code import inlined, kernel
+from kvstore_kernels.cpu.kinds import Kind, code_bits, element_bytes
+from kvstore_kernels.cpu.loads import STEP, keys, load_pair, pair_of_keys, store_pair
+from kvstore_kernels.cpu.memory import load
+from kvstore_kernels.cpu.vectors import I64, VF32, VI16, VI32, Parameters, Value, Vectors, emitted
+from kvstore_kernels.cpu.work import DIM, FOLLOWING, PLANE, ROWS, TOKENS, count_void, next_plane, region
+
+_WIDE: Final = 32
+_NARROW: Final = 16
+"""Channels of a tile."""
+
+_FETCH_AHEAD_ROWS: Final = 8
+"""Rows of words: decoding a tile reads one line of each."""
+
+
+def _token_row(v: Vectors, plane: Value, rows: Value, token: Value) -> Value:
+    """Address of a token's row."""
+    return v.at(plane, v.load(rows, I64, v.b.mul(token, I64(8))))
+
+
+def _emit_encode(
+    v: Vectors,
+    kind: Kind,
+    channels: int,
+    plane: Value,
+    following: Value,
+    rows: Value,
+    codes: Value,
+    parameters: Value,
+    dim: Value,
+) -> Value:
+    """Encode one group of each channel of a tile; how many of them are void.
+
+    Args:
+        v: emits.
+        kind: of the kernel.
+        channels: of the tile.
+        plane: address of the tile's first channel of a plane.
+        following: the same of the plane after it, to fetch ahead.
+        rows: offsets of the group's tokens.
+        codes: address of the tile's first word.
+        parameters: address of the tile's first scale.
+        dim: channels of the plane.
+    """
+    bits, steps = kind.bits, channels // STEP
+    word_tokens = 16 // bits
+    first = _token_row(v, plane, rows, I64(0))
+    extremes = [[(v.variable(key), v.variable(key)) for key in keys(v, kind, first, step)] for step in range(steps)]
+
+    def compare(token: Value) -> None:
+        row = _token_row(v, plane, rows, token)
+        v.prefetch_span(_token_row(v, following, rows, token), kind.row_bytes(channels))
+        for step in range(steps):
+            for key, (least, greatest) in zip(keys(v, kind, row, step), extremes[step], strict=True):
+                v.b.store(v.least(v.b.load(least), key), least)
+                v.b.store(v.greatest(v.b.load(greatest), key), greatest)
+
+    v.repeat(I64(16 * bits), compare)
+    void = I64(0)
+    groups: list[tuple[Parameters, Parameters]] = []
+    minima = v.at(parameters, v.b.mul(dim, I64(2)))
+    for step in range(steps):
+        low = pair_of_keys(v, kind, [v.b.load(least) for least, _ in extremes[step]])
+        high = pair_of_keys(v, kind, [v.b.load(greatest) for _, greatest in extremes[step]])
+        even, odd = (v.asymmetric(low[i], high[i], bits) for i in (0, 1))
+        _store_halves(v, even.scale_bits, odd.scale_bits, parameters, step)
+        _store_halves(v, even.minimum_bits, odd.minimum_bits, minima, step)
+        void = v.b.add(void, v.b.add(v.count(even.void), v.count(odd.void)))
+        groups.append((even, odd))
+
+    def encode(word: Value) -> None:
+        target = v.at(codes, v.b.mul(word, v.b.mul(dim, I64(2))))
+        token = v.b.mul(word, I64(word_tokens))
+        token_rows = [_token_row(v, plane, rows, v.b.add(token, I64(i))) for i in range(word_tokens)]
+        for step, pair in enumerate(groups):
+            parts = []
+            for i, row in enumerate(token_rows):
+                loaded = load_pair(v, kind, row, step)
+                even, odd = (v.code(x, p.minimum, p.inverse, bits) for x, p in zip(loaded, pair, strict=True))
+                both = v.bits(v.b.or_(even, v.shifted(odd, bits)), 0, 2 ** (2 * bits) - 1)
+                parts.append(v.shifted(both, 2 * bits * i))
+            v.store(v.any_of(parts), target, 32 * step)
+
+    v.repeat(I64(bits * bits), encode)
+    return void
+
+
+def _emit_decode(
+    v: Vectors, kind: Kind, channels: int, codes: Value, parameters: Value, plane: Value, rows: Value, dim: Value
+) -> None:
+    """Inverse of ``_emit_encode``."""
+    bits, steps = kind.bits, channels // STEP
+    word_tokens = 16 // bits
+    pitch = v.b.mul(dim, I64(2))
+    minima = v.at(parameters, pitch)
+    groups = []
+    for step in range(steps):
+        scales, lows = (_load_halves(v, address, step) for address in (parameters, minima))
+        groups.append(list(zip(scales, lows, strict=True)))
+
+    def decode(word: Value) -> None:
+        source = v.at(codes, v.b.mul(word, pitch))
+        v.prefetch(source, v.b.mul(pitch, I64(_FETCH_AHEAD_ROWS)))
+        token = v.b.mul(word, I64(word_tokens))
+        words = [v.load(source, VI32, 32 * step) for step in range(steps)]
+        for i in range(word_tokens):
+            row = _token_row(v, plane, rows, v.b.add(token, I64(i)))
+            for step, pair in enumerate(groups):
+                values = []
+                for j, (scale, minimum) in enumerate(pair):
+                    code = v.bits(words[step], 2 * bits * i + bits * j, 2**bits - 1)
+                    values.append(v.b.fadd(v.b.fmul(v.b.sitofp(code, VF32), scale), minimum))
+                store_pair(v, kind, (values[0], values[1]), row, step)
+
+    v.repeat(I64(bits * bits), decode)
+
+
+def _store_halves(v: Vectors, even: Value, odd: Value, address: Value, step: int) -> None:
+    v.store(v.b.or_(v.b.zext(even, VI32), v.shifted(v.b.zext(odd, VI32), 16)), address, 32 * step)
+
+
+def _load_halves(v: Vectors, address: Value, step: int) -> tuple[Value, Value]:
+    words = v.load(address, VI32, 32 * step)
+    return v.from_float16(v.b.trunc(words, VI16)), v.from_float16(v.b.trunc(v.shifted(words, -16), VI16))
+
+
+@emitted
+def _encode_wide(
+    v: Vectors, kind: Kind, plane: Value, following: Value, rows: Value, codes: Value, parameters: Value, dim: Value
+) -> Value:
+    return _emit_encode(v, kind, _WIDE, plane, following, rows, codes, parameters, dim)
+
+
+@emitted
+def _encode_narrow(
+    v: Vectors, kind: Kind, plane: Value, following: Value, rows: Value, codes: Value, parameters: Value, dim: Value
+) -> Value:
+    return _emit_encode(v, kind, _NARROW, plane, following, rows, codes, parameters, dim)
+
+
+@emitted
+def _decode_wide(
+    v: Vectors, kind: Kind, codes: Value, parameters: Value, plane: Value, rows: Value, dim: Value
+) -> None:
+    _emit_decode(v, kind, _WIDE, codes, parameters, plane, rows, dim)
+
+
+@emitted
+def _decode_narrow(
+    v: Vectors, kind: Kind, codes: Value, parameters: Value, plane: Value, rows: Value, dim: Value
+) -> None:
+    _emit_decode(v, kind, _NARROW, codes, parameters, plane, rows, dim)
+
+
+@inlined
+def _encode_plane(kind: Kind, work: int, place: int) -> int:
+    """Encode a plane; how many groups are void."""
+    dim, bits, size = load(work + DIM), code_bits(kind), element_bytes(kind)
+    plane, following, rows = load(place + PLANE), load(place + FOLLOWING), load(place + ROWS)
+    codes, parameters = region(work, place, 0), region(work, place, 1)
+    void = 0
+    for _ in range(0, load(work + TOKENS), 16 * bits):
+        for c in range(0, dim - _NARROW, _WIDE):
+            at, to = plane + c * size, following + c * size
+            void += _encode_wide(kind, at, to, rows, codes + 2 * c, parameters + 2 * c, dim)
+        if dim % _WIDE != 0:
+            c = dim - _NARROW
+            at, to = plane + c * size, following + c * size
+            void += _encode_narrow(kind, at, to, rows, codes + 2 * c, parameters + 2 * c, dim)
+        rows += 8 * 16 * bits
+        codes += bits * bits * 2 * dim
+        parameters += 4 * dim
+    return void
+
+
+@kernel
+def encode_channel_groups(kind: Kind, work: int, place: int) -> None:
+    """Encode planes (``work``)."""
+    while next_plane(kind, work, place) != 0:
+        count_void(work, place, _encode_plane(kind, work, place))
+
+
+@kernel
+def decode_channel_groups(kind: Kind, work: int, place: int) -> None:
+    """Decode planes (``work``)."""
+    dim, bits, size = load(work + DIM), code_bits(kind), element_bytes(kind)
+    while next_plane(kind, work, place) != 0:
+        plane, rows = load(place + PLANE), load(place + ROWS)
+        codes, parameters = region(work, place, 0), region(work, place, 1)
+        for _ in range(0, load(work + TOKENS), 16 * bits):
+            for c in range(0, dim - _NARROW, _WIDE):
+                _decode_wide(kind, codes + 2 * c, parameters + 2 * c, plane + c * size, rows, dim)
+            if dim % _WIDE != 0:
+                c = dim - _NARROW
+                _decode_narrow(kind, codes + 2 * c, parameters + 2 * c, plane + c * size, rows, dim)
+            rows += 8 * 16 * bits
+            codes += bits * bits * 2 * dim
+            parameters += 4 * dim

@@ -1,0 +1,90 @@
+"""Words, copies and counters on raw addresses, for compiled functions only. Addresses and values are int64."""
+
+from __future__ import annotations
+
+from llvmlite import ir
+from numba.core import cgutils
+
+from kvstore_kernels.cpu.kinds import Kind
+from kvstore_kernels.cpu.vectors import I8, I16, I32, I64, Value, Vectors, emitted
+
+__all__ = [
+    "add_atomic",
+    "copy",
+    "copy_element",
+    "fill_zero",
+    "load",
+    "load_u16",
+    "load_u32",
+    "prefetch",
+    "store",
+    "store_u16",
+    "store_u32",
+]
+
+
+@emitted
+def load(v: Vectors, address: Value) -> Value:
+    """64 bits."""
+    return v.load(address, I64)
+
+
+@emitted
+def load_u32(v: Vectors, address: Value) -> Value:
+    """32 bits, zero-extended."""
+    return v.b.zext(v.load(address, I32), I64)
+
+
+@emitted
+def load_u16(v: Vectors, address: Value) -> Value:
+    """16 bits, zero-extended."""
+    return v.b.zext(v.load(address, I16), I64)
+
+
+@emitted
+def store(v: Vectors, address: Value, value: Value) -> None:
+    """64 bits."""
+    v.store(value, address)
+
+
+@emitted
+def store_u32(v: Vectors, address: Value, value: Value) -> None:
+    """The low 32 bits."""
+    v.store(v.b.trunc(value, I32), address)
+
+
+@emitted
+def store_u16(v: Vectors, address: Value, value: Value) -> None:
+    """The low 16 bits."""
+    v.store(v.b.trunc(value, I16), address)
+
+
+@emitted
+def add_atomic(v: Vectors, address: Value, value: Value) -> Value:
+    """Add to a word that other threads add to; what it was before."""
+    return v.b.atomic_rmw("add", v.b.inttoptr(address, I64.as_pointer()), value, "seq_cst")
+
+
+@emitted
+def prefetch(v: Vectors, address: Value) -> None:
+    """Begin to fetch a line that will be read soon; never faults."""
+    v.prefetch(address)
+
+
+@emitted
+def copy(v: Vectors, target: Value, source: Value, length: Value) -> None:
+    """``memcpy``."""
+    pointer = I8.as_pointer()
+    cgutils.raw_memcpy(v.b, v.b.inttoptr(target, pointer), v.b.inttoptr(source, pointer), length, 1)
+
+
+@emitted
+def fill_zero(v: Vectors, target: Value, length: Value) -> None:
+    """``memset`` to zero."""
+    cgutils.memset(v.b, v.b.inttoptr(target, I8.as_pointer()), length, 0)
+
+
+@emitted
+def copy_element(v: Vectors, kind: Kind, target: Value, source: Value) -> None:
+    """One element."""
+    v.store(v.load(source, ir.IntType(8 * kind.element_bytes)), target)

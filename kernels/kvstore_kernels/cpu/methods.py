@@ -1,0 +1,53 @@
+"""The compiled functions of each method that a codec encodes planes by."""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+from kvstore_kernels.codecs import EXACT
+from kvstore_kernels.cpu.channel_groups import decode_channel_groups, encode_channel_groups
+from kvstore_kernels.cpu.exact import decode_exact, encode_exact
+from kvstore_kernels.cpu.int8 import decode_int8, encode_int8
+from kvstore_kernels.cpu.kinds import Kind
+from kvstore_kernels.cpu.sections import Kernel
+from kvstore_kernels.cpu.token_groups import decode_token_groups, encode_token_groups
+from kvstore_kernels.layout import Planes
+
+__all__ = ["Method", "method_of"]
+
+
+class Method(NamedTuple):
+    """How to encode and decode planes.
+
+    Attributes:
+        encode: compiled function.
+        decode: compiled function.
+        kind: that both are compiled for.
+    """
+
+    encode: Kernel
+    decode: Kernel
+    kind: Kind
+
+
+_KERNELS: Final[dict[str, tuple[Kernel, Kernel]]] = {
+    EXACT: (encode_exact, decode_exact),
+    "int8": (encode_int8, decode_int8),
+    "int4": (encode_token_groups, decode_token_groups),
+    "kivi4v": (encode_token_groups, decode_token_groups),
+    "kivi2v": (encode_token_groups, decode_token_groups),
+    "kivi4k": (encode_channel_groups, decode_channel_groups),
+    "kivi2k": (encode_channel_groups, decode_channel_groups),
+}
+_BITS: Final = {"int4": 4, "kivi4v": 4, "kivi2v": 2, "kivi4k": 4, "kivi2k": 2}
+
+
+def method_of(name: str, planes: Planes) -> Method:
+    """Functions of a method, by the name that ``Codec.plane_codec`` gives."""
+    encode, decode = _KERNELS[name]
+    bits = _BITS.get(name, 0)
+    group = run = 0
+    if encode is encode_token_groups:
+        group = next(size for size in ((64, 32, 16) if bits == 4 else (32, 16)) if planes.dim % size == 0)
+        run = 64 if planes.dim % 64 == 0 else group
+    return Method(encode, decode, Kind(planes.dtype, bits=bits, group=group, run=run))

@@ -1,0 +1,161 @@
+"""Sections of blocks to and from an engine's pages: the table that compiled functions read, and threads to run them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from kvstore_kernels.codecs import Region
+from kvstore_kernels.cpu import work
+from kvstore_kernels.cpu.kinds import Kind
+from kvstore_kernels.layout import ELEMENT_BYTES, Planes
+from kvstore_kernels.paged import PagedKV, PagedPlanes
+
+__all__ = ["Dense", "Kernel", "Section", "run_section"]
+
+Kernel = Callable[[Kind, int, int], Any]
+"""A compiled function of a kind, the address of the work and that of a thread's place."""
+
+_ITEM_BYTES: Final = 256 << 10
+"""About so many bytes of planes are an item: enough to hide the taking, little enough to share evenly."""
+_LINE_BYTES: Final = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """Where planes that are copied as they are lie in their section, in bytes."""
+
+    offset: int
+    layer_stride: int
+    token_stride: int
+    head_stride: int
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A section, or a part of one, of many blocks.
+
+    Attributes:
+        planes: what is in it.
+        where: the planes are in the engine's memory.
+        rows: bytes from the start of a plane to each token's row, int64 ``[blocks, tokens]``.
+        sections: addresses of the blocks' sections, int64 ``[blocks]``.
+        form: what is in a section: regions, or planes as they are.
+    """
+
+    planes: Planes
+    where: PagedPlanes
+    rows: npt.NDArray[np.int64]
+    sections: npt.NDArray[np.int64]
+    form: Sequence[Region] | Dense
+
+
+def row_offsets(kv: PagedKV, number: int, pages: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
+    """Bytes from the start of a plane of a section to each token's row: ``[blocks, tokens]``."""
+    of_page = pages.astype(np.int64)[:, :, None] * kv.sections[number].page_stride
+    of_token = np.arange(kv.page_tokens, dtype=np.int64) * kv.sections[number].token_stride
+    return (of_page + of_token).reshape(len(pages), kv.layout.block_tokens)
+
+
+def run_section(kernel: Kernel, kind: Kind, section: Section, *, decoding: bool, threads: int) -> npt.NDArray[np.int64]:
+    """Encode or decode.
+
+    Args:
+        kernel: does it.
+        kind: of the kernel; whether to store past the cache is decided here.
+        section: what.
+        decoding: whether planes are written.
+        threads: that run the kernel, the caller's among them.
+
+    Returns:
+        Void groups of each block.
+    """
+    planes, where = section.planes, section.where
+    element_bytes = ELEMENT_BYTES[planes.dtype]
+    row_bytes = planes.dim * element_bytes
+    blocks, tokens = section.rows.shape
+    heads, dim = planes.num_heads, planes.dim
+    staged = where.element_stride != element_bytes
+    if isinstance(section.form, Dense) and where.head_stride == row_bytes and not staged:
+        # Rows of all heads lie side by side in both places: one copy a token.
+        heads, dim = 1, heads * dim
+    item_layers = min(max(1, _ITEM_BYTES // (planes.num_heads * tokens * row_bytes)), planes.num_layers)
+    bases = np.ascontiguousarray(where.bases, np.int64)
+    rows = np.ascontiguousarray(section.rows, np.int64)
+    sections = np.ascontiguousarray(section.sections, np.int64)
+    staged_rows = np.arange(tokens, dtype=np.int64) * row_bytes
+    voids = np.zeros(blocks, np.int64)
+    words = {
+        work.ITEMS: blocks * -(-planes.num_layers // item_layers),
+        work.ITEM_LAYERS: item_layers,
+        work.LAYERS: planes.num_layers,
+        work.HEADS: heads,
+        work.TOKENS: tokens,
+        work.DIM: dim,
+        work.BLOCK_ROWS: rows.ctypes.data,
+        work.BASES: bases.ctypes.data,
+        work.HEAD_STRIDE: where.head_stride,
+        work.ELEMENT_STRIDE: where.element_stride,
+        work.SECTIONS: sections.ctypes.data,
+        work.VOIDS: voids.ctypes.data,
+        work.STAGED_ROWS: staged_rows.ctypes.data if staged else 0,
+        work.DECODING: int(decoding),
+        **_form_words(section),
+    }
+    table = np.zeros(work.WORK_BYTES // 8, np.int64)
+    for offset, value in words.items():
+        table[offset // 8] = value
+    streaming = decoding and not staged and _whole_lines(where, row_bytes)
+    place_bytes = work.STAGED + (tokens * row_bytes if staged else 0)
+    _run(kernel, replace(kind, streaming=streaming), table, place_bytes, min(threads, words[work.ITEMS]))
+    return voids
+
+
+def _form_words(section: Section) -> dict[int, int]:
+    form = section.form
+    if isinstance(form, Dense):
+        return {
+            work.TARGET: form.offset,
+            work.TARGET_LAYER_STRIDE: form.layer_stride,
+            work.TARGET_TOKEN_STRIDE: form.token_stride,
+            work.TARGET_HEAD_STRIDE: form.head_stride,
+        }
+    words, at = {}, 0
+    for number, region in enumerate(form):
+        entry = work.REGIONS + 16 * number
+        words[entry] = at
+        words[entry + 8] = region.region_bytes // (section.planes.num_layers * section.planes.num_heads)
+        at += region.region_bytes
+    return words
+
+
+def _whole_lines(where: PagedPlanes, row_bytes: int) -> bool:
+    """Whether every row is whole lines: only for those stores past the cache pay."""
+    strides = (where.page_stride, where.token_stride, where.head_stride, row_bytes)
+    return all(stride % _LINE_BYTES == 0 for stride in strides) and not np.any(where.bases % _LINE_BYTES)
+
+
+def _run(kernel: Kernel, kind: Kind, table: npt.NDArray[np.int64], place_bytes: int, threads: int) -> None:
+    """Call the kernel in as many threads; an error of any is raised."""
+    places = [np.zeros(place_bytes + _LINE_BYTES, np.uint8) for _ in range(max(threads, 1))]
+    errors: list[BaseException] = []
+
+    def call(memory: npt.NDArray[np.uint8]) -> None:
+        try:
+            kernel(kind, table.ctypes.data, -(-memory.ctypes.data // _LINE_BYTES) * _LINE_BYTES)
+        except BaseException as error:
+            errors.append(error)
+
+    others = [threading.Thread(target=call, args=(memory,), name="kvstore-codec") for memory in places[1:]]
+    for thread in others:
+        thread.start()
+    call(places[0])
+    for thread in others:
+        thread.join()
+    if errors:
+        raise errors[0]
