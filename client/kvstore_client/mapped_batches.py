@@ -49,32 +49,33 @@ class SlotBatch:
         most: slots that are taken at once.
 
     Attributes:
+        mapped: whose slots.
         count: slots that are held now.
     """
 
     def __init__(self, mapped: MappedSession, most: int) -> None:
-        self._mapped = mapped
+        self.mapped = mapped
         self._items: Words = np.zeros((most, writes.ITEM_WORDS), np.int64)
         self._address = int(self._items.ctypes.data)
         self.count = 0
 
     def __enter__(self) -> Self:
         # Before anything is held: should an interrupt strike from here on, ``reclaim`` finds what nobody uses.
-        self._mapped.slot_batches[id(self)] = self
+        self.mapped.slot_batches[id(self)] = self
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.give_back()
-        self._mapped.slot_batches.pop(id(self), None)
+        self.mapped.slot_batches.pop(id(self), None)
 
     def claim(self, count: int, record_bytes: int) -> int:
         """Take up to ``count`` slots for records of at most ``record_bytes``; how many, or below 0 why none.
 
         None may be held before.
         """
-        mapped = self._mapped
+        mapped = self.mapped
         if not mapped.ready_for(count):
             return FULL
         claimed: int = writes.claim_slots(mapped.address, self._address, count, record_bytes)
@@ -86,7 +87,7 @@ class SlotBatch:
     def payloads(self) -> Addresses:
         """Addresses behind the headers of the slots that are held."""
         slots = self._items[: self.count, _SLOT]
-        return (slots * PAGE_BYTES + (self._mapped.arena_address + RECORD_HEADER_BYTES)).view(np.uint64)
+        return (slots * PAGE_BYTES + (self.mapped.arena_address + RECORD_HEADER_BYTES)).view(np.uint64)
 
     def describe(self, keys: Words, parents: Words, section_bytes: Words) -> None:
         """Say what the slots hold: keys and parents ``[count, 4]``, section lengths ``[count, sections]``."""
@@ -98,12 +99,12 @@ class SlotBatch:
 
     def seal(self) -> None:
         """Checksum what was encoded into the slots, and zero what is behind it. Without the interpreter lock."""
-        writes.seal_slots(self._mapped.address, self._address, self.count)
+        writes.seal_slots(self.mapped.address, self._address, self.count)
 
     def fill(self, sources: Addresses) -> None:
         """Copy payloads that were encoded elsewhere into the slots, instead of ``seal``."""
         self._items[: self.count, _SOURCE] = sources.view(np.int64)
-        writes.fill_slots(self._mapped.address, self._address, self.count)
+        writes.fill_slots(self.mapped.address, self._address, self.count)
 
     def keep(self, kept: npt.NDArray[np.intp]) -> None:
         """Give back all slots but those at these positions, which move up."""
@@ -123,7 +124,7 @@ class SlotBatch:
             part: as in the header.
             access: the engine request.
         """
-        mapped = self._mapped
+        mapped = self.mapped
         if not mapped.ready_for(self.count):
             return FULL
         first: int = writes.commit_slots(
@@ -139,12 +140,12 @@ class SlotBatch:
         self.count = 0
 
     def _give_back(self, first: int, count: int) -> None:
-        if writes.return_slots(self._mapped.address, self._address + first * writes.ITEM_BYTES, count):
+        if writes.return_slots(self.mapped.address, self._address + first * writes.ITEM_BYTES, count):
             # The ring is full.
             for index in range(first, first + count):
                 slot, self._items[index, _SLOT] = int(self._items[index, _SLOT]), 0
                 if slot:
-                    self._mapped.give_back_later(slot)
+                    self.mapped.give_back_later(slot)
 
 
 class HeldBatch:
@@ -157,13 +158,14 @@ class HeldBatch:
         sure: a miss is a miss; else, and where this client put the block a moment ago, it must be asked for.
 
     Attributes:
+        mapped: whose memory.
         count: leading records that are held, at most as many as there are hazards and bytes for.
         why: why the next one is not held (``kvstore.mapped.context``), 0 where all are.
         headers: ``[count, 256]``, copied out: whole, and those of the records that were asked for.
     """
 
     def __init__(self, mapped: MappedSession, keys: Sequence[bytes], part: int, sure: bool) -> None:
-        self._mapped = mapped
+        self.mapped = mapped
         self._keys = keys
         self._part = part
         self._sure = sure
@@ -186,7 +188,7 @@ class HeldBatch:
         self._release()
 
     def _hold(self) -> None:
-        mapped = self._mapped
+        mapped = self.mapped
         if not mapped.free_hazards:
             mapped.reclaim()
         for _ in self._keys:
@@ -225,7 +227,7 @@ class HeldBatch:
             self._let_go(held)
 
     def _hold_now(self) -> int:
-        mapped = self._mapped
+        mapped = self.mapped
         unsure = 0 if self._sure and not (mapped.pending and mapped.settle()) else 1
         limit = mapped.most_hazard_bytes - mapped.hazard_bytes
         held: int = hold_batch(
@@ -244,9 +246,14 @@ class HeldBatch:
         """Addresses of the payloads that are held."""
         return np.ascontiguousarray(self._items[: self.count, _HELD_TARGET]).view(np.uint64)
 
+    def payload(self, index: int) -> memoryview:
+        """One of the payloads that are held, read-only."""
+        begin = int(self._items[index, _HELD_TARGET]) - self.mapped.arena_address
+        return self.mapped.arena_view[begin : begin + int(self._items[index, _HELD_RESULT])].data
+
     def verify(self, decoded: int) -> int:
         """How many leading records count, of the first so many that were decoded. Without the interpreter lock."""
-        good: int = verify_batch(self._mapped.address, self._items_at, decoded, self._headers_at)
+        good: int = verify_batch(self.mapped.address, self._items_at, decoded, self._headers_at)
         return good
 
     def suspect(self, index: int) -> None:
@@ -260,12 +267,12 @@ class HeldBatch:
         results = self._items[:, _HELD_RESULT]
         # What was held and not looked into is not reported.
         results[used : self.count][results[used : self.count] >= 0] = fields.BUSY
-        self._mapped.corrupt += int(np.count_nonzero(results == CORRUPT))
-        close_batch(self._mapped.address, self._items_at, self._asked, self._part, access)
+        self.mapped.corrupt += int(np.count_nonzero(results == CORRUPT))
+        close_batch(self.mapped.address, self._items_at, self._asked, self._part, access)
 
     def _let_go(self, first: int) -> None:
         """Let go of all holds from a position on."""
-        mapped = self._mapped
+        mapped = self.mapped
         release_batch(mapped.address, self._hazards_at + 8 * first, len(self._holds) - first)
         while len(self._holds) > first:
             hazard, hold = self._holds.pop()
@@ -279,8 +286,8 @@ class HeldBatch:
             self._let_go(0)
         while self._holds:
             hazard, hold = self._holds.pop()
-            if self._mapped.views.pop(hazard, None) is hold:
-                self._mapped.free_hazards.append(hazard)
+            if self.mapped.views.pop(hazard, None) is hold:
+                self.mapped.free_hazards.append(hazard)
 
 
 def fidelities(mapped: MappedSession, keys: Words, part: int) -> Words:

@@ -1,13 +1,13 @@
 """The kernels that encode and decode, for the device that a paged cache lies on.
 
-Payloads lie in host memory: slots of the mapped arena, or scratch memory. ``kvstore_kernels`` is loaded here, when the
-first cache of a device is used.
+Payloads lie in host memory: in slots of the mapped arena where the kernels reach them, else in scratch memory.
+``kvstore_kernels`` is loaded here, when a device's first cache is used.
 """
 
 from __future__ import annotations
 
-import importlib
-from typing import Any, Final
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -16,30 +16,78 @@ from kvstore.errors import InvalidArgument
 from kvstore_kernels.codecs import Codec
 from kvstore_kernels.paged import PagedKV
 
+if TYPE_CHECKING:
+    from kvstore_client.mapped_session import MappedSession
+
 __all__ = ["Backend", "Scratch", "backend_for"]
 
 Words = npt.NDArray[np.int64]
+Bytes = npt.NDArray[np.uint8]
 Addresses = npt.NDArray[np.uint64]
 Pages = npt.NDArray[np.int32]
 
-_ALIGNED: Final = 64
 _CPU_GROUP_BYTES: Final = 1 << 20
 """Payload bytes of one call on the CPU: what was encoded is still in the cache when its checksum is made."""
 
 
-class Backend:
-    """One device's kernels.
+class Scratch:
+    """Memory that payloads are encoded to before their place is known, kept: fresh pages cost more than a copy.
+
+    Two threads never get the same memory.
 
     Args:
-        kernels: the module.
+        allocate: makes so many bytes, aligned to 64.
+    """
+
+    def __init__(self, allocate: Callable[[int], Bytes]) -> None:
+        self._allocate = allocate
+        self._spare: list[Bytes] = []
+
+    def take(self, least_bytes: int) -> Bytes:
+        """Memory of at least this size; give it back with ``put``."""
+        try:
+            memory = self._spare.pop()
+        except IndexError:
+            return self._allocate(least_bytes)
+        return memory if memory.nbytes >= least_bytes else self._allocate(least_bytes)
+
+    def put(self, memory: Bytes) -> None:
+        """Keep memory for whoever asks next."""
+        if len(self._spare) < _KEPT:
+            self._spare.append(memory)
+
+
+_KEPT: Final = 2
+_ALIGNED: Final = 64
+
+
+class Backend:
+    """The CPU's kernels.
+
+    Args:
+        kernels: a module with the face of ``kvstore_kernels.cpu``.
         threads: that one call may use.
+
+    Attributes:
+        scratch: memory that the kernels reach.
         group_bytes: payload bytes that one call should make.
     """
 
-    def __init__(self, kernels: Any, threads: int, group_bytes: int) -> None:
+    group_bytes = _CPU_GROUP_BYTES
+
+    def __init__(self, kernels: Any, threads: int) -> None:
         self._kernels = kernels
         self._threads = threads
-        self.group_bytes = group_bytes
+        self.scratch = Scratch(self._allocate)
+
+    def reaches(self, mapped: MappedSession, payloads: Addresses) -> bool:
+        """Whether the kernels can read and write these payloads in slots; where they cannot, they are copied."""
+        return True
+
+    def _allocate(self, least_bytes: int) -> Bytes:
+        whole = np.empty(least_bytes + _ALIGNED, np.uint8)
+        begin = -int(whole.ctypes.data) % _ALIGNED
+        return whole[begin : begin + least_bytes]
 
     def encode(
         self, codec: Codec, kv: PagedKV, pages: Pages, payloads: Addresses
@@ -57,45 +105,18 @@ class Backend:
         self._kernels.decode(codec, kv, pages, payloads, section_bytes, threads=self._threads)
 
 
-class Scratch:
-    """Memory that payloads are encoded to before their place is known; kept, because fresh pages cost more than a copy.
-
-    Lists are safe between threads: each call has memory of its own.
-    """
-
-    def __init__(self) -> None:
-        self._spare: list[npt.NDArray[np.uint8]] = []
-
-    def take(self, least_bytes: int) -> npt.NDArray[np.uint8]:
-        """Memory of at least this size, aligned to 64 bytes; give it back with ``put``."""
-        try:
-            memory = self._spare.pop()
-        except IndexError:
-            memory = np.empty(0, np.uint8)
-        if memory.nbytes < least_bytes:
-            whole = np.empty(least_bytes + _ALIGNED, np.uint8)
-            begin = -int(whole.ctypes.data) % _ALIGNED
-            memory = whole[begin : begin + least_bytes]
-        return memory
-
-    def put(self, memory: npt.NDArray[np.uint8]) -> None:
-        """Keep memory for the next one who asks."""
-        if len(self._spare) < _KEPT:
-            self._spare.append(memory)
-
-
-_KEPT: Final = 2
-
-
 def backend_for(kv: PagedKV, threads: int) -> Backend:
     """The kernels for the device of a paged cache.
 
     Raises:
-        InvalidArgument: they cannot be loaded; says what is missing.
+        InvalidArgument: they cannot be used; says what is missing.
     """
-    name = f"kvstore_kernels.{kv.device}"
-    try:
-        kernels = importlib.import_module(name)
-    except ImportError as error:
-        raise InvalidArgument(f"the cache is on {kv.device}, whose kernels cannot be loaded: {error}") from None
-    return Backend(kernels, threads, _CPU_GROUP_BYTES)
+    if kv.device == "cpu":
+        try:
+            from kvstore_kernels import cpu
+        except ImportError as error:
+            raise InvalidArgument(f"the kernels for the CPU cannot be loaded: {error}") from None
+        return Backend(cpu, threads)
+    from kvstore_client.tensors.device import device_backend
+
+    return device_backend(threads)

@@ -6,13 +6,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
-import numpy.typing as npt
 
 from kvstore.errors import Throttled
 from kvstore.mapped.context import CORRUPT, MISS, STALE
 from kvstore_client.operations import Operations
 from kvstore_client.session import Session
-from kvstore_client.tensors.backends import Backend, Scratch
+from kvstore_client.tensors.backends import Addresses, Backend
 from kvstore_client.tensors.blocks import Blocks
 from kvstore_client.tensors.plan import StorePlan
 from kvstore_client.tensors.records import Problem, Run
@@ -44,7 +43,6 @@ class Loading:
         session, operations: of the client, which is connected.
         plan: what is stored.
         backend: the kernels.
-        scratch: memory for payloads that lie where the kernels cannot read them.
         blocks: what is loaded, and where to.
         lineage: effective fidelity of the blocks before the first.
         access: the engine request.
@@ -57,7 +55,6 @@ class Loading:
         operations: Operations,
         plan: StorePlan,
         backend: Backend,
-        scratch: Scratch,
         blocks: Blocks,
         lineage: int,
         access: int,
@@ -67,7 +64,6 @@ class Loading:
         self._operations = operations
         self._plan = plan
         self._backend = backend
-        self._scratch = scratch
         self._blocks = blocks
         self._lineage = lineage
         self._access = access
@@ -125,7 +121,11 @@ class Loading:
 
     def _decode_held(self, held: HeldBatch, runs: list[Run], count: int) -> tuple[int, Problem | None]:
         """Decode the first ``count`` records that are held; how many leading ones count, and why the next does not."""
-        decoded, problem = self._decode(held.payloads(), runs)
+        payloads = held.payloads()
+        if self._backend.reaches(held.mapped, payloads):
+            decoded, problem = self._decode(payloads, runs)
+        else:
+            decoded, problem = self._decode_copies([held.payload(index) for index in range(count)], runs)
         good = held.verify(decoded)
         if good < decoded:
             return good, (Failure.CORRUPT, "its bytes changed, or its checksum is wrong")
@@ -133,7 +133,7 @@ class Loading:
             held.suspect(decoded)
         return good, problem
 
-    def _decode(self, payloads: npt.NDArray[np.uint64], runs: list[Run]) -> tuple[int, Problem | None]:
+    def _decode(self, payloads: Addresses, runs: list[Run]) -> tuple[int, Problem | None]:
         """Decode payloads into the next blocks; how many leading ones, and why not the next."""
         for run in runs:
             try:
@@ -147,7 +147,7 @@ class Loading:
                         return at, (Failure.CORRUPT, str(error))
         return runs[-1].stop, None
 
-    def _decode_run(self, payloads: npt.NDArray[np.uint64], run: Run, start: int, stop: int) -> None:
+    def _decode_run(self, payloads: Addresses, run: Run, start: int, stop: int) -> None:
         pages = self._blocks.pages[self._loaded + start : self._loaded + stop]
         lengths = run.section_bytes[start - run.start : stop - run.start]
         self._backend.decode(run.records.codec, self._blocks.kv, pages, payloads[start:stop], lengths)
@@ -169,15 +169,15 @@ class Loading:
         problem = unreadable or problem
         if fidelities:
             payloads = [payload for _, payload in records[: len(fidelities)]]
-            good, torn = yield partial(self._decode_received, payloads, runs)
+            good, torn = yield partial(self._decode_copies, payloads, runs)
             problem = torn or problem
             self._count(runs, fidelities, good)
         return problem
 
-    def _decode_received(self, payloads: list[memoryview], runs: list[Run]) -> tuple[int, Problem | None]:
-        """Decode received payloads, moved to where kernels may read them: frames begin anywhere."""
+    def _decode_copies(self, payloads: list[memoryview], runs: list[Run]) -> tuple[int, Problem | None]:
+        """Decode payloads that lie where kernels cannot read them, or not aligned."""
         lengths = [-(-payload.nbytes // _ALIGNED) * _ALIGNED for payload in payloads]
-        memory = self._scratch.take(sum(lengths))
+        memory = self._backend.scratch.take(sum(lengths))
         try:
             begins = np.cumsum([0, *lengths[:-1]])
             for begin, payload in zip(begins.tolist(), payloads, strict=True):
@@ -185,4 +185,4 @@ class Loading:
             addresses = (int(memory.ctypes.data) + begins).astype(np.uint64)
             return self._decode(addresses, runs)
         finally:
-            self._scratch.put(memory)
+            self._backend.scratch.put(memory)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -16,7 +19,7 @@ from kvstore.mapped.context import FULL, NO_GRANT, NO_LANE, STALE
 from kvstore.protocol.messages import PutStatus, Reason
 from kvstore_client.operations import STALE_ANSWER, Operations
 from kvstore_client.session import Session
-from kvstore_client.tensors.backends import Backend, Scratch
+from kvstore_client.tensors.backends import Addresses, Backend, Words
 from kvstore_client.tensors.blocks import Blocks
 from kvstore_client.tensors.plan import StorePlan
 from kvstore_client.tensors.records import BlockRecords
@@ -39,6 +42,7 @@ _ROUNDS: Final = 3
 """How often blocks are stored anew that a daemon that went away did not answer for."""
 _STEPS: Final = 32
 """Into so many slot sizes the records of a codec without a fixed size are sorted."""
+_ALIGNED: Final = 64
 _NONE: Final = 0
 
 Indices = npt.NDArray[np.intp]
@@ -51,7 +55,6 @@ class Saving:
         session, operations: of the client, which is connected.
         plan: what is stored.
         backend: the kernels.
-        scratch: memory for payloads whose place is not known.
         blocks: what is saved.
         lineage: fidelity of what the blocks were computed on.
         access: the engine request.
@@ -63,7 +66,6 @@ class Saving:
         operations: Operations,
         plan: StorePlan,
         backend: Backend,
-        scratch: Scratch,
         blocks: Blocks,
         lineage: int,
         access: int,
@@ -72,7 +74,6 @@ class Saving:
         self._operations = operations
         self._plan = plan
         self._backend = backend
-        self._scratch = scratch
         self._blocks = blocks
         self._lineage = lineage
         self._access = access
@@ -168,52 +169,72 @@ class Saving:
 
     def _encode_into(self, slots: SlotBatch, indices: Indices, records: BlockRecords) -> Indices:
         """Encode blocks into the slots that are held; those that the codec could hold, whose slots are kept."""
-        blocks = self._blocks
-        lengths, void = self._backend.encode(records.codec, blocks.kv, blocks.pages[indices], slots.payloads())
-        if void.any() and not records.codec.exact:
-            self._void[indices[void]] = True
-            slots.keep(np.flatnonzero(~void))
-            indices, lengths = indices[~void], lengths[~void]
-        if indices.size:
-            slots.describe(blocks.key_words[indices], blocks.parent_words[indices], lengths)
+        payloads = slots.payloads()
+        if self._backend.reaches(slots.mapped, payloads):
+            lengths, good = self._encode(indices, records, payloads)
+            indices = self._describe(slots, indices, lengths, good)
             slots.seal()
-            self._payload_bytes[indices] = lengths.sum(axis=1)
+            return indices
+        with self._memory(indices.size, records) as payloads:
+            lengths, good = self._encode(indices, records, payloads)
+            indices = self._describe(slots, indices, lengths, good)
+            slots.fill(payloads[good])
         return indices
+
+    def _describe(self, slots: SlotBatch, indices: Indices, lengths: Words, good: Indices) -> Indices:
+        """Say what stands in the slots, and keep those of the blocks that the codec could hold."""
+        if good.size < indices.size:
+            slots.keep(good)
+            indices, lengths = indices[good], lengths[good]
+        slots.describe(self._blocks.key_words[indices], self._blocks.parent_words[indices], lengths)
+        return indices
+
+    def _encode(self, indices: Indices, records: BlockRecords, payloads: Addresses) -> tuple[Words, Indices]:
+        """Encode blocks; the lengths of their sections, and the places of those that the codec could hold."""
+        blocks = self._blocks
+        lengths, void = self._backend.encode(records.codec, blocks.kv, blocks.pages[indices], payloads)
+        self._payload_bytes[indices] = lengths.sum(axis=1)
+        if records.codec.exact or not void.any():
+            return lengths, np.arange(indices.size)
+        self._void[indices[void]] = True
+        return lengths, np.flatnonzero(~void)
+
+    @contextmanager
+    def _memory(self, count: int, records: BlockRecords) -> Iterator[Addresses]:
+        """Addresses in scratch memory for so many payloads."""
+        stride = -(-records.max_payload_bytes // _ALIGNED) * _ALIGNED
+        memory = self._backend.scratch.take(count * stride)
+        try:
+            yield (int(memory.ctypes.data) + stride * np.arange(count)).astype(np.uint64)
+        finally:
+            self._backend.scratch.put(memory)
 
     def _through_scratch(self, mapped: MappedSession, todo: Indices, records: BlockRecords) -> Work[Indices]:
         """Encode blocks of which nobody knows how long they become, then copy each into a slot of about its size."""
         from kvstore_client.mapped_batches import SlotBatch
 
-        stride = _aligned(records.max_payload_bytes)
-        most = max(1, min(_SCRATCH_BYTES // stride, _MOST_BLOCKS, todo.size))
+        most = max(1, min(_SCRATCH_BYTES // records.max_payload_bytes, _MOST_BLOCKS, todo.size))
         header = records.template(self._digest, self._plan.part, self._lineage)
         step = max(PAGE_BYTES, self._plan.layout.block_bytes // _STEPS // PAGE_BYTES * PAGE_BYTES)
-        memory = self._scratch.take(most * stride)
-        try:
-            with SlotBatch(mapped, most) as slots:
-                while todo.size:
-                    group = todo[:most]
-                    payloads, lengths = yield partial(self._encode_aside, memory, stride, group, records)
-                    sizes = np.minimum(
-                        -(-(RECORD_HEADER_BYTES + lengths.sum(axis=1)) // step) * step, records.max_record_bytes
-                    )
-                    at = 0
-                    while at < group.size:
-                        alike = int(np.argmax(sizes[at:] != sizes[at])) or group.size - at
-                        claimed = yield from self._claim(mapped, slots, alike, int(sizes[at]))
-                        if not claimed:
-                            return todo[at:]
-                        some, indices = slice(at, at + claimed), group[at : at + claimed]
-                        slots.describe(
-                            self._blocks.key_words[indices], self._blocks.parent_words[indices], lengths[some]
-                        )
-                        yield partial(slots.fill, payloads[some])
-                        if not (yield from self._commit(mapped, slots, indices, header)):
-                            return todo[at:]
-                        at += claimed
-                    todo = todo[most:]
-        finally:
-            self._scratch.put(memory)
+        with SlotBatch(mapped, most) as slots, self._memory(most, records) as payloads:
+            while todo.size:
+                group = todo[:most]
+                lengths, _ = yield partial(self._encode, group, records, payloads[: group.size])
+                sizes = -(-(RECORD_HEADER_BYTES + lengths.sum(axis=1)) // step) * step
+                sizes = np.minimum(sizes, records.max_record_bytes)
+                at = 0
+                while at < group.size:
+                    alike = int(np.argmax(sizes[at:] != sizes[at])) or group.size - at
+                    claimed = yield from self._claim(mapped, slots, alike, int(sizes[at]))
+                    if not claimed:
+                        return todo[at:]
+                    some, indices = slice(at, at + claimed), group[at : at + claimed]
+                    slots.describe(self._blocks.key_words[indices], self._blocks.parent_words[indices], lengths[some])
+                    yield partial(slots.fill, payloads[some])
+                    if not (yield from self._commit(mapped, slots, indices, header)):
+                        return todo[at:]
+                    at += claimed
+                todo = todo[most:]
         return todo
 
     def _claim(self, mapped: MappedSession, slots: SlotBatch, count: int, record_bytes: int) -> Work[int]:
@@ -236,9 +257,7 @@ class Saving:
                 return 0
         return 0
 
-    def _commit(
-        self, mapped: MappedSession, slots: SlotBatch, indices: Indices, header: npt.NDArray[np.int64]
-    ) -> Work[bool]:
+    def _commit(self, mapped: MappedSession, slots: SlotBatch, indices: Indices, header: Words) -> Work[bool]:
         """Commit what is in the slots; False where it was not possible, and they are given back."""
         first = FULL
         for _ in range(_TRIES):
@@ -286,42 +305,22 @@ class Saving:
 
     # -------------------------------------------------------------- by sending
 
-    def _encode_aside(
-        self, memory: npt.NDArray[np.uint8], stride: int, indices: Indices, records: BlockRecords
-    ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]:
-        """Encode blocks into scratch memory; where their payloads are, and the lengths of their sections."""
-        payloads = (int(memory.ctypes.data) + stride * np.arange(indices.size)).astype(np.uint64)
-        blocks = self._blocks
-        lengths, void = self._backend.encode(records.codec, blocks.kv, blocks.pages[indices], payloads)
-        self._payload_bytes[indices] = lengths.sum(axis=1)
-        if not records.codec.exact:
-            self._void[indices[void]] = True
-        return payloads, lengths
-
     def _send(self, todo: Indices, records: BlockRecords) -> Work[Indices]:
         """Encode some blocks and send them; the rest."""
-        stride = _aligned(records.max_payload_bytes)
-        most = max(1, min(_SEND_BYTES // stride, _MOST_BLOCKS, todo.size))
-        indices, rest = todo[:most], todo[most:]
-        memory = self._scratch.take(most * stride)
-        try:
-            _, lengths = yield partial(self._encode_aside, memory, stride, indices, records)
+        most = max(1, min(_SEND_BYTES // records.max_payload_bytes, _MOST_BLOCKS, todo.size))
+        group = todo[:most]
+        with self._memory(most, records) as addresses:
+            lengths, good = yield partial(self._encode, group, records, addresses)
             headers: list[bytes] = []
             payloads: list[memoryview] = []
-            sent: list[int] = []
-            for place, index in enumerate(indices.tolist()):
-                if self._void[index] and not records.codec.exact:
-                    continue
-                payload = memory.data[place * stride : place * stride + int(self._payload_bytes[index])]
-                headers.append(self._header(index, records, lengths[place].tolist(), payload))
+            for place in good.tolist():
+                payload = _bytes_at(int(addresses[place]), int(lengths[place].sum()))
                 payloads.append(payload)
-                sent.append(index)
+                headers.append(self._header(int(group[place]), records, lengths[place].tolist(), payload))
             asks = self._operations.record_asks(headers, payloads, self._access)
             if asks:
-                self._answers[sent] = yield self._operations.send_puts(asks, len(sent), self._digest)
-        finally:
-            self._scratch.put(memory)
-        return rest
+                self._answers[group[good]] = yield self._operations.send_puts(asks, good.size, self._digest)
+        return todo[most:]
 
     def _header(self, index: int, records: BlockRecords, section_bytes: list[int], payload: memoryview) -> bytes:
         return records.header(
@@ -335,5 +334,6 @@ class Saving:
         )
 
 
-def _aligned(payload_bytes: int) -> int:
-    return -(-payload_bytes // 64) * 64
+def _bytes_at(address: int, length: int) -> memoryview:
+    """Memory that the caller keeps."""
+    return memoryview((ctypes.c_ubyte * length).from_address(address)).cast("B")

@@ -13,7 +13,7 @@ from kvstore_client.aio import AsyncClient, AsyncMatch
 from kvstore_client.base import BaseClient, OnUnknownRevision
 from kvstore_client.client import Client, Match
 from kvstore_client.operations import check_request
-from kvstore_client.tensors.backends import Backend, Scratch, backend_for
+from kvstore_client.tensors.backends import Backend, backend_for
 from kvstore_client.tensors.blocks import Blocks
 from kvstore_client.tensors.loading import Loading
 from kvstore_client.tensors.plan import LEAST_BLOCK_TOKENS, plan
@@ -92,7 +92,6 @@ class BaseTensorStore:
             tenant_salt=tenant_salt,
         )
         self._threads = threads
-        self._scratch = Scratch()
         self._backends: dict[str, Backend] = {}
         self._client = self._connect_by(
             endpoint,
@@ -169,7 +168,6 @@ class BaseTensorStore:
             self._client._operations,
             self._plan,
             self._backend(blocks.kv),
-            self._scratch,
             blocks,
             lineage_of(lineage),
             self._access(request),
@@ -190,7 +188,6 @@ class BaseTensorStore:
             self._client._operations,
             self._plan,
             self._backend(blocks.kv),
-            self._scratch,
             blocks,
             lineage_of(lineage),
             self._access(request),
