@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
-from kvstore_kernels.codecs.base import EXACT, FIDELITY_EXACT, LOSSY_DTYPES, Codec, Encoded, PlanesCodec, Region
+from kvstore_kernels.codecs.base import EXACT, FIDELITY_EXACT, Codec, Encoded, PlanesCodec
 from kvstore_kernels.codecs.fp8 import Fp8
 from kvstore_kernels.codecs.int4 import Int4
 from kvstore_kernels.codecs.int8 import Int8
 from kvstore_kernels.codecs.kivi import Kivi2Value, KiviKey
 from kvstore_kernels.codecs.lossless import Lossless, Lz4, Zstd
+from kvstore_kernels.codecs.method import LOSSY_DTYPES, Region
 from kvstore_kernels.codecs.raw import Raw
 from kvstore_kernels.codecs.turbo import Turbo
 

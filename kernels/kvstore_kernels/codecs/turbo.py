@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from kvstore_kernels.codecs import arithmetic
-from kvstore_kernels.codecs.base import PlaneMethod, Region
+from kvstore_kernels.codecs.method import PlaneMethod, Region
 from kvstore_kernels.layout import Planes
 
 if TYPE_CHECKING:
