@@ -1,0 +1,170 @@
+// What a block of threads works on: a tile of one plane, where its tokens are, and where its regions are.
+
+// D channels and T tokens a plane, PAGE tokens a page, ALIGN (16 or 2): what sections' addresses are multiples of.
+template <int D_, int T_, int PAGE_, int ALIGN_, int THREADS_> struct Shape {
+    static constexpr int D = D_, T = T_, PAGE = PAGE_, ALIGN = ALIGN_, THREADS = THREADS_;
+    static constexpr int SEGMENTS = T * D / 64;  // runs of 64 channels of a plane, token after token
+};
+
+// The planes of one section, as a kernel's arguments give them. Offsets and strides are in bytes.
+struct Section {
+    const u64* bases;  // of each layer
+    i64 page_stride, token_stride, head_stride;
+    i64 offset;  // of the section in a payload
+    i64 layer_offset, head_offset, token_offset;  // in the section, of planes that are stored as they are
+    u32 heads;
+};
+
+struct Tile {
+    const u8* pages;  // of the block, i32
+    u8* plane;        // token 0 of page 0
+    u8* section;
+    u32* void_groups;
+    u32 layer, head, layers, heads;
+    u32 index;  // of the tile in its plane
+
+    // A region's part of this plane, after `before` bytes a plane of other regions.
+    KV_INLINE u8* region(u32 before, u32 bytes) const {
+        return section + (i64)(layers * heads) * before + (i64)(layer * heads + head) * bytes;
+    }
+};
+
+template <int PAGE> KV_INLINE u8* token_address(const Section& s, const Tile& tile, u32 token) {
+    const i64 page = (i32)load4(tile.pages + 4 * (token / PAGE));
+    return tile.plane + page * s.page_stride + (i64)(token % PAGE) * s.token_stride;
+}
+
+// ------------------------------------------------------------------ global memory
+
+template <class Element> KV_INLINE Chunk<Element> load_chunk(const u8* p) {
+    Chunk<Element> c;
+    c.put(0, load16(p));
+    if constexpr (Element::BYTES == 4) c.put(1, load16(p + 16));
+    return c;
+}
+template <class Element> KV_INLINE void store_chunk(u8* p, const Chunk<Element>& c) {
+    store16(p, c.get_vector(0));
+    if constexpr (Element::BYTES == 4) store16(p + 16, c.get_vector(1));
+}
+
+// Words of a section.
+template <int ALIGN, int N> KV_INLINE void store_words(u8* p, const u32 (&words)[N]) {
+    if constexpr (ALIGN == 16 && N == 4) {
+        store16(p, vec16{{words[0], words[1], words[2], words[3]}});
+    } else if constexpr (ALIGN == 16 && N == 2) {
+        store8(p, vec8{{words[0], words[1]}});
+    } else if constexpr (ALIGN == 16 && N == 1) {
+        store4(p, words[0]);
+    } else {
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            store2(p + 4 * i, words[i]);
+            store2(p + 4 * i + 2, words[i] >> 16);
+        }
+    }
+}
+template <int ALIGN, int N> KV_INLINE void load_words(const u8* p, u32 (&words)[N]) {
+    if constexpr (ALIGN == 16 && N == 4) {
+        const vec16 v = load16_again(p);
+        for (int i = 0; i < 4; i++) words[i] = v.w[i];
+    } else if constexpr (ALIGN == 16 && N == 2) {
+        const vec8 v = load8(p);
+        words[0] = v.w[0];
+        words[1] = v.w[1];
+    } else if constexpr (ALIGN == 16 && N == 1) {
+        words[0] = load4(p);
+    } else {
+#pragma unroll
+        for (int i = 0; i < N; i++) words[i] = load2(p + 4 * i) | load2(p + 4 * i + 2) << 16;
+    }
+}
+
+// ------------------------------------------------------------------ segments
+//
+// A warp takes 32 segments of 64 channels. In memory order lane l has chunk l % 8 of segments 4i + l / 8, i = 0..7: each
+// access is 512 bytes in a row. In halves lane l has the four chunks 2k + l % 2 of two segments: all that a word of codes
+// in lane order, or a step of a butterfly, needs. Shared memory lies between the two.
+
+constexpr int CHUNKS = 8;  // of a thread, in either order
+
+template <class Element, class S> struct Segments {
+    static constexpr int PITCH = 64 * Element::BYTES;
+    static constexpr int WARP_BYTES = 32 * PITCH;
+    static constexpr bool WHOLE = S::SEGMENTS % S::THREADS == 0;
+
+    // First segment of this warp in the plane.
+    static KV_INLINE u32 first(const Tile& tile) { return tile.index * S::THREADS + (thread_index() & ~31u); }
+    static KV_INLINE bool exists(u32 segment) { return WHOLE || segment < S::SEGMENTS; }
+
+    static KV_INLINE u8* address(const Section& s, const Tile& tile, u32 segment) {
+        constexpr u32 A_TOKEN = S::D / 64;
+        return token_address<S::PAGE>(s, tile, segment / A_TOKEN) + segment % A_TOKEN * PITCH;
+    }
+
+    static KV_INLINE void load(const Section& s, const Tile& tile, Chunk<Element> (&c)[CHUNKS]) {
+        const u32 lane = thread_index() & 31u;
+#pragma unroll
+        for (int i = 0; i < CHUNKS; i++) {
+            const u32 segment = first(tile) + 4 * i + lane / 8;
+            if (exists(segment))
+                c[i] = load_chunk<Element>(address(s, tile, segment) + lane % 8 * 8 * Element::BYTES);
+            else
+                for (int j = 0; j < Chunk<Element>::WORDS; j++) c[i].w[j] = 0;
+        }
+    }
+    static KV_INLINE void store(const Section& s, const Tile& tile, const Chunk<Element> (&c)[CHUNKS]) {
+        const u32 lane = thread_index() & 31u;
+#pragma unroll
+        for (int i = 0; i < CHUNKS; i++) {
+            const u32 segment = first(tile) + 4 * i + lane / 8;
+            if (exists(segment))
+                store_chunk<Element>(address(s, tile, segment) + lane % 8 * 8 * Element::BYTES, c[i]);
+        }
+    }
+
+    // Where a vector of 16 bytes of a segment is in a warp's shared memory. SPREAD segments apart, the same vector lies in
+    // other banks.
+    template <int SPREAD> static KV_INLINE u32 place(u32 segment, u32 vector) {
+        return segment * PITCH + (vector ^ (segment / SPREAD % 4) * Element::BYTES) * 16;
+    }
+    template <int SPREAD> static KV_INLINE void put(u8* shared, u32 segment, u32 chunk, const Chunk<Element>& c) {
+#pragma unroll
+        for (int v = 0; v < Element::BYTES / 2; v++)
+            to_shared<vec16>(shared + place<SPREAD>(segment, chunk * (Element::BYTES / 2) + v), c.get_vector(v));
+    }
+    template <int SPREAD> static KV_INLINE Chunk<Element> get(const u8* shared, u32 segment, u32 chunk) {
+        Chunk<Element> c;
+#pragma unroll
+        for (int v = 0; v < Element::BYTES / 2; v++)
+            c.put(v, from_shared<vec16>(shared + place<SPREAD>(segment, chunk * (Element::BYTES / 2) + v)));
+        return c;
+    }
+
+    // A segment of the thread in halves: lanes 2n and 2n + 1 have segments n and n + 16, or, where PAIRED, 2n and 2n + 1.
+    template <bool PAIRED> static KV_INLINE u32 own(int which) {
+        const u32 pair = (thread_index() & 31u) / 2;
+        return PAIRED ? 2 * pair + which : pair + 16 * which;
+    }
+
+    // Memory order to halves; c[4 * which + k] has channels 16k + 8 * (lane % 2) and on.
+    template <bool PAIRED> static KV_INLINE void to_halves(u8* shared, Chunk<Element> (&c)[CHUNKS]) {
+        const u32 lane = thread_index() & 31u;
+        shared += thread_index() / 32 * WARP_BYTES;
+#pragma unroll
+        for (int i = 0; i < CHUNKS; i++) put<PAIRED ? 2 : 1>(shared, 4 * i + lane / 8, lane % 8, c[i]);
+        warp_barrier();
+#pragma unroll
+        for (int i = 0; i < CHUNKS; i++)
+            c[i] = get<PAIRED ? 2 : 1>(shared, own<PAIRED>(i / 4), 2 * (i % 4) + lane % 2);
+    }
+    template <bool PAIRED> static KV_INLINE void from_halves(u8* shared, Chunk<Element> (&c)[CHUNKS]) {
+        const u32 lane = thread_index() & 31u;
+        shared += thread_index() / 32 * WARP_BYTES;
+#pragma unroll
+        for (int i = 0; i < CHUNKS; i++)
+            put<PAIRED ? 2 : 1>(shared, own<PAIRED>(i / 4), 2 * (i % 4) + lane % 2, c[i]);
+        warp_barrier();
+#pragma unroll
+        for (int i = 0; i < CHUNKS; i++) c[i] = get<PAIRED ? 2 : 1>(shared, 4 * i + lane / 8, lane % 8);
+    }
+};

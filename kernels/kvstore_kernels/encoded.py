@@ -1,0 +1,62 @@
+"""What encoding makes, the same on every backend, and the checks of arguments that all of them need."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from kvstore_kernels.codecs import Codec
+from kvstore_kernels.paged import PagedKV
+
+__all__ = ["EncodedBlocks", "check_blocks", "check_lengths"]
+
+
+class EncodedBlocks(NamedTuple):
+    """What encoding made.
+
+    Attributes:
+        section_bytes: int64 ``[blocks, sections]``; sections lie one behind another.
+        void_groups: int64 ``[blocks]``, groups that decode to zeros because the codec cannot hold their numbers.
+    """
+
+    section_bytes: npt.NDArray[np.int64]
+    void_groups: npt.NDArray[np.int64]
+
+
+def check_blocks(
+    kv: PagedKV, pages: npt.NDArray[np.int32], payloads: npt.NDArray[np.uint64]
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint64]]:
+    """Pages and addresses of blocks, as contiguous arrays of their types.
+
+    Raises:
+        ValueError: a wrong shape or type, or a page that there is not.
+    """
+    pages = np.asarray(pages)
+    if pages.ndim != 2 or pages.shape[1] != kv.block_pages or pages.dtype.kind not in "iu":
+        raise ValueError(
+            f"pages must be whole numbers [blocks, {kv.block_pages}], got {pages.dtype.name} {list(pages.shape)}"
+        )
+    if pages.size and not 0 <= int(pages.min()) <= int(pages.max()) < kv.num_pages:
+        raise ValueError(f"pages must be 0 to {kv.num_pages - 1}, got {pages.min()} to {pages.max()}")
+    addresses = np.asarray(payloads)
+    if addresses.shape != (len(pages),) or addresses.dtype.kind not in "iu":
+        raise ValueError(f"expected {len(pages)} addresses of payloads, got {addresses.dtype.name} {addresses.shape}")
+    return np.ascontiguousarray(pages, np.int32), np.ascontiguousarray(addresses, np.uint64)
+
+
+def check_lengths(codec: Codec, kv: PagedKV, blocks: int, section_bytes: npt.NDArray[np.int64]) -> None:
+    """Whether blocks have the sections that a codec of fixed size gives them.
+
+    Raises:
+        ValueError: a wrong shape or another length; names the block.
+    """
+    lengths = codec.section_bytes(kv.layout)
+    assert lengths is not None
+    given = np.asarray(section_bytes)
+    if given.shape != (blocks, len(lengths)):
+        raise ValueError(f"expected section lengths [{blocks}, {len(lengths)}], got {list(given.shape)}")
+    for block, row in enumerate(given.tolist()):
+        if tuple(row) != lengths:
+            raise ValueError(f"block {block}: codec {codec.name} has sections of {list(lengths)} bytes here, got {row}")

@@ -1,0 +1,144 @@
+"""Programs of the CUDA kernels built for the CPU, and launched as on a GPU.
+
+The sources are those of the package, but for ``primitives.cuh``, whose functions ``primitives.h`` has for the host. What
+a launch may read and write is told to the emulator, which reports everything else.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from kvstore_kernels.cuda.launch import Launch, Scalar
+from kvstore_kernels.cuda.program import Program
+
+HERE: Final = Path(__file__).parent
+FLAGS: Final = (
+    *("-std=c++17", "-O1", "-shared", "-fPIC", "-x", "c++"),
+    # Type-punned accesses are fine on a GPU; a context switch by longjmp is not what fortified longjmp allows.
+    *("-fno-strict-aliasing", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas"),
+)
+SANITIZE: Final = ("-fsanitize=undefined", "-fno-sanitize-recover=undefined", "-fno-sanitize=vptr")
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class KernelFault(Exception):
+    """What the emulator found wrong in a launch."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a launch may touch.
+
+    Attributes:
+        array: the bytes; contiguous.
+        written: whether kernels write it; then each byte at most once.
+    """
+
+    array: npt.NDArray[np.generic]
+    written: bool
+
+
+class _Range(ctypes.Structure):
+    _fields_ = [("begin", ctypes.c_uint64), ("end", ctypes.c_uint64), ("writable", ctypes.c_uint32), ("once", ctypes.c_uint32)]
+
+
+def compiler() -> str | None:
+    """The C++ compiler, None where there is none."""
+    return shutil.which("g++")
+
+
+def host_source(source: str) -> str:
+    """A program's source with the host's primitives instead of the device's."""
+    begin, end = (re.search(rf'^#line 1 "{name}"$', source, re.MULTILINE) for name in ("primitives.cuh", "arithmetic.cuh"))
+    assert begin
+    assert end
+    parts = ('#include "primitives.h"\n', source[: begin.start()], source[end.start() :], '#include "entry.h"\n')
+    return "".join(parts)
+
+
+def build(program: Program, folder: Path, *, flags: Sequence[str] = (), source: str | None = None) -> Emulated:
+    """A program as a shared library.
+
+    Args:
+        program: to build.
+        folder: where libraries are kept; the same one is not built twice.
+        flags: for the compiler, besides the usual.
+        source: instead of the program's own, for faulty twins.
+    """
+    text = host_source(program.source if source is None else source)
+    digest = hashlib.sha256("\0".join((text, *flags)).encode()).hexdigest()[:16]
+    library = folder / f"{digest}.so"
+    if not library.exists():
+        file = folder / f"{digest}.cpp"
+        file.write_text(text)
+        made = library.with_suffix(".made")
+        command = ["g++", *FLAGS, f"-I{HERE}", *flags, "-o", str(made), str(file)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        if done.returncode:
+            raise AssertionError(f"g++ failed:\n{done.stderr[:4000]}")
+        made.rename(library)
+    return Emulated(ctypes.CDLL(str(library)))
+
+
+class Emulated:
+    """A program's kernels on the CPU."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._kernels = {name: getattr(library, f"emulate_{name}") for name in ("kv_encode", "kv_decode")}
+        for kernel in self._kernels.values():
+            kernel.restype = ctypes.c_char_p
+
+    def launch(
+        self, kernel: str, launch: Launch, memory: Sequence[Memory], *, seed: int = 0, flush_denormals: bool = False
+    ) -> npt.NDArray[np.int64]:
+        """Run a kernel; counts of void groups.
+
+        Args:
+            kernel: ``"kv_encode"`` or ``"kv_decode"``.
+            launch: what to run.
+            memory: what it may touch, besides the launch's own inputs.
+            seed: order of threads: 0 forward, 1 backward, else random.
+            flush_denormals: as CuPy's compiler option ``-ftz=true`` does.
+
+        Raises:
+            KernelFault: the emulator found something wrong.
+        """
+        inputs = launch.inputs.copy()
+        ranges = [_Range(inputs.ctypes.data, inputs.ctypes.data + launch.void_groups_at, 0, 0)]
+        ranges.append(_Range(inputs.ctypes.data + launch.void_groups_at, inputs.ctypes.data + inputs.nbytes, 1, 0))
+        for each in memory:
+            begin = each.array.ctypes.data
+            ranges.append(_Range(begin, begin + each.array.nbytes, each.written, each.written))
+        arguments = [_argument(value) for value in launch.arguments(inputs.ctypes.data)]
+        pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(value) for value in arguments))
+        report = self._kernels[kernel](
+            (ctypes.c_uint * 3)(*launch.grid),
+            ctypes.c_uint(launch.program.threads),
+            ctypes.c_uint(launch.program.shared_bytes(kernel)),
+            pointers,
+            (_Range * len(ranges))(*ranges),
+            ctypes.c_uint(len(ranges)),
+            ctypes.c_uint(seed),
+            ctypes.c_uint(flush_denormals),
+        )
+        if report:
+            raise KernelFault(report.decode())
+        return launch.void_groups(inputs)
+
+
+def _argument(value: Scalar) -> ctypes.c_uint32 | ctypes.c_int64 | ctypes.c_uint64:
+    if isinstance(value, np.uint32):
+        return ctypes.c_uint32(int(value))
+    return ctypes.c_int64(int(value)) if isinstance(value, np.int64) else ctypes.c_uint64(int(value))
