@@ -7,6 +7,8 @@ what stands in the slots (``kvstore_client.tensors``).
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Final, Self
@@ -21,7 +23,7 @@ from kvstore.mapped.batch_reads import find_batch, hold_batch, release_batch, ve
 from kvstore.mapped.context import CORRUPT, FULL, LOOK
 from kvstore.mapped.reads import close_batch
 from kvstore.protocol.keys import join_keys
-from kvstore_client.mapped_session import Hold, MappedSession
+from kvstore_client.mapped_session import MappedSession
 from kvstore_client.shared_memory import Words
 
 __all__ = ["HeldBatch", "SlotBatch", "fidelities"]
@@ -51,7 +53,10 @@ class SlotBatch:
     Attributes:
         mapped: whose slots.
         count: slots that are held now.
+        length: bytes that are read in place: none.
     """
+
+    length: Final = 0
 
     def __init__(self, mapped: MappedSession, most: int) -> None:
         self.mapped = mapped
@@ -61,14 +66,14 @@ class SlotBatch:
 
     def __enter__(self) -> Self:
         # Before anything is held: should an interrupt strike from here on, ``reclaim`` finds what nobody uses.
-        self.mapped.slot_batches[id(self)] = self
+        self.mapped.batches[id(self)] = self
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.give_back()
-        self.mapped.slot_batches.pop(id(self), None)
+        self.mapped.batches.pop(id(self), None)
 
     def claim(self, count: int, record_bytes: int) -> int:
         """Take up to ``count`` slots for records of at most ``record_bytes``; how many, or below 0 why none.
@@ -159,6 +164,7 @@ class HeldBatch:
 
     Attributes:
         mapped: whose memory.
+        length: bytes that are held.
         count: leading records that are held, at most as many as there are hazards and bytes for.
         why: why the next one is not held (``kvstore.mapped.context``), 0 where all are.
         headers: ``[count, 256]``, copied out: whole, and those of the records that were asked for.
@@ -169,43 +175,41 @@ class HeldBatch:
         self._keys = keys
         self._part = part
         self._sure = sure
-        self._holds: list[tuple[int, Hold]] = []
+        self._numbers: list[int] = []
+        """Hazards that are ours: in this list or free, whenever an interrupt strikes."""
+        self._hazards_at = 0
         self._asked = 0
         self.count = 0
+        self.length = 0
         self.why = fields.BUSY
 
     def __enter__(self) -> Self:
+        # Before anything is held, as in ``SlotBatch``.
+        self.mapped.batches[id(self)] = self
         try:
             self._hold()
         except BaseException:
-            self._release()
+            self.__exit__(None, None, None)
             raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._release()
+        self.give_back()
+        self.mapped.batches.pop(id(self), None)
 
     def _hold(self) -> None:
         mapped = self.mapped
         if not mapped.free_hazards:
             mapped.reclaim()
-        for _ in self._keys:
-            try:
-                hazard = mapped.free_hazards.pop()
-            except IndexError:
-                break
-            hold = Hold()
-            # Before anything is held, as in ``SlotBatch``.
-            mapped.views[hazard] = hold
-            self._holds.append((hazard, hold))
-        self._asked = count = len(self._holds)
+        _move(mapped.free_hazards, self._numbers, len(self._keys))
+        self._asked = count = len(self._numbers)
         if not count:
             return
         self._items: Words = np.zeros((count, fields.ITEM_WORDS), np.int64)
         self._items[:, _HELD_KEY] = np.frombuffer(join_keys(self._keys[:count]), np.int64).reshape(count, 4)
-        self._hazards: Words = np.array([hazard for hazard, _ in self._holds], np.int64)
+        self._hazards: Words = np.array(self._numbers, np.int64)
         headers: Headers = np.empty((count, RECORD_HEADER_BYTES), np.uint8)
         self._items_at, self._hazards_at = int(self._items.ctypes.data), int(self._hazards.ctypes.data)
         self._headers_at = int(headers.ctypes.data)
@@ -217,9 +221,9 @@ class HeldBatch:
             self.why = held
             held = 0
         else:
-            for (_, hold), length in zip(self._holds, self._items[:held, _HELD_RESULT].tolist(), strict=False):
-                hold.length = length
-                mapped.hazard_bytes += length
+            length = int(self._items[:held, _HELD_RESULT].sum())
+            self.length = length
+            mapped.hazard_bytes += length
             self.why = int(self._items[held, _HELD_RESULT]) if held < count else 0
         self.count = held
         self.headers = headers[:held]
@@ -271,23 +275,27 @@ class HeldBatch:
         close_batch(self.mapped.address, self._items_at, self._asked, self._part, access)
 
     def _let_go(self, first: int) -> None:
-        """Let go of all holds from a position on."""
-        mapped = self.mapped
-        release_batch(mapped.address, self._hazards_at + 8 * first, len(self._holds) - first)
-        while len(self._holds) > first:
-            hazard, hold = self._holds.pop()
-            mapped.hazard_bytes -= hold.length
-            hold.length = 0
-            if mapped.views.pop(hazard, None) is hold:
-                mapped.free_hazards.append(hazard)
+        """Let go of all hazards from a position on."""
+        count = len(self._numbers) - first
+        if self._hazards_at:
+            release_batch(self.mapped.address, self._hazards_at + 8 * first, count)
+        _move(self._numbers, self.mapped.free_hazards, count)
 
-    def _release(self) -> None:
-        if self._holds and hasattr(self, "_hazards_at"):
-            self._let_go(0)
-        while self._holds:
-            hazard, hold = self._holds.pop()
-            if self.mapped.views.pop(hazard, None) is hold:
-                self.mapped.free_hazards.append(hazard)
+    def give_back(self) -> None:
+        """Let go of everything."""
+        self._let_go(0)
+        length = self.length
+        self.length = 0
+        self.mapped.hazard_bytes -= length
+
+
+def _move(source: list[int], target: list[int], most: int) -> None:
+    """Move up to ``most`` numbers from the end of a list to that of another.
+
+    A single call of C code: no interrupt strikes where a number is in neither.
+    """
+    with contextlib.suppress(IndexError):
+        target.extend(map(list.pop, itertools.repeat(source, most)))
 
 
 def fidelities(mapped: MappedSession, keys: Words, part: int) -> Words:

@@ -43,7 +43,8 @@ def watch(owner: Owner) -> None:
     global _thread
     with _lock:
         _owners.add(owner)
-        if _thread is None:
+        # One that is not alive an interrupt struck before it began.
+        if _thread is None or not _thread.is_alive():
             _thread = threading.Thread(target=_run, name="kvstore-watch", daemon=True)
             _thread.start()
 
@@ -55,7 +56,7 @@ def unwatch(owner: Owner) -> None:
         thread = _thread if not _owners else None
         if thread is not None:
             _wake.put(None)
-    if thread is not None and thread is not threading.current_thread():
+    if thread is not None and thread is not threading.current_thread() and thread.is_alive():
         thread.join(1.0)
 
 

@@ -529,7 +529,7 @@ def test_nothing_stays_lent_or_held(open_store: Open, daemon: DaemonProcess) -> 
     session = store.client._session.mapped
     if session is not None:
         assert (len(session.free_hazards), session.hazard_bytes, session.views) == (64, 0, {})
-        assert session.slot_batches == {}
+        assert session.batches == {}
     wait_until_nothing_is_lent(store.client.stats)
 
 
