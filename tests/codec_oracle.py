@@ -200,7 +200,7 @@ def butterfly(x: Array) -> Array:
     return x
 
 
-def _sum_of_squares(x: Array) -> Any:
+def sum_of_squares(x: Array) -> Any:
     pairs = [x[2 * j] * x[2 * j] + x[2 * j + 1] * x[2 * j + 1] for j in range(len(x) // 2)]
     while len(pairs) > 1:  # rows of 8, then lanes: halving the flat list is both
         middle = len(pairs) // 2
@@ -214,7 +214,7 @@ def _turbo(x: Array, bits: int) -> tuple[list[bytes], int]:
     signs: list[int] = []
     scales, voids = b"", 0
     for vector in x.reshape(-1, size):
-        squares = _sum_of_squares(vector)
+        squares = sum_of_squares(vector)
         void = bool(not squares <= F32(2.0**26))
         voids += void
         if void or squares < F32(2.0**-40):

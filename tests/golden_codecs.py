@@ -10,6 +10,7 @@ these files; files of a release are never changed.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from kvstore_kernels.codecs import CODECS, get_codec
+from kvstore_kernels.codecs.turbo import sum_of_squares
 from kvstore_kernels.layout import KVLayout, Layout, MLALayout
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ BLOCKS: Final[dict[str, Layout]] = {
     "gqa64-float16": KVLayout(1, 2, 64, "float16", 64),
     "gqa16-float32": KVLayout(2, 2, 16, "float32", 96),
     "mla128-bfloat16": MLALayout(2, 128, 16, "bfloat16", 64),
+    "edges128-float32": KVLayout(1, 1, 128, "float32", 64),
 }
 """Layouts by the name of the block. ``gqa16`` has 96 tokens, of which ``kivi4`` cannot make groups."""
 
@@ -58,18 +61,20 @@ class Golden:
         return BLOCKS[self.block]
 
 
+@functools.cache
 def golden_block(name: str) -> torch.Tensor:
     """The input of that name: about normal, two large channels, and rows that codecs must define.
 
     Head 0 of layer 0 is finite everywhere; other planes have infinities, NaN and numbers beyond every codec's limit.
+    The vectors of ``edges128`` have a sum of squares at the turbo codecs' limit, where the order of the sum decides
+    whether they are void.
     """
     import torch
 
     layout = BLOCKS[name]
-    count = math.prod(layout.shape)
-    noise = torch.frombuffer(bytearray(hashlib.shake_256(name.encode()).digest(4 * count)), dtype=torch.uint8)
-    x = (noise.view(count, 4).int().sum(-1) - 510).float() / 128
-    block = x.view(layout.shape)
+    block = _noise(name, math.prod(layout.shape)).view(layout.shape)
+    if name.startswith("edges"):
+        return _at_limit(block.view(-1, layout.shape[-1])).view(layout.shape)
     dtype = getattr(torch, layout.dtype)
     least = math.ldexp(1, -14 if layout.dtype == "float16" else -126)
     for section in layout.split(block):
@@ -82,6 +87,8 @@ def golden_block(name: str) -> torch.Tensor:
         section[:, :, 5] *= least
         section[:, :, 6] *= 1e-5
         section[:, :, 7] = section[:, :, 7].round() + 0.5
+        section[:, :, 19] *= 5e-8
+        section[:, :, 20] *= 2e-7
         section[..., 9] = 0
         section[..., 10] = 1.5
         for layer in range(section.shape[0]):
@@ -89,6 +96,41 @@ def golden_block(name: str) -> torch.Tensor:
                 if layer or head:
                     _put_limits(section[layer, head])
     return block.to(dtype)
+
+
+def _noise(name: str, count: int) -> torch.Tensor:
+    """Nearly normal numbers of deviation 1.15 and all bits of a float32: sums of four even ones."""
+    import torch
+
+    raw = torch.frombuffer(bytearray(hashlib.shake_256(name.encode()).digest(16 * count)), dtype=torch.int32)
+    return (raw.view(count, 4).long().sum(-1).double() / 2.0**31).float()
+
+
+def _at_limit(vectors: torch.Tensor) -> torch.Tensor:
+    """Vectors scaled so that their squares, summed up as the page says, reach 2^26, or pass it by one last place.
+
+    Each is scaled by ever larger factors until that is so and a sum in the order of elements says otherwise; those
+    that no factor brings there stay as they are.
+    """
+    import torch
+
+    limit = 2.0**26
+    done = vectors.clone()
+    found = torch.zeros(len(vectors), dtype=torch.bool)
+    unit = vectors.double() / vectors.double().norm(dim=-1, keepdim=True)
+    for step in range(-200, 200):
+        scaled = (unit * math.sqrt(limit) * (1 + step * 2.0**-26)).float()
+        in_tree = sum_of_squares(scaled)[:, 0]
+        near = ~found & ((in_tree == limit) | (in_tree == limit + 8))
+        if near.any():
+            in_order = torch.zeros(len(vectors))
+            for element in range(vectors.shape[-1]):
+                in_order = in_order + scaled[:, element] * scaled[:, element]
+            near &= (in_order > limit) != (in_tree > limit)
+            done[near] = scaled[near]
+            found |= near
+    assert found.sum() > len(vectors) / 2
+    return done
 
 
 def _put_limits(plane: torch.Tensor) -> None:
@@ -141,7 +183,7 @@ def write_missing() -> None:
         if (name, "input") not in known:
             lines.append(f"{name}\tinput\t0\t{layout.block_bytes}\t{sha256_of(block)}")
         for codec in CODECS.values():
-            if codec.name == "raw" or (name, codec.name) in known or not _can(codec.name, layout):
+            if codec.name == "raw" or (name, codec.name) in known or not _applies(codec.name, name):
                 continue
             sections, void_groups = codec.encode(block, layout)
             decoded = sha256_of(codec.decode(sections, layout))
@@ -152,9 +194,11 @@ def write_missing() -> None:
     INDEX.write_text("\n".join(["# block\tcodec\tvoid groups\tsection bytes\tsha256 of decoded", *lines]) + "\n")
 
 
-def _can(codec: str, layout: Layout) -> bool:
+def _applies(codec: str, block: str) -> bool:
+    if block.startswith("edges"):
+        return codec.startswith("turbo")
     try:
-        get_codec(codec).check(layout)
+        get_codec(codec).check(BLOCKS[block])
     except ValueError:
         return False
     return True

@@ -10,7 +10,7 @@ from doc_tables import table
 from golden_codecs import BLOCKS, golden_block, golden_names
 
 from kvstore_kernels.codecs import CODECS, get_codec
-from kvstore_kernels.codecs.turbo import LEVELS, THRESHOLDS
+from kvstore_kernels.codecs.turbo import LEVELS, THRESHOLDS, hadamard, sum_of_squares
 from kvstore_kernels.layout import KVLayout, Rule
 
 LOSSY = [(block, codec) for block, codec in golden_names() if not get_codec(codec).exact]
@@ -41,6 +41,14 @@ def test_reference_decodes_to_the_values_that_the_page_describes(block: str, cod
     for planes, ours, theirs in zip(layout.planes, decoded, expected, strict=True):
         if planes.rule is not Rule.EXACT:
             assert bits_of(ours) == bits_of(torch.from_numpy(theirs).to(ours.dtype)), planes
+
+
+@pytest.mark.parametrize("elements", [16, 32, 64, 128])
+def test_squares_are_summed_up_and_vectors_turned_as_the_page_says(elements: int) -> None:
+    vectors = torch.randn(50, elements, generator=torch.Generator().manual_seed(elements))
+    sums, turned = sum_of_squares(vectors)[:, 0], hadamard(vectors)
+    assert sums.tolist() == [float(oracle.sum_of_squares(vector)) for vector in vectors.numpy()]
+    assert turned.tolist() == [oracle.butterfly(vector).tolist() for vector in vectors.numpy()]
 
 
 def test_every_fp8_code_decodes_as_the_oracle_says_and_encodes_to_itself() -> None:
