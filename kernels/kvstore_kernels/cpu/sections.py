@@ -152,10 +152,18 @@ def _run(kernel: Kernel, kind: Kind, table: npt.NDArray[np.int64], place_bytes: 
             errors.append(error)
 
     others = [threading.Thread(target=call, args=(memory,), name="kvstore-codec") for memory in places[1:]]
-    for thread in others:
-        thread.start()
-    call(places[0])
-    for thread in others:
-        thread.join()
+    try:
+        for thread in others:
+            thread.start()
+        call(places[0])
+    finally:
+        # An interrupt waits until the last thread is done: they write to memory that the caller then gives back.
+        while any(thread.is_alive() for thread in others):
+            try:
+                for thread in others:
+                    if thread.is_alive():
+                        thread.join()
+            except BaseException as error:
+                errors.append(error)
     if errors:
         raise errors[0]
