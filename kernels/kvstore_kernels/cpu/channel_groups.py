@@ -47,7 +47,8 @@ def _emit_encode(
         kind: of the kernel.
         channels: of the tile.
         plane: address of the tile's first channel of a plane.
-        following: the same of the plane after it, to fetch ahead.
+        following: the same of the plane after it, to fetch ahead: rows of even tokens in the first pass, of odd ones
+            in the second, so that memory is busy in both.
         rows: offsets of the group's tokens.
         codes: address of the tile's first word.
         parameters: address of the tile's first scale.
@@ -58,15 +59,20 @@ def _emit_encode(
     first = _token_row(v, plane, rows, I64(0))
     extremes = [[(v.variable(key), v.variable(key)) for key in keys(v, kind, first, step)] for step in range(steps)]
 
-    def compare(token: Value) -> None:
-        row = _token_row(v, plane, rows, token)
+    def fetch_ahead(token: Value) -> None:
         v.prefetch_span(_token_row(v, following, rows, token), kind.row_bytes(channels))
-        for step in range(steps):
-            for key, (least, greatest) in zip(keys(v, kind, row, step), extremes[step], strict=True):
-                v.b.store(v.least(v.b.load(least), key), least)
-                v.b.store(v.greatest(v.b.load(greatest), key), greatest)
 
-    v.repeat(I64(16 * bits), compare)
+    def compare(pair: Value) -> None:
+        token = v.b.mul(pair, I64(2))
+        fetch_ahead(token)
+        pair_rows = [_token_row(v, plane, rows, v.b.add(token, I64(i))) for i in (0, 1)]
+        for step in range(steps):
+            first, second = (keys(v, kind, row, step) for row in pair_rows)
+            for one, other, (least, greatest) in zip(first, second, extremes[step], strict=True):
+                v.b.store(v.least(v.b.load(least), v.least(one, other)), least)
+                v.b.store(v.greatest(v.b.load(greatest), v.greatest(one, other)), greatest)
+
+    v.repeat(I64(8 * bits), compare)
     void = I64(0)
     groups: list[tuple[Parameters, Parameters]] = []
     minima = v.at(parameters, v.b.mul(dim, I64(2)))
@@ -83,14 +89,15 @@ def _emit_encode(
         target = v.at(codes, v.b.mul(word, v.b.mul(dim, I64(2))))
         token = v.b.mul(word, I64(word_tokens))
         token_rows = [_token_row(v, plane, rows, v.b.add(token, I64(i))) for i in range(word_tokens)]
+        for i in range(1, word_tokens, 2):
+            fetch_ahead(v.b.add(token, I64(i)))
         for step, pair in enumerate(groups):
-            parts = []
-            for i, row in enumerate(token_rows):
+            numbers = []
+            for row in token_rows:
                 loaded = load_pair(v, kind, row, step)
-                even, odd = (v.code(x, p.minimum, p.inverse, bits) for x, p in zip(loaded, pair, strict=True))
-                both = v.bits(v.b.or_(even, v.shifted(odd, bits)), 0, 2 ** (2 * bits) - 1)
-                parts.append(v.shifted(both, 2 * bits * i))
-            v.store(v.any_of(parts), target, 32 * step)
+                even, odd = (v.b.fmul(v.b.fsub(x, p.minimum), p.inverse) for x, p in zip(loaded, pair, strict=True))
+                numbers.append((even, odd))
+            v.store(v.packed(numbers, bits), target, 32 * step)
 
     v.repeat(I64(bits * bits), encode)
     return void

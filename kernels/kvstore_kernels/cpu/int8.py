@@ -1,4 +1,4 @@
-"""``int8`` (``docs/codecs.md``): greatest magnitudes of 64 rows, their scales, their codes.
+"""``int8`` (``docs/codecs.md``): greatest magnitudes of 16 rows, their scales, their codes.
 
 In three passes, because a division and a horizontal reduction a row, between its loads and its codes, would stall them;
 the second and third pass find everything in the nearest cache.
@@ -27,7 +27,7 @@ from kvstore_kernels.cpu.work import (
 )
 
 GREATEST: Final = 127
-_TILE: Final = 64
+_TILE: Final = 16
 """Rows of a tile."""
 
 # Scratch memory: greatest magnitudes, inverse scales, scales.

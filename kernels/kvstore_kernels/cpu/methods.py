@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Final, NamedTuple
 
 from kvstore_kernels.codecs import EXACT
@@ -11,6 +12,7 @@ from kvstore_kernels.cpu.int8 import decode_int8, encode_int8
 from kvstore_kernels.cpu.kinds import Kind
 from kvstore_kernels.cpu.sections import Kernel
 from kvstore_kernels.cpu.token_groups import decode_token_groups, encode_token_groups
+from kvstore_kernels.cpu.turbo import decode_turbo, encode_turbo
 from kvstore_kernels.layout import Planes
 
 __all__ = ["Method", "method_of"]
@@ -38,8 +40,11 @@ _KERNELS: Final[dict[str, tuple[Kernel, Kernel]]] = {
     "kivi2v": (encode_token_groups, decode_token_groups),
     "kivi4k": (encode_channel_groups, decode_channel_groups),
     "kivi2k": (encode_channel_groups, decode_channel_groups),
+    "turbo4": (encode_turbo, decode_turbo),
+    "turbo3": (encode_turbo, decode_turbo),
+    "turbo2": (encode_turbo, decode_turbo),
 }
-_BITS: Final = {"int4": 4, "kivi4v": 4, "kivi2v": 2, "kivi4k": 4, "kivi2k": 2}
+_BITS: Final = {"int4": 4, "kivi4v": 4, "kivi2v": 2, "kivi4k": 4, "kivi2k": 2, "turbo4": 4, "turbo3": 3, "turbo2": 2}
 
 
 def method_of(name: str, planes: Planes) -> Method:
@@ -50,4 +55,7 @@ def method_of(name: str, planes: Planes) -> Method:
     if encode is encode_token_groups:
         group = next(size for size in ((64, 32, 16) if bits == 4 else (32, 16)) if planes.dim % size == 0)
         run = 64 if planes.dim % 64 == 0 else group
+    if encode is encode_turbo:
+        group = math.gcd(planes.dim, 128)
+        run = 64 if planes.dim % 64 == 0 else 16
     return Method(encode, decode, Kind(planes.dtype, bits=bits, group=group, run=run))

@@ -1,6 +1,6 @@
 """``int4`` and the values of ``kivi2`` (``docs/codecs.md``): groups of channels of one token.
 
-Over tiles of 64 groups in three passes: least and greatest numbers, parameters, codes. A division and a horizontal
+Over tiles of 32 groups in three passes: least and greatest numbers, parameters, codes. A division and a horizontal
 reduction a group, between its loads and its codes, would stall them; the second and third pass find everything in the
 nearest cache.
 
@@ -20,7 +20,7 @@ from kvstore_kernels.cpu.rows import FETCH_AHEAD_BYTES
 from kvstore_kernels.cpu.vectors import F16, F32, I8, I16, I32, I64, LANES, VF32, VI32, Value, Vectors, emitted, vector
 from kvstore_kernels.cpu.work import DIM, FOLLOWING, PLANE, ROWS, SCRATCH, TOKENS, count_void, next_plane, region
 
-_TILE: Final = 64
+_TILE: Final = 32
 """Groups of a tile."""
 _LANE_ORDER_RUN: Final = 64
 _PARAMETER_BYTES: Final = 4
@@ -37,8 +37,8 @@ _GREATEST: Final = 32
 
 @emitted
 def _extremes(v: Vectors, kind: Kind, run: Value, following: Value, scratch: Value, number: Value) -> None:
-    """Store the keys of the least and the greatest element of each group of a run; fetch another run ahead."""
-    v.prefetch_span(following, kind.row_bytes(kind.run))
+    """Store the keys of the least and the greatest element of each group of a run; fetch half of another run ahead."""
+    v.prefetch_span(following, kind.row_bytes(kind.run) // 2)
     steps = kind.group // STEP
     for group in range(kind.run // kind.group):
         vectors = [key for step in range(steps) for key in keys(v, kind, run, group * steps + step)]
@@ -65,20 +65,25 @@ def _parameters(v: Vectors, kind: Kind, scratch: Value, first: Value) -> Value:
 
 
 @emitted
-def _encode_run(v: Vectors, kind: Kind, run: Value, codes: Value, scratch: Value, number: Value) -> None:
+def _encode_run(
+    v: Vectors, kind: Kind, run: Value, following: Value, codes: Value, scratch: Value, number: Value
+) -> None:
+    """Encode a run; fetch the other half of another run ahead."""
+    half_bytes = kind.row_bytes(kind.run) // 2
+    v.prefetch_span(v.at(following, half_bytes), half_bytes)
     at = v.at(scratch, v.b.mul(number, I64(4)))
-    pairs = []
+    numbers = []
     for group in range(kind.run // kind.group):
         minimum, inverse = (v.splat(v.load(at, F32, 4 * group + table)) for table in (_MINIMA, _INVERSES))
         for step in range(group * kind.group // STEP, (group + 1) * kind.group // STEP):
-            even, odd = (v.code(x, minimum, inverse, kind.bits) for x in load_pair(v, kind, run, step))
-            pairs.append(v.bits(v.b.or_(even, v.shifted(odd, kind.bits)), 0, 2 ** (2 * kind.bits) - 1))
+            even, odd = (v.b.fmul(v.b.fsub(x, minimum), inverse) for x in load_pair(v, kind, run, step))
+            numbers.append((even, odd))
     if kind.run == _LANE_ORDER_RUN:
-        words = v.any_of([v.shifted(pair, 2 * kind.bits * step) for step, pair in enumerate(pairs)])
+        words = v.packed(numbers, kind.bits)
         v.store(words if kind.bits == 4 else v.b.trunc(words, vector(I16, LANES)), codes)
         return
-    for step, pair in enumerate(pairs):
-        v.store(_natural(v, pair, kind.bits), codes, STEP * kind.bits // 8 * step)
+    for step, pair in enumerate(numbers):
+        v.store(_natural(v, v.packed([pair], kind.bits), kind.bits), codes, STEP * kind.bits // 8 * step)
 
 
 @emitted
@@ -146,9 +151,9 @@ def _encode_plane(kind: Kind, work: int, place: int) -> int:
         parameters += count * _PARAMETER_BYTES
         group = 0
         for token in range(first, end):
-            row = plane + load(rows + 8 * token)
+            row = load(rows + 8 * token)
             for run in range(0, row_runs * run_bytes, run_bytes):
-                _encode_run(kind, row + run, codes, scratch, group)
+                _encode_run(kind, plane + row + run, following + row + run, codes, scratch, group)
                 codes += code_bytes
                 group += run_groups
     return void

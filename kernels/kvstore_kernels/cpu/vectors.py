@@ -2,8 +2,8 @@
 
 LLVM finds vectors in plain loops of conversions and additions, but neither in minima of floats nor in the butterfly of
 a transform; said outright they are four to six times as fast. Everything is LLVM's generic vector code, which becomes
-AVX2, AVX-512 or NEON; the few instructions that it cannot say (``pairs_dot``, ``look_up``, ``plus_minus``) have a twin
-in generic code, which a machine without AVX2 gets.
+AVX2, AVX-512 or NEON; the few instructions that it cannot say (``pairs_dot``, ``packed``, ``look_up``, ``plus_minus``)
+have a twin in generic code, which a machine without AVX2 gets.
 
 Addresses are int64. Nothing needs alignment, but streaming stores, whose target must be aligned to 32 bytes.
 """
@@ -64,7 +64,7 @@ def float32(number: float) -> float:
 
 
 class Parameters(NamedTuple):
-    """Of groups with a scale and a minimum; all but the flags are 0 where void."""
+    """Of groups with a scale and a minimum; all but the flags are 0 where void, and so are the codes then."""
 
     void: Value
     scale_bits: Value
@@ -87,6 +87,11 @@ class Vectors:
         self._fma = "+fma" in features.split(",")
 
     # Constants, memory
+
+    @property
+    def no(self) -> Value:
+        """A false bit."""
+        return I1(0)
 
     def constant(self, kind: Any, number: float) -> Value:
         """A number, in all lanes of a vector type."""
@@ -286,11 +291,6 @@ class Vectors:
             self.b.select(void, self.constant(minimum.type, 0.0), minimum),
         )
 
-    def code(self, value: Value, minimum: Value, inverse: Value, bits: int) -> Value:
-        """Code of a number of a group, in the low bits; 0 in a void group."""
-        steps = self.b.fmul(self.b.fsub(value, minimum), inverse)
-        return self.rounded(self.clamp(steps, float(2**bits - 1)))
-
     def beyond_limit(self, magnitude_bits: Value) -> Value:
         """Whether float32 bits without a sign are NaN, infinite or above the limit of groups."""
         return self.b.icmp_unsigned(">", magnitude_bits, self.constant(magnitude_bits.type, LIMIT_BITS))
@@ -339,6 +339,69 @@ class Vectors:
 
         (left_even, left_odd), (right_even, right_odd) = parts(left), parts(right)
         return self.b.add(self.b.mul(left_even, right_even), self.b.mul(left_odd, right_odd))
+
+    def packed(self, numbers: Sequence[tuple[Value, Value]], bits: int) -> Value:
+        """Pairs of floats rounded, clamped to codes and packed, eight words of 32 bits.
+
+        Args:
+            numbers: even and odd ones; pair k has ``2 * bits`` bits of each word from ``2 * bits * k`` on, the even
+                number's below the odd's. Two or four or eight pairs. A NaN becomes 0.
+            bits: of a code, 4 or 2.
+        """
+        if not self._avx2:
+            return self.packed_generic(numbers, bits)
+        greatest = self.constant(WI16, 2**bits - 1)
+        half_pairs = 16 // (2 * bits)
+        halves = []
+        for first in range(0, len(numbers), half_pairs):
+            parts = []
+            for k, pair in enumerate(numbers[first : first + half_pairs]):
+                # Of each four words the even codes, then the odd ones: the order that packing leaves.
+                whole = (self.call("llvm.x86.avx.cvt.ps2dq.256", VI32, number) for number in pair)
+                codes = self.call("llvm.x86.avx2.packusdw", WI16, *whole)
+                codes = self.b.select(self.b.icmp_unsigned("<", codes, greatest), codes, greatest)
+                parts.append(self.shifted(codes, 2 * bits * k))
+            half = self.any_of(parts)
+            odd = self.pick(half, half, [lane ^ 4 for lane in range(2 * LANES)])
+            halves.append(self.b.or_(half, self.shifted(odd, bits)))
+        high = halves[1] if len(halves) == 2 else self.constant(WI16, 0)
+        places = [8 * (word // 4) + word % 4 for word in range(LANES)]
+        words = self.pick(halves[0], high, [place + 2 * LANES * h for place in places for h in (0, 1)])
+        return self.b.bitcast(words, VI32)
+
+    def packed_generic(self, numbers: Sequence[tuple[Value, Value]], bits: int) -> Value:
+        """The same without AVX2."""
+        parts = []
+        for k, pair in enumerate(numbers):
+            even, odd = (self.rounded(self.clamp(number, float(2**bits - 1))) for number in pair)
+            both = self.bits(self.b.or_(even, self.shifted(odd, bits)), 0, 2 ** (2 * bits) - 1)
+            parts.append(self.shifted(both, 2 * bits * k))
+        return self.any_of(parts)
+
+    def whole_16(self, even: Value, odd: Value) -> Value:
+        """Pairs of floats rounded to int16, in an order that ``natural_16`` turns into theirs. Not for NaN."""
+        if self._avx2:
+            whole = (self.call("llvm.x86.avx.cvt.ps2dq.256", VI32, number) for number in (even, odd))
+            return self.call("llvm.x86.avx2.packssdw", WI16, *whole)
+        low = self.bits(self.rounded(even), 0, 0xFFFF)
+        return self.b.bitcast(self.b.or_(low, self.shifted(self.rounded(odd), 16)), WI16)
+
+    def natural_16(self, value: Value) -> Value:
+        """Sixteen int16 in the order of ``whole_16`` in natural order."""
+        if not self._avx2:
+            return value
+        lanes = [first + 4 * odd + i for first in (0, LANES) for i in range(4) for odd in (0, 1)]
+        return self.pick(value, value, lanes)
+
+    def quantised(self, magnitude: Value, thresholds: Sequence[int], levels: Sequence[int]) -> tuple[Value, Value]:
+        """Of sixteen int16 how many thresholds are below each, and the level of that number."""
+        index, level = self.constant(WI16, 0), self.constant(WI16, levels[0])
+        for number, threshold in enumerate(thresholds):
+            above = self.b.sext(self.b.icmp_signed(">", magnitude, self.constant(WI16, threshold)), WI16)
+            index = self.b.sub(index, above)
+            step = self.constant(WI16, levels[number + 1] - levels[number])
+            level = self.b.add(level, self.b.and_(above, step))
+        return index, level
 
     def look_up(self, table: Sequence[float], indices: Value) -> Value:
         """Eight numbers out of a table of eight by 32-bit indices, of which the low three bits count."""
