@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvstore.cli.demo import run_engine
 from kvstore.cli.demo_engine import EngineReport, EngineTask, Role, draw_prompts
 from kvstore.cli.demo_model import MODEL_SHAPES
+from kvstore.cli.demo_process import run_engine
 from kvstore.cli.private_daemon import PrivateDaemon
 from kvstore.errors import DeadlineExceeded, KVStoreError
-from kvstore_client import Client, PutStatus, chain_keys
+from kvstore_client.tensors import TensorStore
 
 if find_spec("torch") is None or find_spec("transformers") is None:
     pytest.skip("torch and transformers are not installed (the extra 'demo')", allow_module_level=True)
@@ -37,7 +37,9 @@ def task(role: Role, directory: Path, endpoint: str, model_size: str = "tiny") -
         prompt_tokens=PROMPT_TOKENS,
         new_tokens=NEW_TOKENS,
         block_tokens=BLOCK_TOKENS,
+        codec="raw",
         threads=1,
+        expected=[],
         endpoint=endpoint,
         timeout_s=30.0,
     )
@@ -47,26 +49,25 @@ def alter_payloads(endpoint: str, report: EngineReport) -> int:
     """Put other KV under the keys of the report's prompt, in records that are right; how many."""
     shape = MODEL_SHAPES["tiny"]
     prompt, _ = draw_prompts(shape.vocabulary, PROMPT_TOKENS, SEED)
-    keys = chain_keys(prompt, BLOCK_TOKENS)
-    with Client(endpoint, namespace=report.namespace) as client:
-        payloads = [client.get(key) for key in keys]
-        assert client.remove(keys) == len(keys)
-        altered = []
-        for payload in payloads:
-            assert payload is not None
-            altered.append(-np.frombuffer(payload, dtype=np.float32))
-        assert client.put_many(keys, altered) == [PutStatus.STORED] * len(keys)
-        assert not client.verify().problems
+    layout = shape.layout(BLOCK_TOKENS)
+    kv = np.zeros((*layout.shape[:2], PROMPT_TOKENS, *layout.shape[3:]), np.float32)
+    named = report.namespace
+    assert named is not None
+    options = {"name": named.name, "model": named.model, "revision": named.revision, "least_block_tokens": 1}
+    with TensorStore(layout, endpoint=endpoint, **options) as store:
+        assert store.namespace == named
+        keys = store.chain_keys(prompt)
+        assert len(store.load_blocks(keys, kv)) == len(keys)
+        assert store.client.remove(keys) == len(keys)
+        assert store.save_blocks(keys, -kv).stored == len(keys)
+        assert not store.client.verify().problems
     return len(keys)
 
 
-@pytest.mark.slow
-def test_demo_finds_the_prefix_and_generates_the_same_tokens() -> None:
+def run_demo_command(*options: object) -> subprocess.CompletedProcess[str]:
     paths = os.pathsep.join(str(ROOT / part) for part in (".", "client", "kernels"))
-    sizes = ("--prompt-tokens", PROMPT_TOKENS, "--new-tokens", NEW_TOKENS, "--block-tokens", BLOCK_TOKENS)
-    options = ("--model-size", "tiny", *sizes, "--seed", SEED, "--json")
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "kvstore", "demo", *map(str, options)],
+        [sys.executable, "-P", "-m", "kvstore", "demo", *map(str, options), "--json"],
         env={**os.environ, "PYTHONPATH": paths},
         capture_output=True,
         text=True,
@@ -74,6 +75,13 @@ def test_demo_finds_the_prefix_and_generates_the_same_tokens() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.mark.slow
+def test_demo_finds_the_prefix_and_generates_the_same_tokens() -> None:
+    sizes = ("--prompt-tokens", PROMPT_TOKENS, "--new-tokens", NEW_TOKENS, "--block-tokens", BLOCK_TOKENS)
+    done = run_demo_command("--model-size", "tiny", *sizes, "--seed", SEED)
     report = json.loads(done.stdout)
     stored, loaded, cold = report["stored"], report["loaded"], report["cold"]
     assert report["tokens_identical"]
@@ -89,6 +97,21 @@ def test_demo_finds_the_prefix_and_generates_the_same_tokens() -> None:
     assert dram["blocks_hit"] == USABLE_TOKENS // BLOCK_TOKENS
     assert done.stderr.count("\n") == 4
     assert "warn" not in done.stderr.lower()
+
+
+@pytest.mark.slow
+def test_demo_with_a_lossy_codec_saves_bytes_and_says_how_many_tokens_agree() -> None:
+    report = json.loads(run_demo_command("--codec", "kivi4", "--new-tokens", NEW_TOKENS).stdout)
+    stored, loaded, cold = report["stored"], report["loaded"], report["cold"]
+    assert (report["model"], report["codec"], report["exact"]) == ("trained", "kivi4", False)
+    assert (report["prompt_tokens"], loaded["matched_tokens"]) == (448, 384)
+    assert stored["tokens"] == cold["tokens"]
+    assert loaded["first_logits"] != cold["first_logits"]
+    assert loaded["expected"] > NEW_TOKENS // 2
+    assert (stored["fidelity"], loaded["fidelity"]) == (255, 85)
+    for process, blocks in ((stored, 7), (loaded, 6)):
+        assert process["kv_bytes"] == blocks * 128 << 10
+        assert process["stored_bytes"] + process["loaded_bytes"] == process["kv_bytes"] * 4.5 / 16
 
 
 @pytest.mark.slow

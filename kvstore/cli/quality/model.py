@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-__all__ = ["HEAD_DIM", "KV_HEADS", "LAYERS", "SmallModel", "load_arrays"]
+__all__ = ["EMBEDDING_GAIN", "HEAD_DIM", "KV_HEADS", "LAYERS", "SmallModel", "load_arrays"]
 
 LAYERS: Final = 4
 QUERY_HEADS: Final = 4
@@ -35,7 +35,7 @@ MOST_TOKENS: Final = 1024
 
 _ROTARY_BASE: Final = 10000.0
 _NORM_EPSILON: Final = 1e-5
-_EMBEDDING_GAIN: Final = 8.0
+EMBEDDING_GAIN: Final = 8.0
 _SHIFTED_LAYERS: Final = (1, 2)
 """Layers whose last KV head has the keys of the token before."""
 
@@ -93,7 +93,7 @@ class SmallModel:
         from torch.nn import functional
 
         count = tokens.shape[1]
-        states = self._weights["embedding"][tokens] * _EMBEDDING_GAIN
+        states = self._weights["embedding"][tokens] * EMBEDDING_GAIN
         layers = []
         with torch.inference_mode():
             for layer in range(LAYERS):
@@ -125,7 +125,7 @@ class SmallModel:
         mask = torch.cat(
             [torch.ones(count, prefix, dtype=torch.bool), torch.ones(count, count, dtype=torch.bool).tril()], dim=1
         )
-        states = self._weights["embedding"][tokens] * _EMBEDDING_GAIN
+        states = self._weights["embedding"][tokens] * EMBEDDING_GAIN
         outputs = []
         with torch.inference_mode():
             for layer in range(LAYERS):

@@ -11,13 +11,16 @@ from typing import Any
 
 import msgspec
 import pytest
-from fakes.fake_client import FakeClient
+from fakes.fake_tensor_store import FakeTensorStore
 
-from kvstore.cli.demo_engine import EngineReport, EngineTask, Role, answer, load_blocks, namespace_of, store_blocks
-from kvstore.cli.demo_model import MODEL_SHAPES, Engine, load_model
+from kvstore.cli.demo_engine import EngineReport, EngineTask, Role, answer, revision_of
+from kvstore.cli.demo_model import MODEL_SHAPES, TRAINED, Engine, LlamaEngine, load_model
+from kvstore.cli.demo_store import block_pages
+from kvstore.cli.demo_trained import TrainedEngine, draw_texts, trained_revision
+from kvstore.cli.quality.model import SmallModel
 from kvstore.errors import KVStoreError
 from kvstore.protocol.keys import chain_keys
-from kvstore.protocol.namespace import Namespace
+from kvstore_client.tensors import Failure
 
 if find_spec("torch") is None or find_spec("transformers") is None:
     pytest.skip("torch and transformers are not installed (the extra 'demo')", allow_module_level=True)
@@ -35,10 +38,12 @@ class Prepared:
     torch: Any
     engine: Engine
     prompt: Any
-    namespace: Namespace
     directory: Path
 
-    def task(self, role: Role) -> EngineTask:
+    def store(self, **options: Any) -> FakeTensorStore:
+        return FakeTensorStore(self.engine.layout, **options)
+
+    def task(self, role: Role, expected: list[int] | None = None) -> EngineTask:
         return EngineTask(
             role=role,
             model_size="tiny",
@@ -47,16 +52,23 @@ class Prepared:
             prompt_tokens=self.prompt.shape[0],
             new_tokens=NEW_TOKENS,
             block_tokens=BLOCK_TOKENS,
+            codec="raw",
             threads=1,
+            expected=expected or [],
             endpoint="",
             timeout_s=0.2,
         )
 
-    def answer(self, client: FakeClient | None, role: Role = "load", prompt: Any = None) -> EngineReport:
+    def answer(
+        self,
+        store: FakeTensorStore | None,
+        role: Role = "load",
+        prompt: Any = None,
+        expected: list[int] | None = None,
+    ) -> EngineReport:
+        prompt = self.prompt if prompt is None else prompt
         with self.torch.inference_mode():
-            return answer(
-                self.engine, client, self.prompt if prompt is None else prompt, self.task(role), self.namespace
-            )
+            return answer(self.engine, store, prompt, self.task(role, expected))  # type: ignore[arg-type]
 
     @property
     def keys(self) -> list[bytes]:
@@ -75,9 +87,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prepared]:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         model = load_model(directory, SHAPE, seed=0, max_tokens=PROMPT_TOKENS + NEW_TOKENS)
-        engine = Engine(model, BLOCK_TOKENS)
+        engine = LlamaEngine(model, BLOCK_TOKENS)
         prompt = torch.randint(0, SHAPE.vocabulary, (PROMPT_TOKENS,), generator=torch.Generator().manual_seed(1))
-        yield Prepared(torch, engine, prompt, namespace_of(directory, "tiny", engine.layout), directory)
+        yield Prepared(torch, engine, prompt, directory)
         torch.set_num_threads(threads)
 
 
@@ -95,35 +107,35 @@ def test_cold_process_computes_everything_and_generates_varied_tokens(cold: Engi
 
 
 def test_storing_process_stores_all_full_blocks_as_a_chain(prepared: Prepared, cold: EngineReport) -> None:
-    client = FakeClient()
-    report = prepared.answer(client, "store")
+    store = prepared.store()
+    report = prepared.answer(store, "store")
     keys = prepared.keys
-    assert list(client.blocks) == keys
-    assert [client.parents[key] for key in keys] == [None, *keys[:-1]]
-    assert {len(block) for block in client.blocks.values()} == {SHAPE.layout(BLOCK_TOKENS).block_bytes}
+    assert list(store.blocks) == keys
+    assert [store.parents[key] for key in keys] == [None, *keys[:-1]]
+    assert {len(block) for block in store.blocks.values()} == {SHAPE.layout(BLOCK_TOKENS).block_bytes}
     assert (report.stored_blocks, report.stored_bytes) == (8, 8 * report.block_bytes)
-    assert set(client.requests) == {client.matches[0].request}
+    assert set(store.requests) == {store.matches[0].request}
     assert report.tokens == cold.tokens
 
 
 def test_loading_process_computes_the_rest_and_generates_the_same_bits(prepared: Prepared, cold: EngineReport) -> None:
-    client = FakeClient()
-    prepared.answer(client, "store")
-    report = prepared.answer(client)
+    store = prepared.store()
+    prepared.answer(store, "store")
+    report = prepared.answer(store)
     assert (report.matched_tokens, report.computed_tokens) == (8 * BLOCK_TOKENS, 5)
     assert report.loaded_bytes == 8 * report.block_bytes
     assert report.stored_blocks == 0
     assert report.tokens == cold.tokens
     assert report.first_logits == cold.first_logits
-    assert client.matches[-1].released
-    assert client.matches[-1].lease
+    assert store.matches[-1].released
+    assert store.matches[-1].lease
 
 
 def test_prompt_of_whole_blocks_leaves_one_block_to_compute(prepared: Prepared) -> None:
-    client = FakeClient()
+    store = prepared.store()
     prompt = prepared.prompt[: 4 * BLOCK_TOKENS]
-    stored = prepared.answer(client, "store", prompt)
-    report = prepared.answer(client, "load", prompt)
+    stored = prepared.answer(store, "store", prompt)
+    report = prepared.answer(store, "load", prompt)
     assert stored.stored_blocks == 4
     assert (report.matched_tokens, report.computed_tokens) == (3 * BLOCK_TOKENS, BLOCK_TOKENS)
     assert report.tokens == stored.tokens
@@ -131,121 +143,183 @@ def test_prompt_of_whole_blocks_leaves_one_block_to_compute(prepared: Prepared) 
 
 
 def test_prompt_that_continues_a_stored_one_is_computed_from_where_it_leaves_it(prepared: Prepared) -> None:
-    client = FakeClient()
-    prepared.answer(client, "store", prepared.prompt[: 5 * BLOCK_TOKENS])
+    store = prepared.store()
+    prepared.answer(store, "store", prepared.prompt[: 5 * BLOCK_TOKENS])
     prompt = prepared.prompt.clone()
     prompt[4 * BLOCK_TOKENS + 3] += 1
-    report = prepared.answer(client, "load", prompt)
+    report = prepared.answer(store, "load", prompt)
     assert report.matched_tokens == 4 * BLOCK_TOKENS
     assert report.tokens == prepared.answer(None, "cold", prompt).tokens
 
 
 def test_second_storing_process_stores_only_what_is_missing(prepared: Prepared) -> None:
-    client = FakeClient()
-    prepared.answer(client, "store")
-    client.remove(prepared.keys[6:])
-    report = prepared.answer(client, "store")
+    store = prepared.store()
+    prepared.answer(store, "store")
+    store.remove(prepared.keys[6:])
+    report = prepared.answer(store, "store")
     assert (report.matched_tokens, report.stored_blocks) == (6 * BLOCK_TOKENS, 2)
-    assert client.parents[prepared.keys[6]] == prepared.keys[5]
+    assert store.parents[prepared.keys[6]] == prepared.keys[5]
 
 
 @pytest.mark.parametrize("index", range(8))
 def test_tokens_change_with_the_kv_of_any_one_block(prepared: Prepared, cold: EngineReport, index: int) -> None:
-    client = FakeClient()
-    prepared.answer(client, "store")
+    store = prepared.store()
+    prepared.answer(store, "store")
     keys = prepared.keys
-    other = FakeClient()
+    other = prepared.store()
     prompt = prepared.prompt.flip(0)
     prepared.answer(other, "store", prompt)
-    client.blocks[keys[index]] = other.blocks[chain_keys(prompt.tolist(), BLOCK_TOKENS)[index]]
-    report = prepared.answer(client)
+    store.blocks[keys[index]] = other.blocks[chain_keys(prompt.tolist(), BLOCK_TOKENS)[index]]
+    report = prepared.answer(store)
     assert report.matched_tokens == 8 * BLOCK_TOKENS
     assert report.tokens != cold.tokens
 
 
 def test_tokens_change_where_keys_and_values_are_exchanged(prepared: Prepared, cold: EngineReport) -> None:
-    client = FakeClient()
-    prepared.answer(client, "store")
-    for key, block in client.blocks.items():
+    store = prepared.store()
+    prepared.answer(store, "store")
+    for key, block in store.blocks.items():
         exchanged = prepared.torch.frombuffer(bytearray(block), dtype=prepared.torch.float32)
         exchanged = exchanged.view(prepared.engine.layout.shape).flip(1).contiguous()
-        client.blocks[key] = exchanged.numpy().tobytes()
-    assert prepared.answer(client).tokens != cold.tokens
+        store.blocks[key] = exchanged.numpy().tobytes()
+    assert prepared.answer(store).tokens != cold.tokens
 
 
 def test_kv_that_is_not_a_number_is_an_error(prepared: Prepared) -> None:
-    client = FakeClient()
-    prepared.answer(client, "store")
-    client.blocks[prepared.keys[0]] = b"\xff" * len(client.blocks[prepared.keys[0]])
+    store = prepared.store()
+    prepared.answer(store, "store")
+    store.blocks[prepared.keys[0]] = b"\xff" * len(store.blocks[prepared.keys[0]])
     with pytest.raises(KVStoreError, match="logits are not finite"):
-        prepared.answer(client)
+        prepared.answer(store)
 
 
 def test_block_lost_between_match_and_load_is_computed(prepared: Prepared, cold: EngineReport) -> None:
-    class Forgetful(FakeClient):
-        def get_many_into(self, keys: Any, outs: Any, *, request: int | None = None) -> list[int | None]:
-            self.remove(keys[3:4])
-            return super().get_many_into(keys, outs, request=request)
-
-    client = Forgetful()
-    prepared.answer(client, "store")
-    report = prepared.answer(client)
+    store = prepared.store()
+    prepared.answer(store, "store")
+    store.failures[prepared.keys[3]] = Failure.MISS
+    report = prepared.answer(store)
     assert report.matched_tokens == 3 * BLOCK_TOKENS
     assert report.loaded_bytes == 3 * report.block_bytes
     assert report.tokens == cold.tokens
-    assert client.matches[-1].released
+    assert store.matches[-1].released
 
 
-def test_block_of_wrong_length_is_an_error_that_names_it(prepared: Prepared) -> None:
-    client = FakeClient()
-    prepared.answer(client, "store")
-    client.blocks[prepared.keys[2]] = b"short"
-    with pytest.raises(KVStoreError, match="block 2 has 5 bytes"):
-        prepared.answer(client)
-    assert client.matches[-1].released
+@pytest.mark.parametrize("failure", [Failure.LAYOUT, Failure.CODEC, Failure.CORRUPT])
+def test_block_that_cannot_be_decoded_is_an_error_that_names_it(prepared: Prepared, failure: Failure) -> None:
+    store = prepared.store()
+    prepared.answer(store, "store")
+    store.failures[prepared.keys[2]] = failure
+    with pytest.raises(KVStoreError, match=f"none of this model's: block 2: {failure}"):
+        prepared.answer(store)
+    assert store.matches[-1].released
+
+
+def test_expected_tokens_are_counted_behind_those_before_them(prepared: Prepared, cold: EngineReport) -> None:
+    assert (cold.expected, prepared.answer(None, "cold", expected=cold.tokens).expected) == (0, NEW_TOKENS)
+    other = [*cold.tokens[:4], (cold.tokens[4] + 1) % SHAPE.vocabulary, *cold.tokens[5:]]
+    report = prepared.answer(None, "cold", expected=other)
+    assert 4 <= report.expected < NEW_TOKENS
+    assert report.tokens == cold.tokens
 
 
 def test_throttled_puts_are_tried_again(prepared: Prepared) -> None:
-    client = FakeClient(throttle_next=3)
-    report = prepared.answer(client, "store")
+    store = prepared.store(throttle_next=3)
+    report = prepared.answer(store, "store")
     keys = prepared.keys
     assert report.stored_blocks == 8
-    assert client.parents == dict(zip(keys, [None, *keys[:-1]], strict=True))
+    assert store.parents == dict(zip(keys, [None, *keys[:-1]], strict=True))
 
 
 def test_puts_throttled_for_too_long_end_in_an_error(prepared: Prepared) -> None:
     with pytest.raises(KVStoreError, match=r"throttled .* for 0\.2 s"):
-        prepared.answer(FakeClient(throttle_next=1 << 30), "store")
+        prepared.answer(prepared.store(throttle_next=1 << 30), "store")
 
 
 def test_rejected_put_is_an_error_that_names_the_block(prepared: Prepared) -> None:
-    with pytest.raises(KVStoreError, match="rejected block 4"):
-        prepared.answer(FakeClient(reject={prepared.keys[4]}), "store")
+    with pytest.raises(KVStoreError, match="rejected block 4 of the prompt: parent_unknown"):
+        prepared.answer(prepared.store(reject={prepared.keys[4]}), "store")
 
 
-def test_blocks_read_out_of_a_cache_go_back_in_unchanged(prepared: Prepared) -> None:
+def test_pages_of_a_cache_are_its_blocks_in_place(prepared: Prepared) -> None:
     torch, engine = prepared.torch, prepared.engine
+    states = engine.empty_states(3)
     draw = torch.Generator().manual_seed(2)
-    blocks = torch.randn((3, *engine.layout.shape), generator=draw)
-    cache = engine.cache_of(blocks)
+    for keys, values in states:
+        keys.normal_(generator=draw)
+        values.normal_(generator=draw)
+    cache = engine.cache_of(states, 3)
     assert cache.get_seq_length() == 3 * BLOCK_TOKENS
-    assert torch.equal(engine.read_blocks(cache, 0, 3), blocks)
-    assert torch.equal(engine.read_blocks(cache, 1, 2), blocks[1:2])
+    store = prepared.store()
+    names = [bytes([number]) * 32 for number in range(3)]
+    assert store.save_blocks(names, engine.pages_of(engine.states_of(cache)), pages=block_pages(0, 3)).stored == 3
+    block = torch.frombuffer(bytearray(store.blocks[names[1]]), dtype=torch.float32).view(engine.layout.shape)
     token, head = BLOCK_TOKENS + 3, 1
-    assert torch.equal(cache.layers[1].keys[0, head, token], blocks[1, 1, 0, 3, head])
-    assert torch.equal(cache.layers[1].values[0, head, token], blocks[1, 1, 1, 3, head])
+    assert torch.equal(block[1, 0, 3, head], states[1][0][head, token])
+    assert torch.equal(block[1, 1, 3, head], states[1][1][head, token])
+    target = engine.empty_states(3)
+    store.load_blocks(names, engine.pages_of(target), pages=block_pages(0, 3))
+    for loaded, stored in zip(target, states, strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(loaded, stored, strict=True))
 
 
-def test_store_and_load_in_several_calls_move_every_block(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch, engine = prepared.torch, prepared.engine
-    monkeypatch.setattr("kvstore.cli.demo_engine._BATCH_BYTES", 3 * engine.layout.block_bytes)
-    blocks = torch.randn((8, *engine.layout.shape), generator=torch.Generator().manual_seed(3))
-    client, keys = FakeClient(), prepared.keys
-    assert store_blocks(client, keys, blocks, 0, 7, 1.0) == 8
-    assert [client.parents[key] for key in keys] == [None, *keys[:-1]]
-    pool = engine.empty_blocks(8)
-    assert load_blocks(client, keys, pool, engine.layout, 7) == 8
-    assert torch.equal(pool, blocks)
+def test_partial_block_of_a_cache_has_no_page(prepared: Prepared) -> None:
+    states = [(keys[:, :-1], values[:, :-1]) for keys, values in prepared.engine.empty_states(3)]
+    assert prepared.engine.pages_of(states).num_pages == 2
+
+
+# ------------------------------------------------------------------ the trained model
+
+
+@pytest.fixture(scope="module")
+def trained(prepared: Prepared) -> Prepared:
+    prompt = prepared.torch.from_numpy(draw_texts(PROMPT_TOKENS, 3)[0])
+    return Prepared(prepared.torch, TrainedEngine(BLOCK_TOKENS), prompt, prepared.directory)
+
+
+def test_trained_model_says_in_steps_what_it_says_at_once(trained: Prepared) -> None:
+    torch, engine, model = trained.torch, trained.engine, SmallModel()
+    with torch.inference_mode():
+        cache = engine.cache_of(engine.empty_states(0), 0)
+        engine.read(trained.prompt[:50], cache)
+        engine.read(trained.prompt[50:51], cache)
+        logits = engine.read(trained.prompt[51:60], cache)
+        expected, _ = model.extend(trained.prompt[None, :60], torch.empty(1, 4, 2, 0, 2, 64, dtype=torch.bfloat16))
+        kv = model.prefill(trained.prompt[None, :60])
+    assert torch.allclose(logits, expected[0, -1], atol=0.2)
+    assert int(logits.argmax()) == int(expected[0, -1].argmax())
+    for layer, (keys, values) in enumerate(engine.states_of(cache)):
+        assert torch.allclose(keys.float(), kv[0, layer, 0].transpose(0, 1).float(), atol=0.1, rtol=0.05)
+        assert torch.allclose(values.float(), kv[0, layer, 1].transpose(0, 1).float(), atol=0.1, rtol=0.05)
+
+
+def test_trained_model_goes_on_from_loaded_blocks_with_the_same_bits(trained: Prepared) -> None:
+    cold = trained.answer(None, "cold")
+    store = trained.store()
+    stored = trained.answer(store, "store")
+    report = trained.answer(store, expected=cold.tokens)
+    assert (stored.stored_blocks, report.matched_tokens) == (8, 8 * BLOCK_TOKENS)
+    assert report.tokens == stored.tokens == cold.tokens
+    assert report.first_logits == cold.first_logits
+    assert report.expected == NEW_TOKENS
+
+
+def test_trained_model_has_the_shape_that_the_demo_says() -> None:
+    shape = MODEL_SHAPES[TRAINED]
+    assert shape.layout(64) == SmallModel.layout(64) == TrainedEngine(64).layout
+    assert TrainedEngine(64).parameters == pytest.approx(2.6e6, rel=0.02)
+    assert trained_revision().startswith("sha256:")
+
+
+def test_texts_are_two_stretches_that_the_seed_decides() -> None:
+    texts = draw_texts(448, 5)
+    assert texts.shape == (2, 448)
+    assert texts.max() < MODEL_SHAPES[TRAINED].vocabulary
+    assert (texts == draw_texts(448, 5)).all()
+    assert (texts[0] != texts[1]).any()
+    assert (texts != draw_texts(448, 6)).any()
+
+
+# ------------------------------------------------------------------ chunks, names, pipes
 
 
 @pytest.mark.parametrize(
@@ -266,14 +340,14 @@ def test_last_chunk_begins_at_the_last_block_border_before_the_last_token(
     assert prepared.engine.chunk_edges(prompt_tokens, start) == edges
 
 
-def test_namespace_of_a_model_follows_its_weights(prepared: Prepared, tmp_path: Path) -> None:
+def test_revision_of_a_model_follows_its_weights(prepared: Prepared, tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes((prepared.directory / name).read_bytes())
-    assert namespace_of(tmp_path, "tiny", prepared.engine.layout) == prepared.namespace
+    assert revision_of(tmp_path) == revision_of(prepared.directory)
     with open(tmp_path / "model.safetensors", "r+b") as file:
         file.seek(-1, 2)
         file.write(b"\x7f")
-    assert namespace_of(tmp_path, "tiny", prepared.engine.layout).revision != prepared.namespace.revision
+    assert revision_of(tmp_path) != revision_of(prepared.directory)
 
 
 def test_shape_has_the_layout_of_the_model_made_of_it(prepared: Prepared) -> None:

@@ -26,6 +26,7 @@ def engine_report(**changes: Any) -> EngineReport:
     fields: dict[str, Any] = {
         "role": "cold",
         "tokens": TOKENS,
+        "expected": 0,
         "first_logits": "00",
         "smallest_margin": 0.01,
         "matched_tokens": 0,
@@ -33,30 +34,37 @@ def engine_report(**changes: Any) -> EngineReport:
         "stored_blocks": 0,
         "stored_bytes": 0,
         "loaded_bytes": 0,
+        "kv_bytes": 0,
+        "fidelity": 255,
         "first_token_s": 123.4,
         "match_s": 0.0,
         "load_s": 0.0,
         "store_s": 0.0,
         "namespace": Namespace(name="demo", model="llama-medium", dtype="float32"),
+        "dtype": "float32",
         "block_bytes": 1 << 24,
         "parameters": 151_500_000,
     }
     return EngineReport(**{**fields, **changes})
 
 
-def demo_report(**loaded: Any) -> DemoReport:
-    found = {"role": "load", "matched_tokens": 131_008, "computed_tokens": 64, "loaded_bytes": 3 << 30}
+def demo_report(codec: str = "raw", **loaded: Any) -> DemoReport:
+    exact = codec == "raw"
+    moved = {"kv_bytes": 3 << 30, "loaded_bytes": (3 << 30) if exact else (3 << 30) * 45 // 160}
+    found = {"role": "load", "matched_tokens": 131_008, "computed_tokens": 64, "expected": 31, **moved}
     process = engine_report(**{**found, "first_token_s": 1.234, "match_s": 0.0009, "load_s": 0.1234, **loaded})
-    cold = engine_report()
+    cold = engine_report(namespace=None)
     return DemoReport(
         model="llama-medium",
+        codec=codec,
+        exact=exact,
         prompt_tokens=131_072,
         block_tokens=64,
         seed=0,
         tokens_identical=process.tokens == cold.tokens,
         logits_identical=process.first_logits == cold.first_logits,
         speed_up=cold.first_token_s / process.first_token_s,
-        stored=engine_report(role="store", stored_blocks=2048, stored_bytes=3 << 30, store_s=0.4),
+        stored=engine_report(role="store", stored_blocks=2048, stored_bytes=3 << 30, kv_bytes=3 << 30, store_s=0.4),
         loaded=process,
         cold=cold,
         tiers=tiers_of(sample_stats()),
@@ -76,6 +84,7 @@ def started(**changes: Any) -> DemoReport:
         "prompt_tokens": 64,
         "new_tokens": 2,
         "block_tokens": 16,
+        "codec": "raw",
         "seed": 0,
     }
     phase = nullcontext(lambda done: None)
@@ -99,8 +108,38 @@ def test_different_tokens_are_a_problem_that_names_the_first() -> None:
     assert "2 of 32, the first at 7, where process B, from the store, generated 1 and process C" in problem
     assert "9007" in problem
     text = shown(report)
-    assert "tokens identical   NO" in text
+    assert "tokens identical NO" in " ".join(text.split())
     assert "not identical to the bit" in text
+
+
+def test_different_tokens_with_a_lossy_codec_are_told_and_no_problem() -> None:
+    report = demo_report("kivi4", tokens=[*TOKENS[:7], 1, *TOKENS[8:31], 2], first_logits="01")
+    assert problem_of(report) is None
+    assert report.agreement == (30, 7)
+    text = shown(report)
+    assert "tokens identical    30 of 32, the first 7 in a row; kivi4 is lossy" in text
+    assert "NO" not in text
+    assert ["given", "those", "before", "-", "31", "of", "32", "-"] in [line.split() for line in text.splitlines()]
+    generated = next(line for line in text.splitlines() if line.startswith("without the store"))
+    assert generated.split()[3:] == ["9000", "9001", "9002", "9003", "9004", "9005", "9006", "9007", "..."]
+
+
+def test_same_tokens_with_a_lossy_codec_are_said_to_be_the_same() -> None:
+    report = demo_report("kivi4", first_logits="01")
+    assert report.agreement == (32, 32)
+    assert "tokens identical   yes" in shown(report)
+
+
+def test_lossy_codec_excuses_only_the_process_that_loaded() -> None:
+    report = msgspec.structs.replace(demo_report("kivi4"), stored=engine_report(tokens=[*TOKENS[:31], 5]))
+    assert "process A generated 5" in (problem_of(report) or "")
+    assert problem_of(demo_report("kivi4", matched_tokens=0)) is not None
+
+
+def test_bytes_saved_are_a_share_of_the_kv_that_was_moved() -> None:
+    lines = [line.split() for line in shown(demo_report("kivi4")).splitlines()]
+    assert ["saved", "0.0", "%", "71.9", "%", "-"] in lines
+    assert ["KV", "moved", "3.0", "GiB", "3.0", "GiB", "0", "B"] in lines
 
 
 def test_processes_that_disagree_without_the_store_are_a_problem() -> None:
@@ -113,8 +152,10 @@ def test_nothing_found_in_the_store_is_a_problem() -> None:
     assert problem_of(report) == "process B found nothing in the store and computed the whole prompt"
 
 
-def test_tables_with_large_values_fit_80_columns() -> None:
-    lines = shown(demo_report()).splitlines()
+@pytest.mark.parametrize("codec", ["raw", "turbo4-3"])
+def test_tables_with_large_values_fit_80_columns(codec: str) -> None:
+    tokens = TOKENS if codec == "raw" else [1, *TOKENS[1:]]
+    lines = shown(demo_report(codec, tokens=tokens)).splitlines()
     assert max(map(len, lines)) <= 80
     assert not any("…" in line for line in lines)
     assert {line.split()[0] for line in lines if line.strip()} >= {"Comparison", "Outcome", "Tiers", "dram"}
@@ -155,6 +196,34 @@ def test_report_survives_json() -> None:
 
 def test_model_sizes_of_the_command_are_those_there_are() -> None:
     assert [size.value for size in ModelSize] == list(MODEL_SHAPES)
+
+
+def test_codec_that_cannot_store_the_blocks_is_refused() -> None:
+    with pytest.raises(InvalidArgument, match=r"--codec: unknown codec 'zip'; known are raw"):
+        started(codec="zip")
+    with pytest.raises(InvalidArgument, match=r"--codec: .*kivi4 needs blocks of a multiple of 64 tokens, got 16"):
+        started(codec="kivi4")
+
+
+def test_prompt_longer_than_the_trained_model_knows_is_refused() -> None:
+    with pytest.raises(InvalidArgument, match=r"trained model was made for 512 tokens; use fewer --prompt-tokens"):
+        started(model_size="trained", prompt_tokens=511)
+
+
+@pytest.mark.parametrize(("codec", "model"), [("raw", "llama-small"), ("kivi4", "trained")])
+def test_model_and_prompt_are_chosen_by_the_codec(monkeypatch: pytest.MonkeyPatch, codec: str, model: str) -> None:
+    tasks = []
+
+    def run(task: Any, timeout_s: float) -> EngineReport:
+        tasks.append(task)
+        return engine_report(role=task.role)
+
+    monkeypatch.setattr("kvstore.cli.demo_process.run_engine", run)
+    report = started(model_size=None, prompt_tokens=None, new_tokens=32, block_tokens=64, codec=codec)
+    assert (report.model, report.codec) == (model, codec)
+    assert [task.prompt_tokens for task in tasks] == [2048 if codec == "raw" else 448] * 3
+    assert [task.expected for task in tasks] == [[], TOKENS, TOKENS]
+    assert [bool(task.endpoint) for task in tasks] == [True, True, False]
 
 
 def test_prompt_without_a_full_block_and_a_token_behind_it_is_refused() -> None:
