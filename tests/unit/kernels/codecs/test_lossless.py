@@ -76,6 +76,16 @@ def test_noise_is_stored_as_it_is_and_meets_the_bound(codec: Codec) -> None:
     assert all(entry & STORED for entry in entries)
 
 
+def test_plane_that_compression_leaves_as_long_is_stored_as_it_is() -> None:
+    class Reversed(Lz4):
+        def compress(self, plane: bytes | bytearray | memoryview) -> bytes:
+            return bytes(plane)[::-1]
+
+    section = only_section(Lossless("reversed", 2, Reversed()), any_bits(SMALL, 1), SMALL)
+    assert struct.unpack_from("<2I", section) == (128 | STORED, 128 | STORED)
+    assert section == only_section(get_codec("lossless"), any_bits(SMALL, 1), SMALL)
+
+
 @every_codec
 def test_planes_are_the_rotated_bytes_in_the_order_of_the_page(codec: Codec) -> None:
     layout = KVLayout(1, 1, 16, "float32", 2)
