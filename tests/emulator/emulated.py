@@ -7,6 +7,7 @@ a launch may read and write is told to the emulator, which reports everything el
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import hashlib
 import re
 import shutil
@@ -18,7 +19,10 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from emulator.cases import BLOCKS, FILLER, Case, Paged, paged
 
+from kvstore_kernels.codecs import get_codec
 from kvstore_kernels.cuda.launch import Launch, Scalar
 from kvstore_kernels.cuda.program import Program
 
@@ -51,7 +55,12 @@ class Memory:
 
 
 class _Range(ctypes.Structure):
-    _fields_ = [("begin", ctypes.c_uint64), ("end", ctypes.c_uint64), ("writable", ctypes.c_uint32), ("once", ctypes.c_uint32)]
+    _fields_ = [
+        ("begin", ctypes.c_uint64),
+        ("end", ctypes.c_uint64),
+        ("writable", ctypes.c_uint32),
+        ("once", ctypes.c_uint32),
+    ]
 
 
 def compiler() -> str | None:
@@ -61,7 +70,9 @@ def compiler() -> str | None:
 
 def host_source(source: str) -> str:
     """A program's source with the host's primitives instead of the device's."""
-    begin, end = (re.search(rf'^#line 1 "{name}"$', source, re.MULTILINE) for name in ("primitives.cuh", "arithmetic.cuh"))
+    begin, end = (
+        re.search(rf'^#line 1 "{name}"$', source, re.MULTILINE) for name in ("primitives.cuh", "arithmetic.cuh")
+    )
     assert begin
     assert end
     parts = ('#include "primitives.h"\n', source[: begin.start()], source[end.start() :], '#include "entry.h"\n')
@@ -138,7 +149,87 @@ class Emulated:
         return launch.void_groups(inputs)
 
 
-def _argument(value: Scalar) -> ctypes.c_uint32 | ctypes.c_int64 | ctypes.c_uint64:
-    if isinstance(value, np.uint32):
-        return ctypes.c_uint32(int(value))
-    return ctypes.c_int64(int(value)) if isinstance(value, np.int64) else ctypes.c_uint64(int(value))
+_C_TYPES: Final = {
+    np.int32: ctypes.c_int32,
+    np.uint32: ctypes.c_uint32,
+    np.int64: ctypes.c_int64,
+    np.uint64: ctypes.c_uint64,
+}
+
+
+def _argument(value: Scalar) -> ctypes._SimpleCData[int]:
+    return _C_TYPES[type(value)](int(value))
+
+
+class EmulatedRunner:
+    """Cases on the emulator.
+
+    Args:
+        folder: where libraries are kept.
+        flags: for the compiler.
+        seed: order of threads.
+        flush_denormals: as for ``Emulated.launch``.
+        change: old and new text of the source, for faulty twins.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        flags: Sequence[str] = (),
+        seed: int = 0,
+        flush_denormals: bool = False,
+        change: tuple[str, str] | None = None,
+    ) -> None:
+        self._folder = folder
+        self._flags = flags
+        self._launch = {"seed": seed, "flush_denormals": flush_denormals}
+        self._change = change
+
+    def prepare(self, case: Case) -> None:
+        """Build what the case needs."""
+        self._library(self._prepared(case, paged(case, "zeros"), self._payloads(case)[1]))
+
+    def encode(self, case: Case, pages: Paged) -> tuple[list[bytes], list[int]]:
+        payloads, addresses = self._payloads(case)
+        launch = self._prepared(case, pages, addresses)
+        memory = [Memory(_bytes_of(layer), written=False) for layer in pages.layers]
+        memory += [Memory(payload, written=True) for payload in payloads]
+        void_groups = self._library(launch).launch("kv_encode", launch, memory, **self._launch)
+        return [payload.tobytes() for payload in payloads], void_groups.tolist()
+
+    def decode(self, case: Case, pages: Paged, payloads: Sequence[bytes]) -> None:
+        copies, addresses = self._payloads(case)
+        for copy, payload in zip(copies, payloads, strict=True):
+            copy[:] = np.frombuffer(payload, np.uint8)
+        launch = self._prepared(case, pages, addresses)
+        memory = [Memory(_bytes_of(layer), written=True) for layer in pages.layers]
+        memory += [Memory(copy, written=False) for copy in copies]
+        self._library(launch).launch("kv_decode", launch, memory, **self._launch)
+
+    def _payloads(self, case: Case) -> tuple[list[Bytes], npt.NDArray[np.uint64]]:
+        size = sum(get_codec(case.codec).max_section_bytes(case.layout))
+        payloads = []
+        for _ in range(BLOCKS):
+            memory = np.full(size + 32, FILLER, np.uint8)
+            begin = -memory.ctypes.data % 16 + case.offset
+            payloads.append(memory[begin : begin + size])
+        return payloads, np.array([payload.ctypes.data for payload in payloads], np.uint64)
+
+    def _prepared(self, case: Case, pages: Paged, addresses: npt.NDArray[np.uint64]) -> Launch:
+        kv = dataclasses.replace(pages.kv, device="cuda")
+        return Launch(get_codec(case.codec), kv, pages.pages, addresses)
+
+    def _library(self, launch: Launch) -> Emulated:
+        source = launch.program.source
+        if self._change is not None:
+            old, new = self._change
+            if old not in source:
+                raise AssertionError(f"the source has no {old!r}")
+            source = source.replace(old, new)
+        return build(launch.program, self._folder, flags=self._flags, source=source)
+
+
+def _bytes_of(tensor: torch.Tensor) -> Bytes:
+    array: Bytes = tensor.view(torch.uint8).numpy()
+    return array

@@ -17,7 +17,7 @@ __all__ = ["MAX_BLOCKS", "Launch", "Scalar"]
 MAX_BLOCKS: Final = 65_535
 """Blocks of tokens of one launch: what a grid's z axis can be."""
 
-Scalar = np.uint32 | np.int64 | np.uint64
+Scalar = np.int32 | np.uint32 | np.int64 | np.uint64
 
 
 class Launch:
@@ -65,8 +65,8 @@ class Launch:
         self._block_pages = kv.block_pages
         self._sections = [
             (
-                *(paged.page_stride, paged.token_stride, paged.head_stride, plan.offset),
-                *plan.strides,
+                (paged.page_stride, paged.token_stride, paged.head_stride),
+                (plan.offset, *plan.strides),
                 plan.planes.num_heads,
             )
             for plan, paged in zip(plans, kv.sections, strict=True)
@@ -80,8 +80,8 @@ class Launch:
             np.uint64(address + self._payloads_at),
             np.uint64(address + self.void_groups_at),
         ]
-        for at, (*numbers, heads) in zip(self._bases_at, self._sections, strict=True):
-            arguments += [np.uint64(address + at), *map(np.int64, numbers), np.uint32(heads)]
+        for at, (strides, offsets, heads) in zip(self._bases_at, self._sections, strict=True):
+            arguments += [np.uint64(address + at), *map(np.int32, strides), *map(np.int64, offsets), np.uint32(heads)]
         return arguments
 
     def void_groups(self, inputs: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:

@@ -19,7 +19,8 @@ from kvstore_kernels.paged import PagedKV
 
 __all__ = ["COMPILER_OPTIONS", "Program", "SectionPlan", "program_for"]
 
-COMPILER_OPTIONS: Final = ("-std=c++17", "-fmad=false", "--device-as-default-execution-space")
+COMPILER_OPTIONS: Final = ("-std=c++17", "-fmad=false", "-diag-suppress=177")
+"""For NVRTC: nothing is contracted, and constants that a program does not use are no reason for a warning."""
 
 _SEGMENT: Final = 64
 """Channels of a segment, what a warp takes 32 of."""
@@ -27,6 +28,7 @@ _USUAL_THREADS: Final = 128
 _MAX_THREADS: Final = 1024
 _MAX_SHARED_BYTES: Final = 96 << 10
 """Of a block of threads; every device from compute capability 8.0 on has this much."""
+_MAX_STRIDE: Final = (1 << 31) - 1
 _COPIED_UNITS: Final = 4
 """Units that a thread copies of planes that are stored as they are."""
 
@@ -114,9 +116,13 @@ def program_for(codec: Codec, kv: PagedKV, payload_alignment: int) -> tuple[Prog
     layout = kv.layout
     codec.check(layout)
     if codec.section_bytes(layout) is None:
-        raise ValueError(f"codec {codec.name} has no CUDA kernels: encode it on the CPU (kvstore_kernels.cpu), or use raw")
+        raise ValueError(
+            f"codec {codec.name} has no CUDA kernels: encode it on the CPU (kvstore_kernels.cpu), or use raw"
+        )
     plans = _section_plans(codec, kv, payload_alignment)
     for plan, paged in zip(plans, kv.sections, strict=True):
+        if max(map(abs, (paged.page_stride, paged.token_stride, paged.head_stride))) > _MAX_STRIDE:
+            raise ValueError(f"the CUDA kernels take strides of at most {_MAX_STRIDE} bytes: use kvstore_kernels.cpu")
         if paged.element_stride != layout.element_bytes:
             raise ValueError(
                 f"the CUDA kernels need the channels of a token side by side, got {paged.element_stride} bytes from one to "
@@ -210,7 +216,8 @@ def _program(
     sections: tuple[tuple[str, int, int, int], ...], dtype: str, tokens: int, page_tokens: int, align: int
 ) -> Program:
     element_bytes = sections[0][2] // sections[0][1]
-    threads = max(_threads(method, dim, tokens) for method, dim, _, _ in sections)
+    wanted = [_threads(method, dim, tokens) for method, dim, *_ in sections]
+    threads = next(filter(None, wanted), min(_USUAL_THREADS, 32 * -(-tokens * sections[0][1] // (32 * _SEGMENT))))
     tiles, encode_shared, decode_shared, types, files = [], 0, 0, [], dict[str, None]()
     for number, (method, dim, row_bytes, unit) in enumerate(sections):
         shape = f"Shape<{dim}, {tokens}, {page_tokens}, {align}, {threads}>"
@@ -226,8 +233,11 @@ def _program(
         encode, decode = _shared_bytes(method, dim, tokens, threads, element_bytes)
         encode_shared, decode_shared = max(encode_shared, encode), max(decode_shared, decode)
     registers = max(_METHODS[method].registers for method, *_ in sections)
-    if element_bytes == 4 and any(method != EXACT for method, *_ in sections):
-        registers *= 2
+    if any(method != EXACT for method, *_ in sections):
+        if element_bytes == 4:
+            registers *= 2
+        elif 32 % (sections[0][1] // _SEGMENT):  # index arithmetic that does not fold
+            registers += 16
     blocks = max(1, 65536 // min(registers, 255) // threads)
     parts = [turbo_tables()] if "turbo.cuh" in files else []
     parts += [_source(name) for name in ("primitives.cuh", "arithmetic.cuh", "tile.cuh", *files)]
@@ -236,19 +246,18 @@ def _program(
     return Program("\n".join(parts), threads, (tiles[0], tiles[1]), encode_shared, decode_shared)
 
 
-def _threads(method: str, dim: int, tokens: int) -> int:
-    """Threads of a block that the method asks for, 64 elements each."""
+def _threads(method: str, dim: int, tokens: int) -> int | None:
+    """Threads of a block that the method needs, 64 elements each; None where any number of warps serves."""
     segments = -(-tokens * dim // _SEGMENT)
-    whole_warps = 32 * -(-segments // 32)
     if method in ("kivi4k", "kivi2k"):
         return dim if tokens % 64 == 0 else dim // 2
     if method == "fp8":
-        return dim if tokens >= 64 else whole_warps
+        return dim if tokens >= 64 else 32 * -(-segments // 32)
     if method == "int8":
         whole_tokens = math.lcm(32, dim // _SEGMENT)
         most = max(whole_tokens, _USUAL_THREADS // whole_tokens * whole_tokens)
         return min(most, whole_tokens * -(-segments // whole_tokens))
-    return min(_USUAL_THREADS, whole_warps)
+    return None
 
 
 def _shared_bytes(method: str, dim: int, tokens: int, threads: int, element_bytes: int) -> tuple[int, int]:

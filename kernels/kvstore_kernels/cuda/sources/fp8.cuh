@@ -26,11 +26,10 @@ template <class Element, class S> struct Fp8 {
             if (g.scale_bits == 0) count(tile.void_groups, 1);
         }
         const u32 mask = g.scale_bits == 0 ? 0u : 0xffffffffu;  // a void group's quotients may be NaN
-        u8* const codes = tile.region(0, CODES) + lane % 8 * 8;
+        u8* const codes = tile.region(0, CODES) + Data::mine(tile) * 64 + lane % 8 * 8;
 #pragma unroll
         for (int i = 0; i < CHUNKS; i++) {
-            const u32 segment = Data::first(tile) + 4 * i + lane / 8;
-            if (!Data::exists(segment)) continue;
+            if (!Data::exists(Data::mine(tile) + 4 * i)) continue;
             u32 words[2];
 #pragma unroll
             for (int j = 0; j < 2; j++) {
@@ -38,22 +37,21 @@ template <class Element, class S> struct Fp8 {
                 for (int e = 0; e < 4; e++) q[e] = multiply(c[i].get(4 * j + e), g.inverse);
                 words[j] = (e4m3_pair(q[0], q[1]) | e4m3_pair(q[2], q[3]) << 16) & mask;
             }
-            store_words<S::ALIGN>(codes + segment * 64, words);
+            store_words<S::ALIGN>(codes + 256 * i, words);
         }
     }
 
     static KV_INLINE void decode(const Section& s, const Tile& tile, u8*) {
         const u32 lane = thread_index() & 31u;
-        const u8* const codes = tile.region(0, CODES) + lane % 8 * 8;
+        const u8* const codes = tile.region(0, CODES) + Data::mine(tile) * 64 + lane % 8 * 8;
         // 256 times the scale, exactly: the numbers come as 1/256 of what they are.
         const float scale = multiply(half_to_float((u16)load2(tile.region(CODES, SCALES) + 2 * tile.index)), 256.0f);
         Chunk<Element> c[CHUNKS];
         u32 words[CHUNKS][2];
 #pragma unroll
         for (int i = 0; i < CHUNKS; i++) {
-            const u32 segment = Data::first(tile) + 4 * i + lane / 8;
             words[i][0] = words[i][1] = 0;
-            if (Data::exists(segment)) load_words<S::ALIGN>(codes + segment * 64, words[i]);
+            if (Data::exists(Data::mine(tile) + 4 * i)) load_words<S::ALIGN>(codes + 256 * i, words[i]);
         }
 #pragma unroll
         for (int i = 0; i < CHUNKS; i++)

@@ -38,6 +38,7 @@ template <class Element, class S> struct Int4 {
     template <bool CLAMP>
     static KV_INLINE void store_codes(const Tile& tile, const Chunk<Element> (&c)[CHUNKS], const Asymmetric (&g)[2]) {
         const u32 half = thread_index() & 1u;
+        u8* const at = tile.region(0, CODES) + (Data::first(tile) + Data::template own<false>(0)) * 32 + half * 16;
 #pragma unroll
         for (int which = 0; which < 2; which++) {
             const u32 segment = Data::first(tile) + Data::template own<false>(which);
@@ -50,20 +51,22 @@ template <class Element, class S> struct Int4 {
                     codes[e] = asymmetric_code<15, CLAMP>(c[4 * which + e / 2].get(2 * j + e % 2), g[which].minimum, g[which].inverse);
                 words[j] = pack<4>(codes);
             }
-            if (Data::exists(segment)) store_words<S::ALIGN>(tile.region(0, CODES) + segment * 32 + half * 16, words);
+            if (Data::exists(segment)) store_words<S::ALIGN>(at + 16 * 32 * which, words);
         }
     }
 
     static KV_INLINE void decode(const Section& s, const Tile& tile, u8* shared) {
-        const u32 half = thread_index() & 1u;
+        const u32 half = thread_index() & 1u, first = Data::first(tile) + Data::template own<false>(0);
+        const u8* const at = tile.region(0, CODES) + first * 32 + half * 16;
+        const u8* const parameters_at = tile.region(CODES, PARAMETERS) + 4 * first;
         u32 words[2][4], parameters[2][1];
 #pragma unroll
         for (int which = 0; which < 2; which++) {
             const u32 segment = Data::first(tile) + Data::template own<false>(which);
             words[which][0] = words[which][1] = words[which][2] = words[which][3] = parameters[which][0] = 0;
             if (!Data::exists(segment)) continue;
-            load_words<S::ALIGN>(tile.region(0, CODES) + segment * 32 + half * 16, words[which]);
-            load_words<S::ALIGN>(tile.region(CODES, PARAMETERS) + 4 * segment, parameters[which]);
+            load_words<S::ALIGN>(at + 16 * 32 * which, words[which]);
+            load_words<S::ALIGN>(parameters_at + 16 * 4 * which, parameters[which]);
         }
         Chunk<Element> c[CHUNKS];
 #pragma unroll

@@ -39,11 +39,10 @@ template <class Element, class S> struct Int8 {
             to_shared<float>(shared + SCALED + 4 * thread, g.inverse);
         }
         block_barrier();
-        u8* const codes = tile.region(0, CODES) + lane % 8 * 8;
+        u8* const codes = tile.region(0, CODES) + Data::mine(tile) * 64 + lane % 8 * 8;
 #pragma unroll
         for (int i = 0; i < CHUNKS; i++) {
-            const u32 segment = Data::first(tile) + 4 * i + lane / 8;
-            if (!Data::exists(segment)) continue;
+            if (!Data::exists(Data::mine(tile) + 4 * i)) continue;
             const float inverse = from_shared<float>(shared + SCALED + 4 * ((local + 4 * i) / A_TOKEN));
             const u32 mask = inverse == 0.0f ? 0u : 0xffffffffu;  // a void group's quotients may be NaN
             u32 words[2];
@@ -53,23 +52,25 @@ template <class Element, class S> struct Int8 {
                 for (int e = 0; e < 4; e++) q[e] = bits_of(add(multiply(c[i].get(4 * j + e), inverse), MAGIC));
                 words[j] = pick_bytes(pick_bytes(q[0], q[1], 0x0040), pick_bytes(q[2], q[3], 0x0040), 0x5410) & mask;
             }
-            store_words<S::ALIGN>(codes + segment * 64, words);
+            store_words<S::ALIGN>(codes + 256 * i, words);
         }
     }
 
     static KV_INLINE void decode(const Section& s, const Tile& tile, u8*) {
         const u32 lane = thread_index() & 31u;
-        const u8* const codes = tile.region(0, CODES) + lane % 8 * 8;
-        const u8* const scales = tile.region(CODES, SCALES);
+        const u8* const codes = tile.region(0, CODES) + Data::mine(tile) * 64 + lane % 8 * 8;
+        const u8* const scales = tile.region(CODES, SCALES) + Data::mine(tile) / A_TOKEN * 2;
         Chunk<Element> c[CHUNKS];
         u32 words[CHUNKS][2], scale_bits[CHUNKS];
 #pragma unroll
         for (int i = 0; i < CHUNKS; i++) {
-            const u32 segment = Data::first(tile) + 4 * i + lane / 8;
             words[i][0] = words[i][1] = scale_bits[i] = 0;
-            if (!Data::exists(segment)) continue;
-            load_words<S::ALIGN>(codes + segment * 64, words[i]);
-            scale_bits[i] = load2(scales + 2 * (segment / A_TOKEN));
+            if (!Data::exists(Data::mine(tile) + 4 * i)) continue;
+            load_words<S::ALIGN>(codes + 256 * i, words[i]);
+            if constexpr (4 % A_TOKEN == 0)
+                scale_bits[i] = load2(scales + 4 * i / A_TOKEN * 2);
+            else
+                scale_bits[i] = load2(tile.region(CODES, SCALES) + (Data::mine(tile) + 4 * i) / A_TOKEN * 2);
         }
 #pragma unroll
         for (int i = 0; i < CHUNKS; i++) {

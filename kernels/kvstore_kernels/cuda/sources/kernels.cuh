@@ -4,7 +4,7 @@
 // x tiles of the first section's planes of a layer, then of the second's; y layers; z blocks of tokens.
 
 #define KV_SECTION(n)                                                                                                    \
-    const u64 *bases##n, i64 page_stride##n, i64 token_stride##n, i64 head_stride##n, i64 offset##n, i64 layer_offset##n, \
+    const u64 *bases##n, i32 page_stride##n, i32 token_stride##n, i32 head_stride##n, i64 offset##n, i64 layer_offset##n, \
         i64 head_offset##n, i64 token_offset##n, u32 heads##n
 #define KV_SECTION_OF(n)                                                                                               \
     Section { bases##n, page_stride##n, token_stride##n, head_stride##n, offset##n, layer_offset##n, head_offset##n,   \
@@ -20,7 +20,7 @@ template <u32 TILES> KV_INLINE Tile tile_of(const u8* pages, const u64* payloads
     tile.head = x / TILES;
     tile.index = x % TILES;
     tile.pages = pages;
-    tile.plane = (u8*)load_address(s.bases + tile.layer) + (i64)tile.head * s.head_stride;
+    tile.plane = (u8*)load_address(s.bases + tile.layer) + (i64)(i32)tile.head * s.head_stride;
     tile.section = (u8*)load_address(payloads + block_z()) + s.offset;
     tile.void_groups = void_groups + block_z();
     return tile;

@@ -41,6 +41,7 @@ template <class Element, class S> struct Kivi2Values {
     template <bool CLAMP>
     static KV_INLINE void store_codes(const Tile& tile, const Chunk<Element> (&c)[CHUNKS], const Asymmetric (&g)[4]) {
         const u32 half = thread_index() & 1u;
+        u8* const at = tile.region(0, CODES) + (Data::first(tile) + Data::template own<false>(0)) * 16 + half * 8;
 #pragma unroll
         for (int which = 0; which < 2; which++) {
             const u32 segment = Data::first(tile) + Data::template own<false>(which);
@@ -56,20 +57,22 @@ template <class Element, class S> struct Kivi2Values {
                 }
                 words[j] = pack<2>(codes);
             }
-            if (Data::exists(segment)) store_words<S::ALIGN>(tile.region(0, CODES) + segment * 16 + half * 8, words);
+            if (Data::exists(segment)) store_words<S::ALIGN>(at + 16 * 16 * which, words);
         }
     }
 
     static KV_INLINE void decode(const Section& s, const Tile& tile, u8* shared) {
-        const u32 half = thread_index() & 1u;
+        const u32 half = thread_index() & 1u, first = Data::first(tile) + Data::template own<false>(0);
+        const u8* const at = tile.region(0, CODES) + first * 16 + half * 8;
+        const u8* const parameters_at = tile.region(CODES, PARAMETERS) + 8 * first;
         u32 words[2][2], parameters[2][2];
 #pragma unroll
         for (int which = 0; which < 2; which++) {
             const u32 segment = Data::first(tile) + Data::template own<false>(which);
             words[which][0] = words[which][1] = parameters[which][0] = parameters[which][1] = 0;
             if (!Data::exists(segment)) continue;
-            load_words<S::ALIGN>(tile.region(0, CODES) + segment * 16 + half * 8, words[which]);
-            load_words<S::ALIGN>(tile.region(CODES, PARAMETERS) + 8 * segment, parameters[which]);
+            load_words<S::ALIGN>(at + 16 * 16 * which, words[which]);
+            load_words<S::ALIGN>(parameters_at + 16 * 8 * which, parameters[which]);
         }
         Chunk<Element> c[CHUNKS];
 #pragma unroll

@@ -19,12 +19,21 @@ template <class Element, class S, int BITS> struct KiviKeys {
     // Of a channel's parameter among those of its group in shared memory, in floats.
     static KV_INLINE u32 place(u32 channel) { return channel / 4 % 2 * HALF + channel / 8 * 4 + channel % 4; }
 
+    // Of a thread's chunk of its row i.
+    static KV_INLINE u8* address(const Section& s, const Tile& tile, int i) {
+        const u32 first = tile.index * TILE + thread_index() / LANES * ROWS, at = thread_index() % LANES * 8 * Element::BYTES;
+        if constexpr (S::PAGE % ROWS == 0)
+            return token_address<S::PAGE>(s, tile, first) + at + (i64)i * s.token_stride;
+        else
+            return token_address<S::PAGE>(s, tile, first + i) + at;
+    }
+
     static KV_INLINE void encode(const Section& s, const Tile& tile, u8* shared) {
         const u32 thread = thread_index(), chunk = thread % LANES, rows = thread / LANES;
         Chunk<Element> c[ROWS];
 #pragma unroll
         for (int i = 0; i < ROWS; i++)
-            c[i] = load_chunk<Element>(token_address<S::PAGE>(s, tile, tile.index * TILE + rows * ROWS + i) + chunk * 8 * Element::BYTES);
+            c[i] = load_chunk<Element>(address(s, tile, i));
 
         Chunk<Element> low = c[0], high = c[0];
 #pragma unroll
@@ -125,7 +134,7 @@ template <class Element, class S, int BITS> struct KiviKeys {
                            asymmetric_value(code_at<BITS>(word, at), half_to_float((u16)scales[j]), half_to_float((u16)minima[j])),
                            asymmetric_value(code_at<BITS>(word, at + BITS), half_to_float((u16)(scales[j] >> 16)), half_to_float((u16)(minima[j] >> 16))));
             }
-            store_chunk<Element>(token_address<S::PAGE>(s, tile, tile.index * TILE + rows * ROWS + row) + chunk * 8 * Element::BYTES, c);
+            store_chunk<Element>(address(s, tile, row), c);
         }
     }
 };

@@ -123,33 +123,34 @@ KV_INLINE vec16 load16(const u8* p) {
 // What several threads of a block read.
 KV_INLINE vec16 load16_again(const u8* p) {
     vec16 v;
-    asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3]) : "l"(p));
+    // Not volatile, here and below: what is read twice is loaded once.
+    asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3]) : "l"(p));
     return v;
 }
 KV_INLINE vec8 load8(const u8* p) {
     vec8 v;
-    asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(v.w[0]), "=r"(v.w[1]) : "l"(p));
+    asm("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(v.w[0]), "=r"(v.w[1]) : "l"(p));
     return v;
 }
 KV_INLINE u64 load_address(const u64* p) {
     u64 v;
-    asm volatile("ld.global.nc.u64 %0, [%1];" : "=l"(v) : "l"(p));
+    asm("ld.global.nc.u64 %0, [%1];" : "=l"(v) : "l"(p));
     return v;
 }
 KV_INLINE u32 load4(const u8* p) {
     u32 v;
-    asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(v) : "l"(p));
+    asm("ld.global.nc.u32 %0, [%1];" : "=r"(v) : "l"(p));
     return v;
 }
 KV_INLINE u32 load2(const u8* p) {
     u16 v;
-    asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(v) : "l"(p));
+    asm("ld.global.nc.u16 %0, [%1];" : "=h"(v) : "l"(p));
     return v;
 }
 KV_INLINE u32 load1(const u8* p) {
     u32 v;
-    asm volatile("ld.global.nc.u8 %0, [%1];" : "=r"(v) : "l"(p));
+    asm("ld.global.nc.u8 %0, [%1];" : "=r"(v) : "l"(p));
     return v;
 }
 // Tables of this source.

@@ -9,7 +9,7 @@ template <int D_, int T_, int PAGE_, int ALIGN_, int THREADS_> struct Shape {
 // The planes of one section, as a kernel's arguments give them. Offsets and strides are in bytes.
 struct Section {
     const u64* bases;  // of each layer
-    i64 page_stride, token_stride, head_stride;
+    i32 page_stride, token_stride, head_stride;
     i64 offset;  // of the section in a payload
     i64 layer_offset, head_offset, token_offset;  // in the section, of planes that are stored as they are
     u32 heads;
@@ -30,8 +30,8 @@ struct Tile {
 };
 
 template <int PAGE> KV_INLINE u8* token_address(const Section& s, const Tile& tile, u32 token) {
-    const i64 page = (i32)load4(tile.pages + 4 * (token / PAGE));
-    return tile.plane + page * s.page_stride + (i64)(token % PAGE) * s.token_stride;
+    const i32 page = (i32)load4(tile.pages + 4 * (token / PAGE));
+    return tile.plane + (i64)page * s.page_stride + (i64)(i32)(token % PAGE) * s.token_stride;
 }
 
 // ------------------------------------------------------------------ global memory
@@ -92,34 +92,44 @@ template <class Element, class S> struct Segments {
     static constexpr int WARP_BYTES = 32 * PITCH;
     static constexpr bool WHOLE = S::SEGMENTS % S::THREADS == 0;
 
-    // First segment of this warp in the plane.
+    static constexpr u32 A_TOKEN = S::D / 64;
+    static constexpr u32 A_PAGE = S::PAGE * A_TOKEN;
+
+    // First segment of this warp in the plane; a multiple of 32.
     static KV_INLINE u32 first(const Tile& tile) { return tile.index * S::THREADS + (thread_index() & ~31u); }
     static KV_INLINE bool exists(u32 segment) { return WHOLE || segment < S::SEGMENTS; }
+    // This thread's first segment in memory order; the others are 4, 8 ... 28 further on.
+    static KV_INLINE u32 mine(const Tile& tile) { return first(tile) + (thread_index() & 31u) / 8; }
 
-    static KV_INLINE u8* address(const Section& s, const Tile& tile, u32 segment) {
-        constexpr u32 A_TOKEN = S::D / 64;
-        return token_address<S::PAGE>(s, tile, segment / A_TOKEN) + segment % A_TOKEN * PITCH;
+    // Address of this thread's chunk of its segment i. Where a page has as many segments as a warp or a part of them, only
+    // the first one of each page costs more than a multiplication.
+    static KV_INLINE u8* address(const Section& s, const Tile& tile, int i) {
+        const u32 lane = thread_index() & 31u, at = lane % 8 * 8 * Element::BYTES;
+        if constexpr (32 % A_TOKEN == 0 && (A_PAGE % 32 == 0 || (32 % A_PAGE == 0 && A_PAGE % 4 == 0))) {
+            constexpr u32 TOGETHER = A_PAGE % 32 == 0 ? 32 : A_PAGE;  // segments of a warp that are in one page
+            const u32 step = 4 * i % TOGETHER, begin = first(tile) + (4 * i - step), apart = lane / 8 % A_TOKEN;
+            u8* const p = token_address<S::PAGE>(s, tile, begin / A_TOKEN) + at + apart * PITCH;
+            u8* const q = p + (i64)(i32)(lane / 8 / A_TOKEN) * s.token_stride;
+            return q + (i64)(i32)(step / A_TOKEN) * s.token_stride + step % A_TOKEN * PITCH;
+        } else {
+            const u32 segment = mine(tile) + 4 * i;
+            return token_address<S::PAGE>(s, tile, segment / A_TOKEN) + segment % A_TOKEN * PITCH + at;
+        }
     }
 
     static KV_INLINE void load(const Section& s, const Tile& tile, Chunk<Element> (&c)[CHUNKS]) {
-        const u32 lane = thread_index() & 31u;
 #pragma unroll
         for (int i = 0; i < CHUNKS; i++) {
-            const u32 segment = first(tile) + 4 * i + lane / 8;
-            if (exists(segment))
-                c[i] = load_chunk<Element>(address(s, tile, segment) + lane % 8 * 8 * Element::BYTES);
+            if (exists(mine(tile) + 4 * i))
+                c[i] = load_chunk<Element>(address(s, tile, i));
             else
                 for (int j = 0; j < Chunk<Element>::WORDS; j++) c[i].w[j] = 0;
         }
     }
     static KV_INLINE void store(const Section& s, const Tile& tile, const Chunk<Element> (&c)[CHUNKS]) {
-        const u32 lane = thread_index() & 31u;
 #pragma unroll
-        for (int i = 0; i < CHUNKS; i++) {
-            const u32 segment = first(tile) + 4 * i + lane / 8;
-            if (exists(segment))
-                store_chunk<Element>(address(s, tile, segment) + lane % 8 * 8 * Element::BYTES, c[i]);
-        }
+        for (int i = 0; i < CHUNKS; i++)
+            if (exists(mine(tile) + 4 * i)) store_chunk<Element>(address(s, tile, i), c[i]);
     }
 
     // Where a vector of 16 bytes of a segment is in a warp's shared memory. SPREAD segments apart, the same vector lies in
