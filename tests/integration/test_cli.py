@@ -355,5 +355,5 @@ def test_help_needs_no_heavy_module() -> None:
 def test_help_names_every_command() -> None:
     done = kvstore("--help")
     assert done.returncode == 0
-    for command in ("serve", "stats", "verify", "replay", "demo", "bench", "version"):
+    for command in ("serve", "stats", "verify", "replay", "codecs", "layout", "quality", "demo", "bench", "version"):
         assert re.search(rf"\b{command}\b", done.stdout)
