@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import platform
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import replace
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Final
 
 import msgspec
+import numpy as np
 
 from kvstore.cli.bench.machine import cpu_model
+from kvstore_kernels.codecs import Codec
+from kvstore_kernels.layout import Layout
+from kvstore_kernels.paged import PagedKV
 
-__all__ = ["Backend", "Backends", "backends"]
+__all__ = ["Backend", "Backends", "backends", "cuda_problem"]
 
-_CUPY: Final = ("cupy-cuda13x", "cupy-cuda12x", "cupy")
+_ALIGNED: Final = 256
+_STAND_INS: Final = {"bfloat16": "uint16", "float8_e4m3fn": "uint8", "float8_e5m2": "uint8"}
+"""Dtypes of numpy for those that it lacks."""
 
 
 class Backend(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,28 +59,30 @@ def _cpu() -> Backend:
 
 
 def _cuda() -> Backend:
-    if find_spec("cupy") is None:
-        return Backend(available=False, text="CuPy is not installed: pip install 'kvstored[cuda]'")
+    from kvstore_kernels.cuda import CudaUnavailable
+    from kvstore_kernels.cuda.device import cupy_module
+
     try:
-        import cupy
-
-        runtime = cupy.cuda.runtime
-        count = runtime.getDeviceCount()
-        if count == 0:
-            return Backend(available=False, text=f"CuPy {_cupy_version()} finds no CUDA device")
-        properties = runtime.getDeviceProperties(0)
-        name = properties["name"].decode()
-        more = f" and {count - 1} more" if count > 1 else ""
-        return Backend(available=True, text=f"CuPy {_cupy_version()} on {name}{more}")
-    except Exception as error:  # a driver that is missing or too old is told by errors of many kinds
-        reason = " ".join(str(error).split()) or type(error).__name__
-        return Backend(available=False, text=f"no CUDA device can be used: {reason}")
+        cupy = cupy_module()
+    except CudaUnavailable as error:
+        return Backend(available=False, text=" ".join(str(error).split()))
+    properties = cupy.cuda.runtime.getDeviceProperties(0)
+    name, capability = properties["name"].decode(), f"{properties['major']}.{properties['minor']}"
+    others = cupy.cuda.runtime.getDeviceCount() - 1
+    more = f" and {others} more" if others else ""
+    return Backend(available=True, text=f"CuPy {cupy.__version__} on {name}{more}, compute capability {capability}")
 
 
-def _cupy_version() -> str:
-    for distribution in _CUPY:
-        try:
-            return version(distribution)
-        except PackageNotFoundError:
-            continue
+def cuda_problem(codec: Codec, layout: Layout) -> str:
+    """Why the CUDA kernels do not take contiguous blocks of a layout with a codec, "" where they do. Needs no GPU."""
+    from kvstore_kernels.cuda import check
+
+    # Shape, strides and addresses are all that is looked at; device memory is aligned like this, or more.
+    memory = np.empty(layout.block_bytes + _ALIGNED, np.uint8)
+    begin = -int(memory.ctypes.data) % _ALIGNED
+    block = memory[begin : begin + layout.block_bytes].view(_STAND_INS.get(layout.dtype, layout.dtype))
+    try:
+        check(codec, replace(PagedKV.from_tensor(layout, block.reshape(layout.shape)), device="cuda"))
+    except ValueError as problem:
+        return str(problem)
     return ""

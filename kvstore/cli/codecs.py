@@ -48,7 +48,7 @@ def codecs(
     elif name is None:
         render.console().print(codecs_table(report))
     else:
-        render.console().print(codec_detail(report, chosen[0]))
+        render.console().print(codec_detail(report, chosen[0], layout))
 
 
 def _quality() -> Mapping[str, CodecQuality]:

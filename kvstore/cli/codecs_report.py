@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from kvstore.cli import render
-from kvstore.cli.backends import Backends
+from kvstore.cli.backends import Backends, cuda_problem
 from kvstore.cli.quality.measured import CodecQuality, Estimate
 from kvstore_kernels.codecs import Codec
 from kvstore_kernels.layout import ELEMENT_BYTES, Layout, Rule
@@ -93,7 +93,8 @@ class CodecReport(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
         sections: absent where the layout cannot be stored.
         problem: why the layout cannot be stored.
         quality: measured with ``kvstore quality``; absent where it was not.
-        cpu, cuda: how it runs here: "fast", "slow" (for planes of unusual width), "no".
+        cpu: how it runs here: "fast", "slow" (for planes of unusual width), "no".
+        cuda: whether it runs here: "yes" or "no".
     """
 
     codec: str
@@ -168,7 +169,7 @@ def _codec_report(codec: Codec, layout: Layout, quality: CodecQuality | None, ba
         problem=problem,
         quality=quality,
         cpu=_speed(layout) if backends.cpu.available else "no",
-        cuda=_speed(layout) if backends.cuda.available else "no",
+        cuda="yes" if backends.cuda.available and not problem and not cuda_problem(codec, layout) else "no",
     )
 
 
@@ -220,7 +221,7 @@ def codecs_table(report: CodecsReport) -> RenderableType:
     return Group(made, "", _meanings(report))
 
 
-def codec_detail(report: CodecsReport, codec: Codec) -> RenderableType:
+def codec_detail(report: CodecsReport, codec: Codec, layout: Layout) -> RenderableType:
     """One codec: what it does and by whom, its bytes, what was measured."""
     (row,) = report.codecs
     facts = [
@@ -230,7 +231,8 @@ def codec_detail(report: CodecsReport, codec: Codec) -> RenderableType:
     ]
     if codec.parameters:
         facts.append(("parameters", codec.parameters))
-    facts += [("cpu", report.backends.cpu.text), ("cuda", report.backends.cuda.text)]
+    unable = "" if row.problem is not None else cuda_problem(codec, layout)
+    facts += [("cpu", report.backends.cpu.text), ("cuda", unable or report.backends.cuda.text)]
     parts: list[RenderableType] = [render.facts(f"Codec {row.codec}", facts), "", Text(_description(codec)), ""]
     parts.append(_regions(row, report))
     if row.quality is not None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import builtins
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +17,7 @@ from kvstore.cli.model_files import read_model
 from kvstore.cli.quality.measured import CodecQuality, Estimate
 from kvstore.errors import InvalidArgument
 from kvstore_kernels.codecs import CODECS, get_codec
+from kvstore_kernels.cuda import CudaUnavailable
 
 NO_GPU = Backends(
     cpu=Backend(available=True, text="numba on a CPU"), cuda=Backend(available=False, text="no device: none is here")
@@ -60,7 +61,7 @@ def table(model: str = "llama-3.1-8b", block_tokens: int = 64, **measured: Codec
 def detail(name: str, model: str = "llama-3.1-8b", width: int = 80, **measured: CodecQuality) -> str:
     codec = get_codec(name)
     layout = read_model(model, 64).groups[0].layout
-    return text_of(codec_detail(codecs_report(model, layout, [codec], measured, NO_GPU), codec), width)
+    return text_of(codec_detail(codecs_report(model, layout, [codec], measured, NO_GPU), codec, layout), width)
 
 
 def cells(text: str, codec: str) -> list[str]:
@@ -170,23 +171,39 @@ def test_backends_of_this_machine_say_what_they_run_on() -> None:
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unavailable() -> Any:
+        raise CudaUnavailable("the CUDA kernels need CuPy\nor another machine")
+
     monkeypatch.setattr(machine, "find_spec", lambda name: None)
+    monkeypatch.setattr("kvstore_kernels.cuda.device.cupy_module", unavailable)
     found = backends()
     assert (found.cpu.available, found.cuda.available) == (False, False)
     assert "pip install numba" in found.cpu.text
-    assert "CuPy is not installed" in found.cuda.text
+    assert found.cuda.text == "the CUDA kernels need CuPy or another machine"
 
 
-def test_gpu_that_cannot_be_used_says_what_the_driver_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def refuse(name: str, *arguments: Any, **options: Any) -> Any:
-        if name == "cupy":
-            raise ImportError("libcuda.so.1: cannot open\nshared object file")
-        return real(name, *arguments, **options)
-
-    monkeypatch.setattr(machine, "find_spec", lambda name: object())
-    monkeypatch.setattr(builtins, "__import__", refuse)
+def test_gpu_that_is_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = SimpleNamespace(
+        getDeviceProperties=lambda device: {"name": b"Fast GPU", "major": 9, "minor": 0}, getDeviceCount=lambda: 2
+    )
+    cupy = SimpleNamespace(__version__="14", cuda=SimpleNamespace(runtime=runtime))
+    monkeypatch.setattr("kvstore_kernels.cuda.device.cupy_module", lambda: cupy)
     found = backends().cuda
-    assert not found.available
-    assert found.text == "no CUDA device can be used: libcuda.so.1: cannot open shared object file"
+    assert found == Backend(available=True, text="CuPy 14 on Fast GPU and 1 more, compute capability 9.0")
+
+
+def test_codecs_that_run_on_a_gpu_are_those_that_the_kernels_take() -> None:
+    gpu = Backends(cpu=NO_GPU.cpu, cuda=Backend(available=True, text="a GPU"))
+
+    def on_gpu(model: str, dtype: str | None = None) -> dict[str, str]:
+        layout = read_model(model, 64, dtype).groups[0].layout
+        report = codecs_report(model, layout, list(CODECS.values()), {}, gpu)
+        return {row.codec: row.cuda for row in report.codecs}
+
+    found = on_gpu("llama-3.1-8b")
+    assert {name for name, runs in found.items() if runs == "no"} == {"lossless", "lossless-zstd"}
+    assert set(on_gpu("deepseek-v3").values()) == {"yes", "no"}
+    fp8_cache = on_gpu("llama-3.1-8b", "float8_e4m3fn")
+    assert {name for name, runs in fp8_cache.items() if runs == "yes"} == {"raw"}
+    assert "codec lossless has no CUDA kernels" in detail("lossless")
+    assert "no device: none is here" in detail("int8")
