@@ -157,7 +157,10 @@ class Intercepted:
 
     Attributes:
         encoded, decoded: blocks that went through.
+        group_blocks: most blocks of one call of the encoder.
     """
+
+    group_blocks = 3
 
     def __init__(
         self, backend: Any, *, encode: Callable[[], None] | None = None, decode: Callable[[], None] | None = None
@@ -170,15 +173,15 @@ class Intercepted:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)
 
-    def encode(self, codec: Any, kv: Any, pages: Any, payloads: Any) -> Any:
-        result = self._backend.encode(codec, kv, pages, payloads)
+    def encode(self, codec: Any, kv: Any, pages: Any, payloads: Any, stream: Any) -> Any:
+        result = self._backend.encode(codec, kv, pages, payloads, stream)
         self.encoded += len(pages)
         if self._on_encode is not None:
             self._on_encode()
         return result
 
-    def decode(self, codec: Any, kv: Any, pages: Any, payloads: Any, section_bytes: Any) -> None:
-        self._backend.decode(codec, kv, pages, payloads, section_bytes)
+    def decode(self, codec: Any, kv: Any, pages: Any, payloads: Any, section_bytes: Any, stream: Any) -> None:
+        self._backend.decode(codec, kv, pages, payloads, section_bytes, stream)
         self.decoded += len(pages)
         if self._on_decode is not None:
             self._on_decode()

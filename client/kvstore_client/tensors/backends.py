@@ -26,8 +26,11 @@ Bytes = npt.NDArray[np.uint8]
 Addresses = npt.NDArray[np.uint64]
 Pages = npt.NDArray[np.int32]
 
-_CPU_GROUP_BYTES: Final = 1 << 20
-"""Payload bytes of one call on the CPU: what was encoded is still in the cache when its checksum is made."""
+_CPU_GROUP_BYTES: Final = 16 << 20
+"""Payload bytes of one call on the CPU: enough to make little of a call's own cost, and still in the last cache when
+checksums are made."""
+_CPU_GROUP_BLOCKS: Final = 32
+"""Blocks of one call on the CPU: the daemon publishes them while the next are encoded."""
 
 
 class Scratch:
@@ -70,10 +73,12 @@ class Backend:
 
     Attributes:
         scratch: memory that the kernels reach.
-        group_bytes: payload bytes that one call should make.
+        group_bytes: payload bytes that one call should make at most.
+        group_blocks: blocks likewise.
     """
 
     group_bytes = _CPU_GROUP_BYTES
+    group_blocks = _CPU_GROUP_BLOCKS
 
     def __init__(self, kernels: Any, threads: int) -> None:
         self._kernels = kernels
@@ -89,20 +94,34 @@ class Backend:
         begin = -int(whole.ctypes.data) % _ALIGNED
         return whole[begin : begin + least_bytes]
 
+    def check(self, codec: Codec, kv: PagedKV) -> str:
+        """Why the kernels do not take these pages, "" where they do; the codec takes the layout."""
+        return ""
+
+    def _options(self, stream: object) -> dict[str, object]:
+        return {}
+
     def encode(
-        self, codec: Codec, kv: PagedKV, pages: Pages, payloads: Addresses
+        self, codec: Codec, kv: PagedKV, pages: Pages, payloads: Addresses, stream: object
     ) -> tuple[Words, npt.NDArray[np.bool_]]:
-        """Encode blocks to payloads; their section lengths ``[count, sections]``, and which have void groups."""
-        encoded = self._kernels.encode(codec, kv, pages, payloads, threads=self._threads)
+        """Encode blocks to payloads; their section lengths ``[count, sections]``, and which have void groups.
+
+        ``stream`` is a device's, after whose work it is done; None for the usual one, and on the CPU.
+        """
+        options = self._options(stream)
+        encoded = self._kernels.encode(codec, kv, pages, payloads, threads=self._threads, **options)
         return encoded.section_bytes, encoded.void_groups > 0
 
-    def decode(self, codec: Codec, kv: PagedKV, pages: Pages, payloads: Addresses, section_bytes: Words) -> None:
+    def decode(
+        self, codec: Codec, kv: PagedKV, pages: Pages, payloads: Addresses, section_bytes: Words, stream: object
+    ) -> None:
         """Decode payloads into the pages of a cache.
 
         Raises:
             ValueError: a payload is none of the codec's.
         """
-        self._kernels.decode(codec, kv, pages, payloads, section_bytes, threads=self._threads)
+        options = self._options(stream)
+        self._kernels.decode(codec, kv, pages, payloads, section_bytes, threads=self._threads, **options)
 
 
 def backend_for(kv: PagedKV, threads: int) -> Backend:

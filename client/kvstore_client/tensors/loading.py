@@ -47,6 +47,7 @@ class Loading:
         lineage: effective fidelity of the blocks before the first.
         access: the engine request.
         sure: a miss in mapped memory is a miss; False where this client's puts are under way.
+        stream: of a device, after whose work blocks are decoded.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Loading:
         lineage: int,
         access: int,
         sure: bool,
+        stream: object,
     ) -> None:
         self._session = session
         self._operations = operations
@@ -68,6 +70,7 @@ class Loading:
         self._lineage = lineage
         self._access = access
         self._sure = sure
+        self._stream = stream
         self._loaded = 0
         self._fidelities: list[int] = []
         self._stored_bytes = 0
@@ -129,16 +132,21 @@ class Loading:
         good = held.verify(decoded)
         if good < decoded:
             return good, (Failure.CORRUPT, "its bytes changed, or its checksum is wrong")
-        if problem is not None:
+        if problem is not None and problem[0] is Failure.CORRUPT:
             held.suspect(decoded)
         return good, problem
 
     def _decode(self, payloads: Addresses, runs: list[Run]) -> tuple[int, Problem | None]:
         """Decode payloads into the next blocks; how many leading ones, and why not the next."""
         for run in runs:
+            unable = self._backend.check(run.records.codec, self._blocks.kv)
+            if unable:
+                return run.start, (Failure.CODEC, unable)
             try:
                 self._decode_run(payloads, run, run.start, run.stop)
             except ValueError:
+                if run.records.fixed:
+                    raise
                 # One of them is no payload of its codec: find out which.
                 for at in range(run.start, run.stop):
                     try:
@@ -150,7 +158,7 @@ class Loading:
     def _decode_run(self, payloads: Addresses, run: Run, start: int, stop: int) -> None:
         pages = self._blocks.pages[self._loaded + start : self._loaded + stop]
         lengths = run.section_bytes[start - run.start : stop - run.start]
-        self._backend.decode(run.records.codec, self._blocks.kv, pages, payloads[start:stop], lengths)
+        self._backend.decode(run.records.codec, self._blocks.kv, pages, payloads[start:stop], lengths, self._stream)
 
     # -------------------------------------------------------------- received
 

@@ -58,6 +58,7 @@ class Saving:
         blocks: what is saved.
         lineage: fidelity of what the blocks were computed on.
         access: the engine request.
+        stream: of a device, after whose work blocks are encoded.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Saving:
         blocks: Blocks,
         lineage: int,
         access: int,
+        stream: object,
     ) -> None:
         self._session = session
         self._operations = operations
@@ -77,6 +79,7 @@ class Saving:
         self._blocks = blocks
         self._lineage = lineage
         self._access = access
+        self._stream = stream
         self._digest = session.digest
         count = len(blocks.keys)
         self._answers = np.zeros(count, np.int64)
@@ -154,7 +157,8 @@ class Saving:
         """Encode blocks straight into slots and commit them; those for which there is no slot."""
         from kvstore_client.mapped_batches import SlotBatch
 
-        most = max(1, min(self._backend.group_bytes // records.max_payload_bytes, _MOST_BLOCKS, todo.size))
+        backend = self._backend
+        most = max(1, min(backend.group_bytes // records.max_payload_bytes, backend.group_blocks, todo.size))
         header = records.template(self._digest, self._plan.part, self._lineage)
         with SlotBatch(mapped, most) as slots:
             while todo.size:
@@ -192,7 +196,7 @@ class Saving:
     def _encode(self, indices: Indices, records: BlockRecords, payloads: Addresses) -> tuple[Words, Indices]:
         """Encode blocks; the lengths of their sections, and the places of those that the codec could hold."""
         blocks = self._blocks
-        lengths, void = self._backend.encode(records.codec, blocks.kv, blocks.pages[indices], payloads)
+        lengths, void = self._backend.encode(records.codec, blocks.kv, blocks.pages[indices], payloads, self._stream)
         self._payload_bytes[indices] = lengths.sum(axis=1)
         if records.codec.exact or not void.any():
             return lengths, np.arange(indices.size)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Literal, Self
 
+from kvstore.errors import InvalidArgument
 from kvstore.protocol.keys import chain_keys
 from kvstore.protocol.namespace import Namespace
 from kvstore_client.aio import AsyncClient, AsyncMatch
@@ -149,6 +150,21 @@ class BaseTensorStore:
             backend = self._backends[kv.device] = backend_for(kv, self._threads)
         return backend
 
+    def _checked(self, blocks: Blocks, stream: object) -> Backend:
+        """The kernels for blocks.
+
+        Raises:
+            InvalidArgument: they do not take them.
+        """
+        backend = self._backend(blocks.kv)
+        if stream is not None and blocks.kv.device == "cpu":
+            raise InvalidArgument("stream= is for caches on a device; this one is on the CPU")
+        for records in (self._plan.records, self._plan.exact_records):
+            unable = backend.check(records.codec, blocks.kv)
+            if unable:
+                raise InvalidArgument(unable)
+        return backend
+
     def _access(self, request: int | None) -> int:
         check_request(request)
         return request or self._client._operations.next_access()
@@ -161,16 +177,18 @@ class BaseTensorStore:
         parent: bytes | None,
         lineage: int | LoadReport,
         request: int | None,
+        stream: object,
     ) -> Saving:
         blocks = Blocks.of(self._plan.layout, keys, source, pages, parent, written=False)
         return Saving(
             self._client._session,
             self._client._operations,
             self._plan,
-            self._backend(blocks.kv),
+            self._checked(blocks, stream),
             blocks,
             lineage_of(lineage),
             self._access(request),
+            stream,
         )
 
     def _loading(
@@ -181,17 +199,19 @@ class BaseTensorStore:
         lineage: int | LoadReport,
         request: int | None,
         sure: bool,
+        stream: object,
     ) -> Loading:
         blocks = Blocks.of(self._plan.layout, keys, target, pages, None, written=True)
         return Loading(
             self._client._session,
             self._client._operations,
             self._plan,
-            self._backend(blocks.kv),
+            self._checked(blocks, stream),
             blocks,
             lineage_of(lineage),
             self._access(request),
             sure,
+            stream,
         )
 
 
@@ -218,6 +238,7 @@ class TensorStore(BaseTensorStore):
         parent: bytes | None = None,
         lineage: int | LoadReport = 255,
         request: int | None = None,
+        stream: object = None,
     ) -> SaveReport:
         """Store blocks of a chain: ``keys[i - 1]`` is the parent of ``keys[i]``.
 
@@ -230,6 +251,8 @@ class TensorStore(BaseTensorStore):
             parent: key of the block before the first, None for a prompt's beginning.
             lineage: what the blocks were computed on: 255, or the report of the load of the blocks before them.
             request: the ``request`` of a match of the same engine request.
+            stream: for a cache on a device: a ``cupy.cuda.Stream`` or a stream's handle, after whose work this is done;
+                None for CuPy's current one.
 
         Returns:
             What became of each block. A block that is there already is not encoded.
@@ -237,7 +260,7 @@ class TensorStore(BaseTensorStore):
         Raises:
             InvalidArgument: an argument is wrong; nothing was stored then.
         """
-        return do(self._saving(keys, source, pages, parent, lineage, request).run(), self.client)
+        return do(self._saving(keys, source, pages, parent, lineage, request, stream).run(), self.client)
 
     def load_blocks(
         self,
@@ -247,6 +270,7 @@ class TensorStore(BaseTensorStore):
         pages: object = None,
         lineage: int | LoadReport = 255,
         request: int | None = None,
+        stream: object = None,
     ) -> LoadReport:
         """Load leading blocks of a chain, up to the first that is not there or cannot be decoded.
 
@@ -256,6 +280,8 @@ class TensorStore(BaseTensorStore):
             pages: for a ``PagedKV``: page ids ``[len(keys), pages of a block]``.
             lineage: effective fidelity of the blocks before the first: 255, or the report of their load.
             request: the ``request`` of a match of the same engine request.
+            stream: for a cache on a device: a ``cupy.cuda.Stream`` or a stream's handle, after whose work this is done;
+                None for CuPy's current one.
 
         Returns:
             How many blocks are in the target now. What stands in it for the others is unspecified.
@@ -264,7 +290,7 @@ class TensorStore(BaseTensorStore):
             InvalidArgument: an argument is wrong; the target is unchanged then.
         """
         sure = not self.client._unwaited
-        return do(self._loading(keys, target, pages, lineage, request, sure).run(), self.client)
+        return do(self._loading(keys, target, pages, lineage, request, sure, stream).run(), self.client)
 
     def match(self, keys: Sequence[bytes], *, lease: float | None = None) -> Match:
         """How many leading blocks are there with all their parts; see ``Client.match``."""
@@ -305,10 +331,11 @@ class AsyncTensorStore(BaseTensorStore):
         parent: bytes | None = None,
         lineage: int | LoadReport = 255,
         request: int | None = None,
+        stream: object = None,
     ) -> SaveReport:
         """See ``TensorStore.save_blocks``."""
         await self.client.connect()
-        return await do_async(self._saving(keys, source, pages, parent, lineage, request).run(), self.client)
+        return await do_async(self._saving(keys, source, pages, parent, lineage, request, stream).run(), self.client)
 
     async def load_blocks(
         self,
@@ -318,11 +345,12 @@ class AsyncTensorStore(BaseTensorStore):
         pages: object = None,
         lineage: int | LoadReport = 255,
         request: int | None = None,
+        stream: object = None,
     ) -> LoadReport:
         """See ``TensorStore.load_blocks``."""
         await self.client.connect()
         sure = not self.client._puts
-        return await do_async(self._loading(keys, target, pages, lineage, request, sure).run(), self.client)
+        return await do_async(self._loading(keys, target, pages, lineage, request, sure, stream).run(), self.client)
 
     async def match(self, keys: Sequence[bytes], *, lease: float | None = None) -> AsyncMatch:
         """How many leading blocks are there with all their parts; see ``Client.match``."""
