@@ -15,7 +15,7 @@ import llvmlite.binding as llvm
 import numba
 import pytest
 
-from kvstore.mapped import grants, index_reader, index_writer, reads, ring, writes
+from kvstore.mapped import batch_reads, batch_writes, grants, index_reader, index_writer, reads, ring, writes
 
 _TRIPLES = {"x86-64": "x86_64-unknown-linux-gnu", "arm64": "aarch64-unknown-linux-gnu"}
 
@@ -68,6 +68,11 @@ _WITHDRAW = (index_writer.withdraw, "int64(int64, int64, int64, int64, int64, in
 _PIN = (reads.pin_one, "int64(int64, int64, int64, int64, int64, int64)")
 _COPY = (index_reader.copy_batch, "void(int64, int64, int64, int64)")
 _PUT = (writes.put_one, "int64(int64, int64, int64, int64, int64, int64)")
+_HOLD = (batch_reads.hold_batch, "int64(int64, int64, int64, int64, int64, int64, int64, int64)")
+_VERIFY = (batch_reads.verify_batch, "int64(int64, int64, int64, int64)")
+_CLAIM = (batch_writes.claim_slots, "int64(int64, int64, int64, int64)")
+_COMMIT = (batch_writes.commit_slots, "int64(int64, int64, int64, int64, int64, int64)")
+_SEAL = (batch_writes.seal_slots, "void(int64, int64, int64)")
 _PUBLISH = (index_writer.publish, "int64(int64, int64, int64, int64, int64, int64)")
 _BELLS = (ring.lower_bells, "int64(int64, int64)")
 _REVOKE = (grants.revoke, "int64(int64, int64, int64)")
@@ -75,8 +80,8 @@ _REVOKE = (grants.revoke, "int64(int64, int64, int64)")
 
 @pytest.mark.parametrize(
     ("function", "fences"),
-    [(_WITHDRAW, 1), (_PIN, 1), (_BELLS, 1), (_PUT, 2)],
-    ids=["withdraw", "pin", "lower_bells", "put"],
+    [(_WITHDRAW, 1), (_PIN, 1), (_BELLS, 1), (_PUT, 2), (_HOLD, 1), (_CLAIM, 1), (_COMMIT, 1)],
+    ids=["withdraw", "pin", "lower_bells", "put", "hold_batch", "claim_slots", "commit_slots"],
 )
 def test_full_fence_is_an_instruction_on_both_processors(function: Any, fences: int) -> None:
     assert count(_X86_FULL, assembly(*function, "x86-64")) >= fences
@@ -99,6 +104,15 @@ def test_pin_on_arm64_reads_the_sequence_again_after_the_fence() -> None:
     full = [match.start() for match in re.finditer(_ARM_FULL, arm, re.MULTILINE)]
     assert any(re.search(r"^\s+(ldr|ldar)\s", arm[place:], re.MULTILINE) for place in full)
     assert count(r"^\s+stlr\s", arm) >= 1
+
+
+def test_batches_fence_where_single_records_do() -> None:
+    arm = assembly(*_HOLD, "arm64")
+    full = [match.start() for match in re.finditer(_ARM_FULL, arm, re.MULTILINE)]
+    assert any(re.search(r"^\s+(ldr|ldar)\s", arm[place:], re.MULTILINE) for place in full)
+    assert count(r"^\s+dmb\s+ishld$", assembly(*_VERIFY, "arm64")) >= 1
+    assert count(r"^\s+sfence", assembly(*_SEAL, "x86-64")) >= 1
+    assert count(r"^\s+stlr\s", assembly(*_COMMIT, "arm64")) >= 1
 
 
 def test_reader_on_arm64_acquires_before_and_fences_after_the_copy() -> None:
