@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Final
 
-from kvstore.cli.bench.codecs_memory import KVMemory
+from kvstore.cli.bench.codecs_memory import CONTIGUOUS, KVMemory
 from kvstore.cli.bench.codecs_sides import Decode, Encode, Memmove, MemmoveAll
 from kvstore.cli.bench.codecs_store import CODEC, measure_store
 from kvstore.cli.bench.codecs_work import CodecWork, Payloads, has_reference
@@ -131,20 +131,40 @@ def measure_codecs(extent: CodecExtent, on_round: Callable[[], None] = lambda: N
     payloads = Payloads(most_bytes, memory.blocks)
     rows: list[Row] = []
     through_store: list[Row] = []
+    copies = Memmove(memory, extent.call_blocks), MemmoveAll(memory, extent.call_blocks)
     for codec in codecs:
         work = CodecWork(codec, memory, payloads)
-        rows += _measure_codec(work, extent, on_round)
+        rows += _measure_codec(work, extent, copies, on_round)
         if codec.name == CODEC and extent.with_store:
             through_store = measure_store(work, extent.rounds, on_round)
-    rows += through_store
+    rows += [*(_copy_row(copy, extent) for copy in copies), *through_store]
     if not has_reference():
         rows.append(Row(op="reference", batch=1, note="not compared with: torch is not installed"))
     return Report(machine=machine, baseline=BASELINE, rows=rows)
 
 
-def _measure_codec(work: CodecWork, extent: CodecExtent, on_round: Callable[[], None]) -> list[Row]:
+def _copy_row(copy: Memmove, extent: CodecExtent) -> Row:
+    """What memmove itself reached, over the turns of all codecs."""
+    median_ns = median(copy.times_ns)
+    call_bytes = extent.call_blocks * extent.layout.block_bytes
+    return Row(
+        op=MEMMOVE,
+        size_bytes=copy.call_bytes,
+        batch=1,
+        cache="cold",
+        memory=CONTIGUOUS,
+        threads=1,
+        samples=len(copy.times_ns),
+        median_us=round(median_ns * copy.call_bytes / call_bytes / 1000, 2),
+        gb_per_s=round(call_bytes / median_ns, 3),
+    )
+
+
+def _measure_codec(
+    work: CodecWork, extent: CodecExtent, copies: Sequence[Memmove], on_round: Callable[[], None]
+) -> list[Row]:
     memory, call_blocks = work.memory, extent.call_blocks
-    copies = Memmove(memory, call_blocks), MemmoveAll(memory, call_blocks)
+    before = len(copies[0].times_ns)
     sides = [
         kind(work, form, call_blocks, threads)
         for kind in (Encode, Decode)
@@ -155,7 +175,7 @@ def _measure_codec(work: CodecWork, extent: CodecExtent, on_round: Callable[[], 
     for _ in range(extent.rounds):
         take_turns([*copies, *sides], walk, 1, 1)
         on_round()
-    baseline_ns = min(median(copy.times_ns) for copy in copies)
+    baseline_ns = min(median(copy.times_ns[before:]) for copy in copies)
     rows: list[Row] = []
     one_thread: dict[tuple[str, str], float] = {}
     for side in sides:

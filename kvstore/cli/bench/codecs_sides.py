@@ -24,11 +24,11 @@ class Memmove(Side):
     def __init__(self, memory: KVMemory, call_blocks: int) -> None:
         super().__init__()
         self._memory = memory
-        self._call_bytes = call_blocks * memory.layout.block_bytes
+        self.call_bytes = call_blocks * memory.layout.block_bytes
 
     def run(self, numbers: Sequence[int]) -> None:
         """Time them."""
-        memory, size = self._memory, self._call_bytes
+        memory, size = self._memory, self.call_bytes
         for number in numbers:
             source, target = memory.source_address + number * size, memory.target_address + number * size
             started = perf_counter_ns()

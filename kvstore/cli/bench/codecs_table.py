@@ -11,6 +11,7 @@ from rich.text import Text
 from kvstore.cli import render
 from kvstore.cli.bench.codecs_memory import PAGED
 from kvstore.cli.bench.codecs_store import CODEC_ALONE
+from kvstore.cli.bench.local_reads import MEMMOVE
 from kvstore.cli.bench.report import Report, Row, facts_of, us, verdict
 
 __all__ = ["codecs_table"]
@@ -23,7 +24,7 @@ _PAGED: Final = (
 
 def codecs_table(report: Report) -> RenderableType:
     """One line for each operation, with a ratio for each number of threads."""
-    rows = [row for row in report.rows if row.note is None and row.baseline != CODEC_ALONE]
+    rows = [row for row in report.rows if row.baseline == MEMMOVE]
     through_store = [row for row in report.rows if row.baseline == CODEC_ALONE]
     threads = sorted({row.threads or 1 for row in rows})
     columns: list[str | render.Column] = ["codec", render.text_column("op"), "GB/s"]
@@ -41,7 +42,7 @@ def codecs_table(report: Report) -> RenderableType:
     parts: list[RenderableType] = [made, ""]
     if through_store:
         parts += [_store_table(through_store), ""]
-    return Group(*parts, facts_of(report, _meanings(rows)))
+    return Group(*parts, facts_of(report, [*_meanings(rows), *_copies(report.rows)]))
 
 
 def _store_table(rows: Sequence[Row]) -> RenderableType:
@@ -80,6 +81,12 @@ def _cells(by_threads: dict[int, Row], threads: Sequence[int]) -> list[str | Tex
         if number != 1:
             cells.append(render.NOTHING if row.scale is None else f"{row.scale:.2f}")
     return [*cells, Text("MISSED", style="red") if missed else "met" if aimed else ""]
+
+
+def _copies(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    copies = [row for row in rows if row.op == MEMMOVE]
+    rates = (f"{row.gb_per_s or 0:.1f} GB/s in calls of {render.size(row.size_bytes or 0)}" for row in copies)
+    return [(MEMMOVE, ", ".join(rates))] if copies else []
 
 
 def _short(value: float) -> str:

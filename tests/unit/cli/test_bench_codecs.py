@@ -142,6 +142,10 @@ def rows() -> list[Row]:
         for memory in ("contiguous", "paged")
         for threads in (1, 2)
     ]
+    made += [
+        Row(op="memmove", size_bytes=size, batch=1, gb_per_s=rate)
+        for size, rate in ((32 * MIB, 7.0), (256 * MIB, 12.4))
+    ]
     made.append(
         Row(
             op=SAVE_AND_LOAD,
@@ -172,6 +176,7 @@ def test_table_fits_a_terminal_and_says_what_was_missed(width: int) -> None:
     aimed = sum(aim("encode", codec, 1, None) is not None for codec in CODECS)
     assert " ".join(lines).count("MISSED") == 2 * aimed + 1
     assert any(line.split()[:3] == ["lossless-zstd", "encode", "0.04"] for line in lines)
+    assert "7.0 GB/s in calls of 32.0 MiB, 12.4 GB/s in calls of 256.0 MiB" in " ".join(" ".join(lines).split())
     assert any("save and load" in line and "MISSED" in line for line in lines)
 
 
