@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -536,3 +538,20 @@ def test_nothing_stays_lent_or_held(open_store: Open, daemon: DaemonProcess) -> 
 def test_latent_layouts_have_the_shape_of_their_tensor() -> None:
     assert isinstance(LATENT, MLALayout)
     assert kv_of(LATENT, 3).shape == (2, 192, 192)
+
+
+def test_the_example_of_the_page_runs(daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVSTORE_ENDPOINT", daemon.endpoint)
+    page = (Path(__file__).parents[2] / "docs" / "tensors.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"<!-- example -->\n```python\n(.*?)```", page, re.DOTALL)
+    first: dict[str, Any] = {}
+    exec(compile(example, "tensors.md", "exec"), first)
+    assert (len(first["loaded"]), first["saved"].stored) == (0, 8)
+    again: dict[str, Any] = {}
+    exec(compile(example, "tensors.md", "exec"), again)
+    assert (len(again["loaded"]), again["saved"].statuses) == (8, ())
+    for then, now in zip(first["layers"], again["layers"], strict=True):
+        assert torch.allclose(then[:, :32].float(), now[:, :32].float(), atol=0.3)
+        assert not torch.equal(then[:, :32], now[:, :32])
+    for target in re.findall(r"\]\(([^)#]+)\)", page):
+        assert (Path(__file__).parents[2] / "docs" / target).exists(), target
