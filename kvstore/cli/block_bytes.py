@@ -82,7 +82,7 @@ class BlockBytes:
         """
         if len(keys) != len(lengths):
             raise InvalidArgument(f"{len(keys)} keys but {len(lengths)} lengths")
-        self._fill(keys)
+        self._expect(keys)
         count, size = len(keys), self.payload_bytes
         wrong = 0
         for first in range(0, count, self._blocks_per_pass):
@@ -104,6 +104,10 @@ class BlockBytes:
     def _check_count(self, count: int) -> None:
         if count > self.max_blocks:
             raise InvalidArgument(f"{count} blocks at once, over the {self.max_blocks} that were prepared for")
+
+    def _expect(self, keys: Sequence[bytes]) -> None:
+        """Have ``derived`` hold what readers of these keys must get."""
+        self._fill(keys)
 
     def _fill(self, keys: Sequence[bytes]) -> None:
         self._check_count(len(keys))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from kvstore.cli.private_daemon import PrivateDaemon
     from kvstore.cli.replay_loop import ReplayReport
 
-__all__ = ["private_daemon_for", "replay"]
+__all__ = ["private_daemon_for", "private_daemon_of", "replay"]
 
+_BLOCK, _CODEC_BLOCK = "4KiB", "64KiB"
 _DEFAULT_CAPACITY_BYTES: Final = 1 << 30
 _SLAB_BYTES: Final = 4 << 20
 """About how large the slabs of a private daemon are; each is a whole number of slots."""
@@ -34,10 +35,17 @@ def replay(
         str | None, typer.Option(help="A running daemon; without it a private one is started.", metavar="ipc://PATH")
     ] = None,
     block_bytes: Annotated[
-        str, typer.Option(help="Payload bytes a block, for example 4096 or 64KiB.", metavar="SIZE")
-    ] = "4KiB",
+        str | None,
+        typer.Option(
+            help="Payload bytes a block, for example 4096 or 64KiB. [default: 4KiB; 64KiB with --codec]", metavar="SIZE"
+        ),
+    ] = None,
     capacity_blocks: Annotated[
         int | None, typer.Option(help="Blocks that the private daemon can hold.", min=1, metavar="N")
+    ] = None,
+    codec: Annotated[
+        list[str] | None,
+        typer.Option(help="Replay with KV stored by this codec, and by raw beside it; repeat.", metavar="NAME"),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Replay only the first N requests.", min=1, metavar="N")] = None,
     namespace: Annotated[str, typer.Option(help="Namespace to work in.")] = "replay",
@@ -47,7 +55,8 @@ def replay(
     """Replay a trace against a daemon and check every byte of every hit.
 
     Each request matches its full blocks, gets those that hit and puts the others; the bytes of a block derive from its
-    key. Exits with 1 if one byte was wrong, or one record arrived damaged.
+    key. Exits with 1 if one byte was wrong, or one record arrived damaged. With --codec each codec has a daemon of its
+    own with the same bytes for slots, and a lossy one must give what it makes of the KV, to the byte.
     """
     import msgspec
 
@@ -56,7 +65,12 @@ def replay(
     from kvstore.cli.trace import read_trace
     from kvstore_client import Client
 
-    payload_bytes = _block_bytes(block_bytes)
+    if codec:
+        if endpoint is not None:
+            raise InvalidArgument("--codec compares daemons of its own; leave --endpoint away")
+        report_codecs(trace, codec, block_bytes or _CODEC_BLOCK, capacity_blocks, limit, timeout, as_json=as_json)
+        return
+    payload_bytes = _block_bytes(block_bytes or _BLOCK)
     if endpoint is not None and capacity_blocks is not None:
         raise InvalidArgument("--capacity-blocks sizes a private daemon; the one at --endpoint has its own capacity")
     requests = read_trace(trace, limit)
@@ -81,19 +95,72 @@ def replay(
         raise typer.Exit(1)
 
 
-def private_daemon_for(block_bytes: int, capacity_blocks: int | None) -> PrivateDaemon:
-    """A private daemon (not started) that holds exactly ``capacity_blocks`` blocks, or 1 GiB of them.
+def report_codecs(
+    trace: Path,
+    names: Sequence[str],
+    block_bytes: str,
+    capacity_blocks: int | None,
+    limit: int | None,
+    timeout_s: float,
+    *,
+    as_json: bool,
+) -> None:
+    """Replay a trace by several codecs and print the comparison."""
+    import msgspec
 
-    Slabs are whole numbers of slots, so no byte of the capacity is lost to cutting; grants are outside the capacity.
-    """
-    from kvstore.cli.private_daemon import PrivateDaemon
+    from kvstore.cli import render
+    from kvstore.cli.replay_codecs import codecs_layout, comparison_table, replay_codecs
+    from kvstore.cli.replay_loop import slot_bytes
+    from kvstore.cli.trace import read_trace
+
+    payload_bytes = _block_bytes(block_bytes)
+    codecs_layout(payload_bytes)
+    slot = slot_bytes(payload_bytes)
+    capacity_bytes = slot * (max(1, _DEFAULT_CAPACITY_BYTES // slot) if capacity_blocks is None else capacity_blocks)
+    requests = read_trace(trace, limit)
+    with _progress(len(requests) * (1 + len(set(names) - {"raw"}))) as on_request:
+        report = replay_codecs(
+            requests,
+            names,
+            private_daemon_of,
+            trace=str(trace),
+            block_bytes=payload_bytes,
+            capacity_bytes=capacity_bytes,
+            timeout_s=timeout_s,
+            on_request=on_request,
+        )
+    if as_json:
+        print(msgspec.json.encode(report).decode())
+    else:
+        render.console().print(comparison_table(report))
+    if any(one.wrong_bytes or one.corrupt_records for one in report.replays.values()):
+        raise typer.Exit(1)
+
+
+def private_daemon_for(block_bytes: int, capacity_blocks: int | None) -> PrivateDaemon:
+    """A private daemon (not started) that holds exactly ``capacity_blocks`` blocks, or 1 GiB of them."""
     from kvstore.cli.replay_loop import slot_bytes
 
     slot = slot_bytes(block_bytes)
     blocks = max(1, _DEFAULT_CAPACITY_BYTES // slot) if capacity_blocks is None else capacity_blocks
-    slots_per_slab = max(1, min(_SLAB_BYTES // slot, blocks))
+    return private_daemon_of(slot, blocks * slot)
+
+
+def private_daemon_of(slot_bytes: int | None, capacity_bytes: int) -> PrivateDaemon:
+    """A private daemon (not started) for at most so many bytes of slots of one size, or of any.
+
+    Slabs are whole numbers of slots, so no byte of the capacity is lost to cutting; grants are outside the capacity.
+    """
+    from kvstore.cli.private_daemon import PrivateDaemon
+
+    if slot_bytes is None:
+        return PrivateDaemon(capacity_bytes=capacity_bytes, grant_bytes=_GRANT_BYTES)
+    blocks = max(1, capacity_bytes // slot_bytes)
+    slots_per_slab = max(1, min(_SLAB_BYTES // slot_bytes, blocks))
     return PrivateDaemon(
-        capacity_bytes=blocks * slot, grant_bytes=max(_GRANT_BYTES, 4 * slot), slab_bytes=slots_per_slab * slot
+        capacity_bytes=blocks * slot_bytes,
+        grant_bytes=max(_GRANT_BYTES, 4 * slot_bytes),
+        slab_bytes=slots_per_slab * slot_bytes,
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from time import perf_counter_ns
-from typing import Final
+from typing import Final, Protocol
 
 import msgspec
 
@@ -20,11 +20,42 @@ from kvstore.format.constants import RECORD_HEADER_BYTES
 from kvstore.format.record import padded_bytes
 from kvstore.protocol.messages import DaemonStats, PutStatus
 from kvstore.protocol.namespace import Namespace
-from kvstore_client import Client
+from kvstore_client import Match
 
-__all__ = ["DaemonView", "Latency", "ReplayReport", "replay_namespace", "replay_trace", "slot_bytes"]
+__all__ = ["DaemonView", "Latency", "ReplayClient", "ReplayReport", "replay_namespace", "replay_trace", "slot_bytes"]
 
 _PUT_ANSWERS: Final = (PutStatus.STORED, PutStatus.EXISTS, PutStatus.THROTTLED, PutStatus.REJECTED)
+
+
+class ReplayClient(Protocol):
+    """What of a ``Client`` a replay uses."""
+
+    @property
+    def corrupt_records(self) -> int:
+        """Records that arrived damaged."""
+        ...
+
+    def match(self, keys: Sequence[bytes], /) -> Match:
+        """See ``Client``."""
+        ...
+
+    def get_many_into(self, keys: Sequence[bytes], outs: Sequence[memoryview], /, *, request: int) -> list[int | None]:
+        """See ``Client``."""
+        ...
+
+    def put_many(
+        self, keys: Sequence[bytes], datas: Sequence[memoryview], /, *, parent: bytes | None, request: int
+    ) -> list[PutStatus]:
+        """See ``Client``."""
+        ...
+
+    def flush(self) -> object:
+        """See ``Client``."""
+        ...
+
+    def stats(self) -> DaemonStats:
+        """See ``Client``."""
+        ...
 
 
 class Latency(msgspec.Struct, kw_only=True):
@@ -108,11 +139,12 @@ def replay_namespace(name: str, block_bytes: int) -> Namespace:
 
 
 def replay_trace(
-    client: Client,
+    client: ReplayClient,
     requests: Sequence[TraceRequest],
     *,
     trace: str,
     block_bytes: int,
+    blocks: BlockBytes | None = None,
     on_request: Callable[[], None] = lambda: None,
 ) -> ReplayReport:
     """Replay requests in order, one after the other, each flushed before the next.
@@ -125,12 +157,15 @@ def replay_trace(
         requests: what ``read_trace`` gave.
         trace: names the trace in the report.
         block_bytes: payload bytes a block.
+        blocks: derives and checks them, of the longest request; None for bytes that derive from the keys.
         on_request: called after each request.
 
     Raises:
         KVStoreError: the daemon went away or did not answer in time.
     """
-    loop = _Loop(client, BlockBytes(block_bytes, max(1, max(len(request.full_blocks) for request in requests))))
+    if blocks is None:
+        blocks = BlockBytes(block_bytes, max(1, max(len(request.full_blocks) for request in requests)))
+    loop = _Loop(client, blocks)
     before, corrupt_before = client.stats(), client.corrupt_records
     started = perf_counter_ns()
     for request in requests:
@@ -163,7 +198,7 @@ def replay_trace(
 class _Loop:
     """State of one replay: buffers that are used again, and counts."""
 
-    def __init__(self, client: Client, blocks: BlockBytes) -> None:
+    def __init__(self, client: ReplayClient, blocks: BlockBytes) -> None:
         self._client = client
         self._blocks = blocks
         self.asked = 0

@@ -104,6 +104,24 @@ def test_replay_command_prints_a_table(tmp_path: Path) -> None:
         assert words in shown
 
 
+def test_replay_by_codecs_hits_as_many_as_fit_and_checks_every_byte(tmp_path: Path) -> None:
+    requests = synthetic_requests(80, seed=9)
+    trace = write_trace(tmp_path / "trace.jsonl", requests)
+    codecs = ("--codec", "kivi4", "--codec", "int8", "--codec", "raw")
+    done = kvstore("replay", str(trace), *codecs, "--block-bytes", "32KiB", "--capacity-blocks", "60", "--json")
+    report = json.loads(done.stdout)
+    assert list(report["replays"]) == ["raw", "kivi4", "int8"]
+    assert report["capacity_bytes"] == 60 * slot_bytes(32 << 10)
+    for codec, bits in (("raw", 16), ("kivi4", 4.5), ("int8", 8.25)):
+        one = report["replays"][codec]
+        assert one["slot_bytes"] == slot_bytes(int((32 << 10) * bits / 16))
+        assert one["capacity_blocks"] == report["capacity_bytes"] // one["slot_bytes"]
+        assert one["blocks_hit"] == sum(lru_hits(requests, one["capacity_blocks"]))
+        assert (one["wrong_bytes"], one["blocks_lost"], one["corrupt_records"]) == (0, 0, 0)
+        assert one["bytes_read"] == one["blocks_hit"] * (32 << 10)
+    assert report["replays"]["kivi4"]["blocks_hit"] > report["replays"]["raw"]["blocks_hit"]
+
+
 def test_replay_command_one_wrong_byte_exits_with_1(tmp_path: Path) -> None:
     requests = synthetic_requests(20)
     trace = write_trace(tmp_path / "trace.jsonl", requests)
@@ -136,6 +154,9 @@ def test_replay_command_other_block_size_on_the_same_daemon_is_not_wrong(tmp_pat
         (("good.jsonl", "--block-bytes", "4Kb"), "--block-bytes: '4Kb' has the unknown unit 'Kb' (did you mean KB?)"),
         (("good.jsonl", "--block-bytes", "1GiB"), "--block-bytes: 1GiB is more than 64 MiB a block"),
         (("good.jsonl", "--endpoint", "ipc:///tmp/x", "--capacity-blocks", "9"), "--capacity-blocks sizes a private"),
+        (("good.jsonl", "--endpoint", "ipc:///tmp/x", "--codec", "int8"), "--codec compares daemons of its own"),
+        (("good.jsonl", "--codec", "zip"), "--codec: unknown codec 'zip'; known are raw"),
+        (("good.jsonl", "--codec", "int8", "--block-bytes", "20KiB"), "--block-bytes: with --codec a block has whole"),
         (
             ("good.jsonl", "--endpoint", "ipc:///tmp/kvstore-nobody.sock", "--timeout", "0.3"),
             "/tmp/kvstore-nobody.sock",
