@@ -27,7 +27,7 @@ TRANSITIONS: Final = frozenset(
         (RecordState.GRANTED, RecordState.RESIDENT),  # commit
         (RecordState.GRANTED, RecordState.FREE),  # returned, refused, or the key existed: never published
         (RecordState.GRANTED, RecordState.LIMBO),  # its client is gone: it may still be writing
-        (RecordState.RESIDENT, RecordState.LIMBO),  # evicted, removed, moved, or found corrupt
+        (RecordState.RESIDENT, RecordState.LIMBO),  # evicted, removed, moved, replaced, or found corrupt
         (RecordState.LIMBO, RecordState.FREE),  # quiesced
     }
 )
@@ -41,6 +41,7 @@ class Record:
         slot: first page in the arena.
         slot_bytes, record_bytes: size of the slot, and of header and sections in it.
         codec: id of the numerics of its sections.
+        fidelity: its effective fidelity, 255 for exact.
         session: who writes it while it is granted, 0 afterwards.
     """
 

@@ -59,7 +59,7 @@ class SlotWanted(msgspec.Struct, frozen=True):
 
 
 class CommittedRecord(msgspec.Struct, frozen=True):
-    """A granted slot that was written, and what its header says."""
+    """A granted slot that was written, and what its header says; ``fidelity`` is the effective one."""
 
     slot: int
     key: bytes

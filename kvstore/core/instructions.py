@@ -21,6 +21,16 @@ class Publish(msgspec.Struct, frozen=True):
     records: list[Record]
 
 
+class Replace(msgspec.Struct, frozen=True):
+    """Let readers of a published record find a better one of the same block and part in its place.
+
+    The slot of the old one is withdrawn by a later instruction of the same answer.
+    """
+
+    slot: int
+    record: Record
+
+
 class EndNamespace(msgspec.Struct, frozen=True):
     """Say that a namespace's generation is over, before its records are withdrawn."""
 
@@ -82,5 +92,16 @@ class Count(msgspec.Struct, frozen=True):
 
 
 Instruction = (
-    Withdraw | Publish | EndNamespace | Move | Grant | TryAgain | Refuse | Answer | Namespaced | Leased | Count
+    Withdraw
+    | Publish
+    | Replace
+    | EndNamespace
+    | Move
+    | Grant
+    | TryAgain
+    | Refuse
+    | Answer
+    | Namespaced
+    | Leased
+    | Count
 )

@@ -8,6 +8,7 @@ from kvstore.core.block import Block, RecordState
 from kvstore.core.namespaces import NamespaceState
 from kvstore.core.store import Store
 from kvstore.errors import InvariantViolation
+from kvstore.format.constants import FIDELITY_EXACT
 from kvstore.protocol.keys import ROOT_KEY
 
 
@@ -108,7 +109,7 @@ def _check_slabs(store: Store) -> None:
 
 def _check_tree(namespace: NamespaceState) -> None:
     _require(namespace.current or not namespace.blocks, f"invalidated namespace {namespace.id} holds blocks")
-    slot_bytes = 0
+    slot_bytes = lossy_records = 0
     for key, block in namespace.blocks.items():
         name = key.hex()[:12]
         _require(block.key == key and block.namespace is namespace, f"block {name} is filed wrongly")
@@ -117,6 +118,9 @@ def _check_tree(namespace: NamespaceState) -> None:
         held = sum(record.slot_bytes for record in block.parts.values())
         _require(held == block.slot_bytes, f"block {name} accounts {block.slot_bytes}, holds {held}")
         slot_bytes += held
+        for part, record in block.parts.items():
+            _require(record.codec in namespace.codecs, f"block {name} part {part} is of codec {record.codec}")
+            lossy_records += record.fidelity < FIDELITY_EXACT
         parent = namespace.blocks.get(block.parent_key)
         _require(block.parent is parent, f"block {name} is not linked to its parent")
         if parent is not None:
@@ -127,6 +131,8 @@ def _check_tree(namespace: NamespaceState) -> None:
         for child in block.children or ():
             _require(namespace.blocks.get(child.key) is child, f"a child of {name} is gone")
     _require(slot_bytes == namespace.slot_bytes, f"namespace {namespace.id} slot bytes are miscounted")
+    _require(lossy_records == namespace.lossy_records, f"namespace {namespace.id} lossy records are miscounted")
+    _require(not (namespace.exact and lossy_records), f"namespace {namespace.id} is exact and holds lossy records")
     for key, waiting in namespace.orphans.items():
         _require(key not in namespace.blocks, "orphans wait for a parent that is there")
         _require(bool(waiting), "an empty set of orphans is kept")

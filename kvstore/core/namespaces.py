@@ -21,16 +21,22 @@ class NamespaceState:
 
     Attributes:
         current: False once the namespace was invalidated; it then holds no blocks for ever.
+        codecs: ids of the codecs that its records may be of.
+        exact: only records of effective fidelity 255 may be in it.
+        lossy_records: resident records whose effective fidelity is below 255.
         orphans: blocks whose parent is not resident, by the parent's key.
     """
 
     __slots__ = (
         "blocks",
+        "codecs",
         "current",
         "description",
         "digest",
+        "exact",
         "generation",
         "id",
+        "lossy_records",
         "orphans",
         "parts",
         "slot_bytes",
@@ -42,9 +48,12 @@ class NamespaceState:
         self.generation = generation
         self.digest = description.digest(generation)
         self.parts = description.parts
+        self.codecs = frozenset(map(int, description.codecs))
+        self.exact = description.fidelity == "exact"
         self.blocks: dict[bytes, Block] = {}
         self.orphans: dict[bytes, set[Block]] = {}
         self.slot_bytes = 0
+        self.lossy_records = 0
         self.current = True
 
     def leading(self, keys: Iterable[bytes]) -> list[Block]:

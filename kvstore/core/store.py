@@ -46,6 +46,7 @@ from kvstore.core.instructions import (
     Namespaced,
     Publish,
     Refuse,
+    Replace,
     TryAgain,
     Withdraw,
 )
@@ -54,7 +55,7 @@ from kvstore.core.namespaces import Namespaces, NamespaceState, descendants
 from kvstore.core.slabs import Slab, SlabAllocator
 from kvstore.core.story import Story
 from kvstore.errors import InvalidTransition
-from kvstore.format.constants import PAGE_BYTES
+from kvstore.format.constants import FIDELITY_EXACT, PAGE_BYTES
 from kvstore.policy.base import EvictionPolicy
 from kvstore.protocol.messages import PutStatus, Reason
 
@@ -98,6 +99,7 @@ class StoreCounters:
     evicted_bytes: int = 0
     removed_blocks: int = 0
     moved_records: int = 0
+    replaced_records: int = 0
     corrupt_records: int = 0
 
 
@@ -108,6 +110,24 @@ class SessionState:
     id: int
     grants: dict[int, Record] = field(default_factory=dict)
     granted_bytes: int = 0
+
+
+@dataclass(slots=True)
+class _Placing:
+    """What the commits of one event did so far.
+
+    Attributes:
+        touched: blocks that were there before, with the access that used them.
+        placed: records that got a place, in order.
+        worse: by each of them that took the place of a published record, that record. It stays published, and can have
+            its place back, until it is sure that there is room for the better one.
+        gone: slots of records that had their place for a moment within the event.
+    """
+
+    touched: list[tuple[Block, int]] = field(default_factory=list)
+    placed: list[Record] = field(default_factory=list)
+    worse: dict[Record, Record] = field(default_factory=dict)
+    gone: list[int] = field(default_factory=list)
 
 
 class Store:
@@ -187,6 +207,12 @@ class Store:
         namespace = self.namespaces.by_id.get(namespace_id)
         return [] if namespace is None else namespace.leading(keys)
 
+    def fidelity_of(self, blocks: list[Block]) -> int:
+        """The lowest effective fidelity among the records of resident blocks of one namespace, 255 for none."""
+        if not blocks or not blocks[0].namespace.lossy_records:
+            return FIDELITY_EXACT
+        return min([record.fidelity for block in blocks for record in block.parts.values()])
+
     # -------------------------------------------------------------- events
 
     def handle(self, event: Event, now_ns: int) -> list[Instruction]:
@@ -218,9 +244,7 @@ class Store:
     def _session_closed(self, event: SessionClosed) -> list[Instruction]:
         session = self.sessions.pop(event.session)
         self._leases_ended(event)
-        slots = list(session.grants)
-        for record in session.grants.values():
-            self._to_limbo(record, b"", "its client is gone")
+        slots = [self._to_limbo(record, "its client is gone") for record in session.grants.values()]
         return [Withdraw(slots)] if slots else []
 
     def _joined(self, event: Joined) -> list[Instruction]:
@@ -324,10 +348,8 @@ class Store:
             told = (self._now_ns, record.block.key, copy.part, target, RecordState.GRANTED, copy.state, "moved here")
             self.story.add(told)
             moves.append(Move(record.slot, target, record.slot_bytes))
-            self.resident_bytes += record.slot_bytes
-            self.resident_record_bytes += record.record_bytes
-            self.record_count += 1
-            self._to_limbo(record, record.block.key, "moved away")
+            self._count_resident(copy)
+            self._to_limbo(record, "moved away")
         self.counters.moved_records += len(held)
         return [*moves, Withdraw([record.slot for record in held])]
 
@@ -337,8 +359,7 @@ class Store:
         access = self._access_number(event.session, event.access)
         statuses: list[PutStatus] = []
         reasons: list[Reason] = []
-        touched: list[tuple[Block, int]] = []
-        placed: list[Record] = []
+        placing = _Placing()
         for commit in event.records:
             if event.separate:
                 self._access = access = self._access + 1
@@ -347,21 +368,25 @@ class Store:
                 status, reason = PutStatus.REJECTED, Reason.BAD_RECORD
             else:
                 session.granted_bytes -= record.slot_bytes
-                status, reason = self._place(record, commit, namespace, access, touched)
+                status, reason = self._place(record, commit, namespace, access, placing)
                 if status is PutStatus.STORED:
-                    placed.append(record)
+                    placing.placed.append(record)
                 else:
                     self._to_free(record, commit.key, status.name)
             statuses.append(status)
             reasons.append(reason)
-        for block, number in touched:
+        for block, number in placing.touched:
             self.policy.touch(block, 1, number)
         instructions: list[Instruction] = []
+        placed = placing.placed
         if self._over_capacity():
-            instructions.append(Withdraw(self._fit_capacity(placed)))
-            if None in [record.block for record in placed] or not all(block.parts for block, _ in touched):
+            instructions.append(Withdraw(self._fit_capacity(placing)))
+            if None in [record.block for record in placed] or not all(block.parts for block, _ in placing.touched):
                 self._answer_for_evicted(event, statuses, reasons)
                 placed = [record for record in placed if record.state is RecordState.RESIDENT]
+        if placing.worse or placing.gone:
+            instructions += self._retire(placing)
+            placed = [record for record in placed if record not in placing.worse]
         if placed:
             instructions.append(Publish(placed))
         instructions.append(Answer(statuses, reasons))
@@ -373,16 +398,21 @@ class Store:
         commit: CommittedRecord,
         namespace: NamespaceState | None,
         access: int,
-        touched: list[tuple[Block, int]],
+        placing: _Placing,
     ) -> tuple[PutStatus, Reason]:
-        """Publish one committed record, or say why not."""
+        """Place one committed record, or say why not."""
         if namespace is None or not namespace.current:
             return PutStatus.REJECTED, Reason.STALE_NAMESPACE
         if commit.namespace_digest != namespace.digest or commit.record_bytes > record.slot_bytes:
             return PutStatus.REJECTED, Reason.BAD_RECORD
         if commit.part >= namespace.parts:
             return PutStatus.REJECTED, Reason.BAD_PART
+        if commit.codec not in namespace.codecs:
+            return PutStatus.REJECTED, Reason.OTHER_CODEC
+        if namespace.exact and commit.fidelity < FIDELITY_EXACT:
+            return PutStatus.REJECTED, Reason.NOT_EXACT
         block = namespace.blocks.get(commit.key)
+        before: Record | None = None
         if block is None:
             if namespace.closes_circle(commit.key, commit.parent_key):
                 return PutStatus.REJECTED, Reason.BAD_PARENT
@@ -391,8 +421,9 @@ class Store:
             self.policy.insert(block, access)
             self.block_count += 1
         else:
-            touched.append((block, access))
-            if commit.part in block.parts:
+            placing.touched.append((block, access))
+            before = block.parts.get(commit.part)
+            if before is not None and commit.fidelity <= before.fidelity:
                 return PutStatus.EXISTS, Reason.NONE
             if commit.parent_key != block.parent_key:
                 return PutStatus.REJECTED, Reason.BAD_PARENT
@@ -400,22 +431,72 @@ class Store:
         record.record_bytes, record.checksum = commit.record_bytes, commit.checksum
         record.codec, record.fidelity = commit.codec, commit.fidelity
         self._change(record, RecordState.RESIDENT, commit.key, "committed")
-        block.parts[commit.part] = record
-        block.slot_bytes += record.slot_bytes
-        namespace.slot_bytes += record.slot_bytes
         self.granted_bytes -= record.slot_bytes
-        self.resident_bytes += record.slot_bytes
-        self.resident_record_bytes += record.record_bytes
-        self.record_count += 1
+        if before is not None:
+            self._displace(before, record, placing)
+        self._attach(record)
         return PutStatus.STORED, Reason.NONE
+
+    def _displace(self, before: Record, record: Record, placing: _Placing) -> None:
+        """Take a worse record's place away."""
+        self._detach(before)
+        if before not in placing.placed:
+            placing.worse[record] = before
+            return
+        # It was never published: as if it had not been, but for its slot, which goes with the others.
+        placing.placed.remove(before)
+        placing.gone.append(before.slot)
+        if before in placing.worse:
+            placing.worse[record] = placing.worse.pop(before)
+        self._to_limbo(before, "replaced", counted=False)
+
+    def _attach(self, record: Record) -> None:
+        """Make a resident record its block's, and count it."""
+        block = record.block
+        assert block is not None
+        block.parts[record.part] = record
+        block.slot_bytes += record.slot_bytes
+        namespace = block.namespace
+        namespace.slot_bytes += record.slot_bytes
+        if record.fidelity < FIDELITY_EXACT:
+            namespace.lossy_records += 1
+        self._count_resident(record)
+
+    def _detach(self, record: Record) -> None:
+        """Inverse of ``_attach``: the record stays as it is, but belongs to nothing and is not counted."""
+        block = record.block
+        assert block is not None
+        del block.parts[record.part]
+        block.slot_bytes -= record.slot_bytes
+        namespace = block.namespace
+        namespace.slot_bytes -= record.slot_bytes
+        if record.fidelity < FIDELITY_EXACT:
+            namespace.lossy_records -= 1
+        self._count_resident(record, -1)
+
+    def _count_resident(self, record: Record, by: int = 1) -> None:
+        self.resident_bytes += by * record.slot_bytes
+        self.resident_record_bytes += by * record.record_bytes
+        self.record_count += by
+
+    def _retire(self, placing: _Placing) -> list[Instruction]:
+        """Let records go whose place better ones took; a reader finds the old one or the new one, and never nothing."""
+        instructions: list[Instruction] = []
+        for record, before in placing.worse.items():
+            if record.state is RecordState.RESIDENT:
+                self.counters.replaced_records += 1
+                instructions.append(Replace(before.slot, record))
+            placing.gone.append(before.slot)
+            self._to_limbo(before, "replaced", counted=False)
+        return [*instructions, Withdraw(placing.gone)]
 
     def _over_capacity(self) -> bool:
         return self.resident_bytes > self.limits.capacity_bytes or self.record_count > self.limits.max_records
 
-    def _fit_capacity(self, placed: list[Record]) -> list[int]:
+    def _fit_capacity(self, placing: _Placing) -> list[int]:
         """Evict until resident records fit; where nothing else may leave, what was just placed must. Their slots."""
         slots: list[int] = []
-        newest_first = reversed(placed)
+        newest_first = reversed(placing.placed)
         while self._over_capacity():
             victim = self._next_victim()
             if victim is not None:
@@ -425,23 +506,30 @@ class Store:
             block = record.block
             if block is None:
                 continue
-            if len(block.parts) == 1:
+            before = placing.worse.get(record)
+            if before is not None:
+                # What was there has its place back where that helps.
+                if before.slot_bytes < record.slot_bytes and self.resident_bytes > self.limits.capacity_bytes:
+                    del placing.worse[record]
+                    self._detach(record)
+                    self._attach(before)
+                    slots.append(self._to_limbo(record, "no room", counted=False))
+            elif len(block.parts) == 1:
                 slots += self._evict(block)
             else:
                 # Its other parts may be leased, and were there before.
-                del block.parts[record.part]
-                block.slot_bytes -= record.slot_bytes
-                block.namespace.slot_bytes -= record.slot_bytes
-                self._to_limbo(record, block.key, "no room")
-                slots.append(record.slot)
+                self._detach(record)
+                slots.append(self._to_limbo(record, "no room", counted=False))
         return slots
 
     def _answer_for_evicted(self, event: Committed, statuses: list[PutStatus], reasons: list[Reason]) -> None:
         """What did not stay, although it was placed or had been there before, is no success."""
         held = bool(self.leases)
         for index, commit in enumerate(event.records):
-            here = statuses[index] in (PutStatus.STORED, PutStatus.EXISTS)
-            if here and self.find(event.namespace_id, commit.key, commit.part) is None:
+            if statuses[index] not in (PutStatus.STORED, PutStatus.EXISTS):
+                continue
+            record = self.find(event.namespace_id, commit.key, commit.part)
+            if record is None or record.fidelity < commit.fidelity:
                 statuses[index] = PutStatus.THROTTLED if held else PutStatus.REJECTED
                 reasons[index] = Reason.ALL_HELD if held else Reason.NO_ROOM
 
@@ -572,25 +660,25 @@ class Store:
         namespace.remove(block)
         namespace.slot_bytes -= block.slot_bytes
         self.block_count -= 1
-        slots = []
-        for record in block.parts.values():
-            self._to_limbo(record, block.key, cause)
-            slots.append(record.slot)
+        if namespace.lossy_records:
+            namespace.lossy_records -= sum(record.fidelity < FIDELITY_EXACT for record in block.parts.values())
+        slots = [self._to_limbo(record, cause) for record in block.parts.values()]
         block.parts = {}
         block.slot_bytes = 0
         return slots
 
-    def _to_limbo(self, record: Record, key: bytes, cause: str) -> None:
-        if record.state is RecordState.RESIDENT:
-            self.resident_bytes -= record.slot_bytes
-            self.resident_record_bytes -= record.record_bytes
-            self.record_count -= 1
-        else:
+    def _to_limbo(self, record: Record, cause: str, *, counted: bool = True) -> int:
+        """Its slot, to be withdrawn. ``counted``: its bytes are, as those of a grant or of a resident record."""
+        if record.state is RecordState.GRANTED:
             self.granted_bytes -= record.slot_bytes
+        elif counted:
+            self._count_resident(record, -1)
+        key = b"" if record.block is None else record.block.key
         self._change(record, RecordState.LIMBO, key, cause)
         self.limbo_bytes += record.slot_bytes
         self._limbo_since_ns.setdefault(record.slot_bytes, {})[record.slot] = self._now_ns
         record.block = None
+        return record.slot
 
     def _to_free(self, record: Record, key: bytes, cause: str) -> None:
         """A grant that was never published: its slot can be used again at once."""

@@ -44,7 +44,7 @@ ENTRY_KEY: Final = 8
 ENTRY_PLACE: Final = 40
 """slot u32 | record length u32 << 32."""
 ENTRY_IDENTITY: Final = 48
-"""namespace u16 | part u16 << 16 | codec u16 << 32 | state u8 << 48 | fidelity u8 << 56."""
+"""namespace u16 | part u16 << 16 | codec u16 << 32 | state u8 << 48 | effective fidelity u8 << 56."""
 ENTRY_CHECKSUM: Final = 56
 
 PART_SHIFT: Final = 16

@@ -1,4 +1,4 @@
-"""Writing the index: publishing, withdrawing, moving records, and finding out whether a slot is still being read.
+"""Writing the index: publishing, replacing, withdrawing, moving records, and finding out whether a slot is being read.
 
 Only the daemon's one thread calls these. ``entries`` maps a slot to its entry's number: an int64 array with a word for
 each page of the arena, private to the daemon.
@@ -202,6 +202,32 @@ def rescan(entries: int, slot_count: int, clients: int, client_count: int, slots
     mark_hazards(entries, slot_count, clients, client_count)
     fence_acquire()
     return take_marks(entries, slots, count)
+
+
+@compiled("int64(int64, int64, int64, int64)")
+def replace(buckets: int, entries: int, source: int, record: int) -> int:
+    """Let an entry name another record of its block and part, in another slot; 0 where the source has no entry.
+
+    A reader finds the one or the other: at no time is neither there. What reads the source finds the sequence changed.
+    ``record`` is the address of ``PUBLISH_WORDS`` words as of ``publish``.
+    """
+    number = load(entries + 8 * source)
+    if number <= NO_ENTRY:
+        return 0
+    entry = buckets + number * ENTRY_BYTES
+    sequence = load(entry)
+    store(entry, sequence + 1)
+    # Release fence, as in ``publish``: namespace, part and key stay what they are, and with them the tag.
+    fence_release()
+    place = load(record + 32)
+    store(entry + ENTRY_PLACE, place)
+    store(entry + ENTRY_IDENTITY, load(record + 40))
+    store(entry + ENTRY_CHECKSUM, load(record + 48))
+    # Release: the new record's bytes are seen by whoever sees its place.
+    store_release(entry, sequence + 2)
+    store(entries + 8 * (place & WHO_MASK), number)
+    store(entries + 8 * source, NO_ENTRY)
+    return 1
 
 
 @compiled("int64(int64, int64, int64, int64)")

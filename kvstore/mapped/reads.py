@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from kvstore.mapped.atomics import copy, load, prefetch, stack_words, store
+from kvstore.format.constants import FIDELITY_EXACT
+from kvstore.mapped.atomics import copy, load, prefetch, shift_right, stack_words, store
 from kvstore.mapped.bucket import first_bucket, hash_key, second_bucket
 from kvstore.mapped.client_file import MAX_MISSING
 from kvstore.mapped.compiled import compiled, inlined
@@ -41,7 +42,7 @@ from kvstore.mapped.context import (
     WINDOW,
     WINDOW_WORDS,
 )
-from kvstore.mapped.index_file import BUCKET_BYTES, BUCKET_ENTRIES, ENTRY_BYTES, WHO_MASK
+from kvstore.mapped.index_file import BUCKET_BYTES, BUCKET_ENTRIES, ENTRY_BYTES, FIDELITY_SHIFT, WHO_MASK
 from kvstore.mapped.index_reader import look_up, payload_of, pin_entry, read_item, usable
 from kvstore.mapped.python_objects import (
     buffer_address,
@@ -196,9 +197,13 @@ def _prepare_window(context: int, keys_id: int, begin: int, count: int) -> int:
 
 @compiled("int64(int64, int64, int64, int64)")
 def match(context: int, keys_id: int, count: int, access: int) -> int:
-    """How many leading keys of a list have all their parts; ``BAD_ARGUMENT`` where one of the list is no key.
+    """How many leading keys of a list have all their parts, and how far their records are from exact.
 
     The report goes out for what a chain of keys means: its deepest hit was used, and with it all above.
+
+    Returns:
+        The hits, and 255 less the lowest effective fidelity of their records times 2**32; ``BAD_ARGUMENT`` where one of
+        the list is no key.
     """
     now = now_ns(context)
     if look_is_due(context, now) != 0:
@@ -208,6 +213,8 @@ def match(context: int, keys_id: int, count: int, access: int) -> int:
     if refused != 0 and refused != STALE:
         return refused
     hits = 0
+    lowest = FIDELITY_EXACT
+    next_lowest = FIDELITY_EXACT
     slot = 0
     sequence = 0
     next_slot = 0
@@ -228,17 +235,18 @@ def match(context: int, keys_id: int, count: int, access: int) -> int:
         window = load(context + KEYS)
         for index in range(size):
             for part in range(parts):
-                entry, found, where, _ = look_up(context, window + index * _WINDOW_BYTES, part)
+                entry, found, where, identity = look_up(context, window + index * _WINDOW_BYTES, part)
                 if entry < 0:
                     return BUSY
                 if entry == 0:
                     going = False
                     break
+                next_lowest = min(next_lowest, shift_right(identity, FIDELITY_SHIFT))
                 if part == 0:
                     next_slot, next_sequence = where & WHO_MASK, found
             if not going:
                 break
-            slot, sequence = next_slot, next_sequence
+            slot, sequence, lowest = next_slot, next_sequence, next_lowest
             hits += 1
         begin += size
     again = usable(context)
@@ -246,6 +254,7 @@ def match(context: int, keys_id: int, count: int, access: int) -> int:
         if again != STALE:
             return again
         hits = 0
+        lowest = FIDELITY_EXACT
     file = load(context + FILE)
     named = min(count - hits, MAX_MISSING)
     record = begin_report(file, _MATCH, 0, load(context + NAMESPACE_ID), named)
@@ -254,7 +263,7 @@ def match(context: int, keys_id: int, count: int, access: int) -> int:
             name_missing(file, index, _key_at(context, keys_id, hits + index))
         fill_report(record, count, hits, slot, sequence, access, now, 0, 0)
         end_report(context, named)
-    return hits
+    return hits | (FIDELITY_EXACT - lowest) << 32
 
 
 # ---------------------------------------------------------------- batches

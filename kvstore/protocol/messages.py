@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from kvstore.format.constants import FIDELITY_EXACT
 from kvstore.protocol.keys import KEY_BYTES
 from kvstore.protocol.namespace import Namespace
 from kvstore.protocol.version import (
@@ -34,9 +35,9 @@ Ident = Annotated[str, msgspec.Meta(max_length=MAX_IDENT_CHARACTERS)]
 class PutStatus(IntEnum):
     """Answer to one put. Persisted on the wire.
 
-    ``STORED``: it is published. ``EXISTS``: the key was present and its record was kept. ``THROTTLED``: not
-    now, try again. ``REJECTED``: never like this. ``PENDING``: given by ``put(wait=False)`` only, ``flush()``
-    knows more.
+    ``STORED``: it is published, perhaps in the place of a worse record. ``EXISTS``: the key was present and its
+    record, as good or better, was kept. ``THROTTLED``: not now, try again. ``REJECTED``: never like this. ``PENDING``:
+    given by ``put(wait=False)`` only, ``flush()`` knows more.
     """
 
     STORED = 1
@@ -72,6 +73,14 @@ class Reason(IntEnum):
     """This client holds as many granted bytes as it may."""
     MEMORY_LIMIT = 11
     """The memory file system is full; the tier stays smaller than configured."""
+    NOT_EXACT = 12
+    """The namespace is exact; the record is lossy, or was computed on lossy blocks. Since version 3."""
+    OTHER_CODEC = 13
+    """The record's codec is not one that the namespace allows. Since version 3."""
+
+    def known_in(self, version: int) -> Reason:
+        """The reason that a peer of a protocol version is told."""
+        return Reason.BAD_RECORD if version < 3 and self >= Reason.NOT_EXACT else self
 
 
 class GetStatus(IntEnum):
@@ -321,17 +330,25 @@ class GetReply(Reply, tag=105):
 
 
 class MatchReply(Reply, tag=106):
-    """``hits`` leading blocks; their tiers as (TierId, count) runs; the lease, 0 for none."""
+    """``hits`` leading blocks; their tiers as (TierId, count) runs; the lease, 0 for none.
+
+    ``fidelity`` is the lowest effective fidelity among their records, 255 where all are exact.
+    """
 
     hits: Unsigned
     tiers: tuple[tuple[Unsigned, Unsigned], ...] = ()
     lease: Unsigned = 0
+    fidelity: Unsigned = FIDELITY_EXACT
 
 
 class ExistsReply(Reply, tag=107):
-    """One ``TierId`` byte a key, 0 where the block is not complete."""
+    """One ``TierId`` byte a key, 0 where the block is not complete.
+
+    ``fidelities`` has the lowest effective fidelity of the block's records, a byte a key, 0 where it is not complete.
+    """
 
     tiers: bytes
+    fidelities: bytes = b""
 
 
 class CountReply(Reply, tag=108):
@@ -421,7 +438,7 @@ class LookupStats(msgspec.Struct, kw_only=True):
 
 
 class PutStats(msgspec.Struct, kw_only=True):
-    """Puts since the start."""
+    """Puts since the start. ``replaced``: of the stored ones, those that took the place of a worse record."""
 
     stored: Unsigned
     exists: Unsigned
@@ -429,6 +446,7 @@ class PutStats(msgspec.Struct, kw_only=True):
     rejected: Unsigned
     bytes_in: Unsigned
     reasons: dict[str, int]
+    replaced: Unsigned = 0
 
 
 class EvictionStats(msgspec.Struct, kw_only=True):

@@ -14,6 +14,7 @@ from typing import Any, Final, Literal
 import msgspec
 
 from kvstore.errors import InvalidArgument
+from kvstore.format.constants import CODEC_FIDELITY, CODECS_BY_NAME, EXACT_CODECS, CodecId
 
 DIGEST_BYTES: Final = 32
 MAX_PARTS: Final = 4096
@@ -38,8 +39,9 @@ class Namespace(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         block_tokens: tokens a block, 0 where the engine does not say.
         parts: records that make a block complete (tensor-parallel shards x KV groups), 1 to 4096.
         tenant_salt: secret or name that keeps tenants apart.
-        codec: codec policy of the stored records.
-        fidelity: ``"any"``, or ``"exact"`` where lossy records must never be served.
+        codec: the worst codec that a record may be of, by name (``docs/codecs.md``); see ``codecs``.
+        fidelity: ``"any"``, or ``"exact"`` where nothing lossy is ever stored or served: neither records of lossy
+            codecs nor what was computed on such.
     """
 
     name: str = "default"
@@ -64,10 +66,14 @@ class Namespace(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
                 raise InvalidArgument(f"namespace {field} must be valid Unicode, got {repr(value)[:80]}")
         if not self.name:
             raise InvalidArgument("namespace name must not be empty")
-        if self.codec != "raw":
-            raise InvalidArgument(f"unknown codec {self.codec!r} in the namespace: this version stores 'raw' only")
+        if self.codec not in CODECS_BY_NAME:
+            known = ", ".join(CODECS_BY_NAME)
+            raise InvalidArgument(f"unknown codec {self.codec!r} in the namespace; there are {known}")
         if self.fidelity not in ("any", "exact"):
             raise InvalidArgument(f"namespace fidelity must be 'any' or 'exact', got {self.fidelity!r}")
+        if self.fidelity == "exact" and CODECS_BY_NAME[self.codec] not in EXACT_CODECS:
+            exact = ", ".join(sorted(codec.text for codec in EXACT_CODECS))
+            raise InvalidArgument(f"an exact namespace cannot store {self.codec!r}, which is lossy; use one of {exact}")
         if not _is_whole(self.parts) or not 1 <= self.parts <= MAX_PARTS:
             raise InvalidArgument(f"namespace parts must be 1 to {MAX_PARTS}, got {self.parts!r}")
         if not _is_whole(self.block_tokens) or not 0 <= self.block_tokens < 1 << 31:
@@ -97,6 +103,19 @@ class Namespace(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             known = ", ".join(cls.__struct_fields__)
             raise InvalidArgument(f"unknown namespace option {', '.join(map(repr, unknown))}; known are {known}")
         return cls(**value)
+
+    @property
+    def codecs(self) -> frozenset[CodecId]:
+        """Codecs that a record of this namespace may be of.
+
+        With ``raw`` that one alone: what is read is what was put, byte for byte. With any other codec all that come as
+        near to the original as it does or nearer: it may be wrong for a block (a value that is not finite), or too weak
+        for the first blocks of a prompt.
+        """
+        codec = CODECS_BY_NAME[self.codec]
+        if codec is CodecId.RAW:
+            return frozenset({codec})
+        return frozenset(other for other in CodecId if CODEC_FIDELITY[other] >= CODEC_FIDELITY[codec])
 
     def canonical(self) -> bytes:
         """The description as canonical JSON: every field, sorted, no blanks; the tenant's salt as its sha256.

@@ -15,6 +15,7 @@ from kvstore.core.instructions import (
     Namespaced,
     Publish,
     Refuse,
+    Replace,
     TryAgain,
     Withdraw,
 )
@@ -51,6 +52,9 @@ class Executor:
                 self._withdraw(instruction.slots)
             elif isinstance(instruction, Publish):
                 self._publish(instruction.records)
+            elif isinstance(instruction, Replace):
+                if self.index is not None:
+                    self.index.replace(instruction.slot, instruction.record)
             elif isinstance(instruction, Move):
                 self._move(instruction)
             elif isinstance(instruction, EndNamespace):

@@ -77,7 +77,7 @@ class Puts:
             self._executor.arena.write(granted.slot, granted.slot_bytes, frame_buffer(header_frame), payload)
             pending.append((index, _committed(granted, header)))
         commit()
-        return self._reply(request, incarnation, statuses, reasons, frames)
+        return self._reply(session, request, incarnation, statuses, reasons, frames)
 
     def _check(self, header_frame: zmq.Frame, payload: memoryview | bytes | bytearray) -> RecordHeader | None:
         if len(header_frame) != RECORD_HEADER_BYTES:
@@ -98,6 +98,7 @@ class Puts:
 
     def _reply(
         self,
+        session: Session,
         request: Put,
         incarnation: int,
         statuses: list[PutStatus],
@@ -116,6 +117,7 @@ class Puts:
             for reason in reasons:
                 if reason is not Reason.NONE:
                     counters.reasons[reason.name.lower()] += 1
+            reasons = [reason.known_in(session.protocol) for reason in reasons]
         counters.bytes_in += sum(
             len(frames[2 * index + 1]) for index, status in enumerate(statuses) if status is PutStatus.STORED
         )
@@ -131,7 +133,7 @@ def _committed(granted: Record, header: RecordHeader) -> CommittedRecord:
         part=header.part,
         record_bytes=header.record_bytes,
         checksum=header.payload_checksum,
-        fidelity=header.fidelity,
+        fidelity=header.effective_fidelity,
         codec=int(header.codec),
     )
 

@@ -235,7 +235,13 @@ class Requests:
         unmapped = self._mapping.refuses(request, same_host)
         try:
             session = self._sessions.open(
-                identity, request.pid, request.client_version[:64], same_host, self._clock(), mapped=not unmapped
+                identity,
+                request.pid,
+                request.client_version[:64],
+                version,
+                same_host,
+                self._clock(),
+                mapped=not unmapped,
             )
         except TooManySessions as error:
             raise Refused(ErrorCode.LIMIT, str(error)) from None
@@ -319,7 +325,8 @@ class Requests:
             lease = answer.lease
         hits = len(blocks)
         tiers = ((int(TierId.DRAM), hits),) if hits else ()
-        self._send(session.identity, MatchReply(request.id, self._incarnation, hits, tiers, lease))
+        fidelity = self._store.fidelity_of(blocks)
+        self._send(session.identity, MatchReply(request.id, self._incarnation, hits, tiers, lease, fidelity))
         # The client waits for the answer, not for the policy's bookkeeping.
         # A match asks for a chain: its deepest hit was used, and with it all above, as mapped clients report it.
         runs = [(blocks[-1], hits)] if blocks else []
@@ -365,13 +372,14 @@ class Requests:
     def _exists(self, session: Session, request: Exists) -> Reply:
         namespace = self._store.namespaces.by_id.get(request.namespace_id)
         keys = _keys(request.keys)
-        tiers = bytearray(len(keys))
+        tiers, fidelities = bytearray(len(keys)), bytearray(len(keys))
         if namespace is not None:
             for index, key in enumerate(keys):
                 block = namespace.blocks.get(key)
                 if block is not None and block.complete:
                     tiers[index] = TierId.DRAM
-        return ExistsReply(request.id, self._incarnation, bytes(tiers))
+                    fidelities[index] = min(record.fidelity for record in block.parts.values())
+        return ExistsReply(request.id, self._incarnation, bytes(tiers), bytes(fidelities))
 
     def _prefetch(self, session: Session, request: Prefetch) -> Reply:
         # With one tier nothing lies below it: what is there is where it was asked to be.

@@ -200,7 +200,7 @@ class Rings:
             header.part,
             header.record_bytes,
             header.payload_checksum,
-            header.fidelity,
+            header.effective_fidelity,
             int(header.codec),
         )
 
@@ -214,7 +214,7 @@ class Rings:
         assert isinstance(answer, Answer)
         counters = self._counters
         for (number, commit), status, reason in zip(pending, answer.statuses, answer.reasons, strict=True):
-            client.answer(number, status, reason)
+            client.answer(number, status, reason.known_in(client.session.protocol))
             if status is PutStatus.STORED:
                 counters.stored += 1
                 counters.bytes_in += commit.record_bytes - RECORD_HEADER_BYTES

@@ -33,6 +33,7 @@ class Session:
 
     Attributes:
         identity: its connection at the ROUTER; a session is used from no other.
+        protocol: the version that was agreed on.
         same_host: whether its clock is ours.
         locked: whether it holds the lock on its file.
         last_ns: when it was last heard.
@@ -45,6 +46,7 @@ class Session:
     identity: bytes
     pid: int
     version: str
+    protocol: int
     same_host: bool
     last_ns: int
     file: SessionFile | None
@@ -90,7 +92,15 @@ class Sessions:
         return list(self._by_id.values())
 
     def open(
-        self, identity: bytes, pid: int, version: str, same_host: bool, now_ns: int, *, mapped: bool = False
+        self,
+        identity: bytes,
+        pid: int,
+        version: str,
+        protocol: int,
+        same_host: bool,
+        now_ns: int,
+        *,
+        mapped: bool = False,
     ) -> Session:
         """A new session for a connection; the caller has closed the connection's last one.
 
@@ -98,6 +108,7 @@ class Sessions:
             identity: as in ``Session``.
             pid: as in ``Session``.
             version: as in ``Session``.
+            protocol: as in ``Session``.
             same_host: as in ``Session``.
             now_ns: the time.
             mapped: give it a file that is shared as memory, if there is room for one.
@@ -116,7 +127,7 @@ class Sessions:
                 file = self._file(number, CLIENT_FILE_BYTES, mapped=True)
             if file is None:
                 file = self._file(number, SESSION_FILE_BYTES, mapped=False)
-        session = Session(number, identity, pid, version, same_host, now_ns, file)
+        session = Session(number, identity, pid, version, protocol, same_host, now_ns, file)
         self._by_id[number] = self._by_identity[identity] = session
         self.opened += 1
         return session

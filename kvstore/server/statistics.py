@@ -79,6 +79,7 @@ class Statistics:
                 rejected=counters.rejected,
                 bytes_in=counters.bytes_in,
                 reasons=dict(counters.reasons),
+                replaced=self.store.counters.replaced_records,
             ),
             eviction=self._eviction(),
             server=self._server(),

@@ -31,7 +31,7 @@ from kvstore.mapped.index_file import (
     NamespaceWord,
     encode_index_header,
 )
-from kvstore.mapped.index_writer import PUBLISH_WORDS, candidates, move, publish, rescan, withdraw
+from kvstore.mapped.index_writer import PUBLISH_WORDS, candidates, move, publish, replace, rescan, withdraw
 from kvstore.tiers.files import SharedFile
 
 _RECORD: Final = struct.Struct("<32sQQQQ")
@@ -125,17 +125,7 @@ class Index:
             some = records[begin : begin + _STEP]
             at = 0
             for record in some:
-                block = record.block
-                assert block is not None
-                identity = (
-                    block.namespace.id
-                    | record.part << PART_SHIFT
-                    | record.codec << CODEC_SHIFT
-                    | _LIVE
-                    | record.fidelity << FIDELITY_SHIFT
-                )
-                place = record.slot | record.record_bytes << 32
-                _RECORD.pack_into(self._record_bytes, at, block.key, place, identity, record.checksum, 0)
+                self._pack(record, at)
                 at += _RECORD.size
             header = self.header
             full = publish(
@@ -146,6 +136,25 @@ class Index:
                 results = self._records[_RESULT : len(some) * PUBLISH_WORDS : PUBLISH_WORDS].tolist()
                 left += [record for record, result in zip(some, results, strict=True) if not result]
         return left
+
+    def replace(self, slot: int, record: Record) -> None:
+        """Let readers of a published record find another one of its block and part in its place."""
+        self._pack(record, 0)
+        replaced = replace(self._buckets, self._entries_at, slot, self._records_at)
+        assert replaced, f"slot {slot} was to be replaced and is not published"
+
+    def _pack(self, record: Record, at: int) -> None:
+        block = record.block
+        assert block is not None
+        identity = (
+            block.namespace.id
+            | record.part << PART_SHIFT
+            | record.codec << CODEC_SHIFT
+            | _LIVE
+            | record.fidelity << FIDELITY_SHIFT
+        )
+        place = record.slot | record.record_bytes << 32
+        _RECORD.pack_into(self._record_bytes, at, block.key, place, identity, record.checksum, 0)
 
     def others(self, record: Record) -> list[int]:
         """The slots of the records in both buckets of one that found no room."""

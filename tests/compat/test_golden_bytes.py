@@ -250,6 +250,16 @@ REPLIES_2: dict[str, AnyReply] = {
     "reserved": Reserved(*reply(17), 4096, 256, Reason.NONE),
     "stats-reply": StatsReply(*reply(13), MAPPED_STATS),
 }
+
+# What changed in version 3: records of codecs, which are lossy and may replace each other.
+REPLIES_3: dict[str, AnyReply] = {
+    "match-reply": MatchReply(*reply(4), 2, ((TierId.DRAM, 2),), 9, 85),
+    "exists-reply": ExistsReply(*reply(6), bytes([TierId.DRAM, TierId.NONE]), bytes([85, 0])),
+    "stats-reply": StatsReply(
+        *reply(13),
+        msgspec.structs.replace(MAPPED_STATS, puts=msgspec.structs.replace(MAPPED_STATS.puts, replaced=1)),
+    ),
+}
 PAYLOAD_FRAMES = {
     "put": [encode_header(HEADERS[0]), PAYLOADS[0], encode_header(HEADERS[1]), PAYLOADS[1]],
     "get-reply": [encode_header(HEADERS[0]) + PAYLOADS[0], encode_header(HEADERS[1]) + PAYLOADS[1]],
@@ -257,6 +267,7 @@ PAYLOAD_FRAMES = {
 RECORDS = {
     "raw-opaque": (HEADERS[0], PAYLOADS[0]),
     "raw-bfloat16": (TYPED, PAYLOADS[1]),
+    "raw-lineage": (msgspec.structs.replace(HEADERS[0], lineage=85), PAYLOADS[0]),
 }
 
 
@@ -264,7 +275,7 @@ def decode(frame: bytes, message: msgspec.Struct) -> msgspec.Struct:
     return decode_request(frame) if type(message) in get_args(AnyRequest) else decode_reply(frame)
 
 
-ALL = {"protocol-1": REQUESTS | REPLIES, "protocol-2": REQUESTS_2 | REPLIES_2}
+ALL = {"protocol-1": REQUESTS | REPLIES, "protocol-2": REQUESTS_2 | REPLIES_2, "protocol-3": REPLIES_3}
 NOW = {name: f"{folder}/{name}" for folder, messages in ALL.items() for name in messages}
 """The golden file of each message as it is sent today: the last one."""
 
@@ -326,8 +337,15 @@ def test_record_golden_bytes_decode_and_encode_identically(name: str):
 
 
 def test_golden_files_every_message_type_has_one_and_each_is_tested():
-    assert golden_names("protocol-1") | golden_names("protocol-2") == set(CURRENT | GROWN)
-    assert set(GROWN) == {"protocol-1/hello", "protocol-1/welcome", "protocol-1/stats-reply"}
+    assert set.union(*map(golden_names, ALL)) == set(CURRENT | GROWN)
+    assert set(GROWN) == {
+        "protocol-1/hello",
+        "protocol-1/welcome",
+        "protocol-1/match-reply",
+        "protocol-1/exists-reply",
+        "protocol-1/stats-reply",
+        "protocol-2/stats-reply",
+    }
     assert golden_names("record-1") == {f"record-1/{name}" for name in RECORDS}
     assert {type(message) for message in (REQUESTS | REQUESTS_2).values()} == set(get_args(AnyRequest))
     assert {type(message) for message in (REPLIES | REPLIES_2).values()} == set(get_args(AnyReply))

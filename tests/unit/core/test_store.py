@@ -412,7 +412,7 @@ def test_sizes_change_moves_records_together_and_keeps_their_bytes():
     assert small.store.counters.moved_records
     for key, block in small.namespace.blocks.items():
         letter = key.rstrip(b"_").decode()
-        assert small.executor.contents[block.parts[0].slot] == (letter, 0)
+        assert small.executor.contents[block.parts[0].slot] == (letter, 0, 255)
     validate_state(small.store)
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+import threading
+import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -130,6 +133,85 @@ def test_move_record_is_found_in_its_new_slot_and_the_old_one_is_free() -> None:
     memory.withdraw(9)
     assert read(memory, key_of(1)) == MISS
     assert memory.move(5, 9, 0) == 0
+
+
+def test_replace_better_record_is_found_and_the_old_slot_is_free() -> None:
+    memory = MappedMemory(verify_every=1, buckets=2)
+    keys = [key_of(number) for number in range(30) if memory.publish(number + 1, key_of(number), 7, 0, fidelity=85)]
+    assert len(keys) == 14, "both buckets are full, which does not matter"
+    key, source = key_of(1), 2
+    assert match(memory.context, id([key]), 1, 0) == 1 | 170 << 32
+    assert memory.replace(source, 100, key, b"the better payload") == 1
+    memory.bytes_at(source, 4096)[:] = bytes(4096)
+    assert read(memory, key) == b"the better payload"
+    assert match(memory.context, id([key]), 1, 0) == 1
+    assert memory.withdraw(source) == []
+    assert read(memory, key) == b"the better payload"
+    assert memory.replace(source, 101, key, b"?") == 0
+    memory.withdraw(100)
+    assert read(memory, key) == MISS
+
+
+def test_replace_while_the_old_record_is_read_in_place_keeps_its_slot() -> None:
+    memory = MappedMemory()
+    memory.put(5, key_of(1), b"payload")
+    key = key_of(1)
+    assert pin_one(memory.context, id(key), 0, 0, 0, 0) == 5 << 32 | 7
+    memory.replace(5, 9, key, b"better")
+    assert memory.withdraw(5) == [5]
+    assert memory.bytes_at(5, 4096)[256:263] == b"payload"
+    assert pin_one(memory.context, id(key), 1, 0, 0, 0) == 9 << 32 | 6
+    unpin(memory.context, 0)
+    assert memory.rescan(5) == []
+
+
+def test_replace_again_and_again_is_never_a_miss_and_never_a_mixture() -> None:
+    """Another thread reads meanwhile, without the interpreter lock; a slot is written again as soon as it is free."""
+    memory = MappedMemory(verify_every=1)
+    key, size, count = key_of(1), 3000, 20_000
+    memory.put(5, key, b"\0" * size)
+    out = np.zeros(size, np.uint8)
+    items = np.zeros((count, fields.ITEM_BYTES // 8), np.int64)
+    items[:, :4] = np.frombuffer(key, np.int64)
+    items[:, fields.ITEM_TARGET // 8], items[:, fields.ITEM_CAPACITY // 8] = out.ctypes.data, size
+    seen: Counter[int] = Counter()
+    over = threading.Event()
+
+    def keep_reading() -> None:
+        while not over.is_set():
+            copy_batch(memory.context, int(items.ctypes.data), count, 0)
+            seen.update(items[:, fields.ITEM_RESULT // 8].tolist())
+
+    reader = threading.Thread(target=keep_reading)
+    reader.start()
+    try:
+        source, target = 5, 9
+        end = time.monotonic() + 1.5
+        turn = 0
+        while time.monotonic() < end:
+            turn += 1
+            assert memory.replace(source, target, key, bytes([turn % 256]) * size)
+            assert memory.withdraw(source) == []
+            source, target = target, source
+    finally:
+        over.set()
+        reader.join()
+    assert seen[size] > count
+    assert turn > 100
+    assert set(seen) <= {size, BUSY}, seen
+
+
+def test_match_tells_the_lowest_fidelity_of_its_hits() -> None:
+    memory = MappedMemory(parts=2)
+    for number, fidelities in enumerate([(255, 255), (255, 178), (85, 255), (34,)]):
+        for part, fidelity in enumerate(fidelities):
+            memory.publish(1 + 2 * number + part, key_of(number), 7, part=part, fidelity=fidelity)
+    keys = [key_of(number) for number in range(4)]
+    for count, hits, lowest in [(1, 1, 255), (2, 2, 178), (3, 3, 85), (4, 3, 85)]:
+        assert match(memory.context, id(keys), count, 0) == hits | (255 - lowest) << 32
+    memory.publish(20, key_of(0), 7, part=0)
+    memory.set_namespace(2)
+    assert match(memory.context, id(keys), 3, 0) == 0
 
 
 def test_publish_full_buckets_is_refused_and_changes_nothing() -> None:
