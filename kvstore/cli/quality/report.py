@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Group, RenderableType
 from rich.text import Text
 
@@ -17,32 +19,45 @@ _RAW_BITS = 16
 def table_of(report: QualityReport) -> RenderableType:
     """All codecs, those with more bits first, and what the columns mean."""
     rows = sorted(report.codecs, key=lambda row: -row.bits)
-    with_outliers = any(row.outlier_recall is not None for row in rows)
-    columns = ["codec", "bits", "ratio", "natural", "KL", "recall", "KL"]
-    columns += ["outliers: natural", "recall", "KL"] if with_outliers else []
-    columns += ["K error", "V error", "attention"]
-    made = render.table("Quality of codecs", columns)
+    parts: list[RenderableType] = [_tasks(rows), "", _errors(rows)]
+    if any(row.outlier_recall is not None for row in rows):
+        parts += ["", _outliers(rows)]
+    return Group(*parts, "", _legend(report))
+
+
+def _tasks(rows: Sequence[CodecQuality]) -> RenderableType:
+    made = render.table("Quality of codecs", ["codec", "bits", "ratio", "natural", "KL", "recall", "KL"])
     for row in rows:
         made.add_row(
             row.codec,
             f"{row.bits:.3f}",
-            f"{_RAW_BITS / row.bits:.2f}x",
+            f"{_RAW_BITS / row.bits:.2f}",
             _cell(row, row.natural),
             _thousandths(row.natural_divergence),
             _cell(row, row.recall),
             _thousandths(row.recall_divergence),
-            *(
-                (
-                    _cell(row, row.outlier_natural),
-                    _cell(row, row.outlier_recall),
-                    _thousandths(row.outlier_recall_divergence),
-                )
-                if with_outliers
-                else ()
-            ),
-            *(_error(value) for value in (row.key_error, row.value_error, row.attention_error)),
         )
-    return Group(made, "", _legend(report))
+    return made
+
+
+def _errors(rows: Sequence[CodecQuality]) -> RenderableType:
+    made = render.table("Errors", ["codec", "keys", "values", "attention"])
+    for row in rows:
+        made.add_row(row.codec, *(_error(value) for value in (row.key_error, row.value_error, row.attention_error)))
+    return made
+
+
+def _outliers(rows: Sequence[CodecQuality]) -> RenderableType:
+    made = render.table("With outliers", ["codec", "bits", "natural", "recall", "KL"])
+    for row in rows:
+        made.add_row(
+            row.codec,
+            f"{row.bits:.3f}",
+            _cell(row, row.outlier_natural),
+            _cell(row, row.outlier_recall),
+            _thousandths(row.outlier_recall_divergence),
+        )
+    return made
 
 
 def _cell(row: CodecQuality, value: Estimate | None) -> Text:

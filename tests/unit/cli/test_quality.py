@@ -114,11 +114,16 @@ def test_committed_results_are_read_without_torch_and_numpy() -> None:
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
-def test_table_of_the_committed_results_has_a_row_a_codec(capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables_of_the_committed_results_have_a_row_a_codec_and_fit_80_columns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     render.console().print(table_of(measured_report()))
     lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert not any("…" in line for line in lines)
     for name in CODECS:
-        assert sum(line.split()[:1] == [name] for line in lines) == 1
+        assert sum(line.split()[:1] == [name] for line in lines) == 3
 
 
 def test_table_of_a_ratio_shows_mean_and_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
