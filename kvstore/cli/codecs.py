@@ -25,7 +25,7 @@ def codecs(
         typer.Option(help="Whose KV the sizes are of: a config.json, a directory that holds one, or a known name."),
     ] = _MODEL,
     block_tokens: Annotated[int, typer.Option(help="Tokens a block.", min=1, max=1 << 20, metavar="N")] = 64,
-    dtype: Annotated[str | None, typer.Option(help="Of the KV cache. [default: the model's]", metavar="NAME")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the KV cache. (default: the model's)", metavar="NAME")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show the codecs: bits a value, measured quality, and whether they run on this machine's CPU and GPU."""

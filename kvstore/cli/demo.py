@@ -61,13 +61,13 @@ def demo(
         ModelSize | None,
         typer.Option(
             help="Model: 0.4, 31 or 152 million random parameters, or 2.6 million trained ones. "
-            "[default: small; trained with a lossy codec]",
+            "(default: small; trained with a lossy codec)",
         ),
     ] = None,
     prompt_tokens: Annotated[
         int | None,
         typer.Option(
-            help="Length of the prompt. [default: 2048; 448 with the trained model]", min=2, max=1 << 17, metavar="N"
+            help="Length of the prompt. (default: 2048; 448 with the trained model)", min=2, max=1 << 17, metavar="N"
         ),
     ] = None,
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=1, max=4096, metavar="N")] = 32,

@@ -21,9 +21,9 @@ def layout(
     tokens: Annotated[
         int, typer.Option(help="Length of a prefix whose bytes and transfer times are shown.", min=1, metavar="N")
     ] = 8192,
-    dtype: Annotated[str | None, typer.Option(help="Of the KV cache. [default: the config's]", metavar="NAME")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the KV cache. (default: the config's)", metavar="NAME")] = None,
     codec: Annotated[
-        list[str] | None, typer.Option(help="Codec to show; repeat for several. [default: all]", metavar="NAME")
+        list[str] | None, typer.Option(help="Codec to show; repeat for several. (default: all)", metavar="NAME")
     ] = None,
     link_gbps: Annotated[
         list[float] | None,

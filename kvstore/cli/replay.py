@@ -37,7 +37,7 @@ def replay(
     block_bytes: Annotated[
         str | None,
         typer.Option(
-            help="Payload bytes a block, for example 4096 or 64KiB. [default: 4KiB; 64KiB with --codec]", metavar="SIZE"
+            help="Payload bytes a block, for example 4096 or 64KiB. (default: 4KiB; 64KiB with --codec)", metavar="SIZE"
         ),
     ] = None,
     capacity_blocks: Annotated[

@@ -127,7 +127,7 @@ def bench_local(
 @app.command("codecs")
 def bench_codecs(
     codec: Annotated[
-        list[str] | None, typer.Option(help="Codec to measure; repeat for several. [default: all]", metavar="NAME")
+        list[str] | None, typer.Option(help="Codec to measure; repeat for several. (default: all)", metavar="NAME")
     ] = None,
     mib: Annotated[
         int, typer.Option(help="MiB of KV; it takes four times as much memory.", min=1, max=1 << 20, metavar="N")

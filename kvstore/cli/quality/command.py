@@ -35,7 +35,7 @@ _MOST_SEQUENCES: Final = 382
 
 def quality(
     codec: Annotated[
-        list[str] | None, typer.Option(help="Codec to measure; repeat for several. [default: all]", metavar="NAME")
+        list[str] | None, typer.Option(help="Codec to measure; repeat for several. (default: all)", metavar="NAME")
     ] = None,
     sequences: Annotated[
         int, typer.Option(help="Sequences to average over.", min=2, max=_MOST_SEQUENCES, metavar="N")
