@@ -17,7 +17,7 @@ from kvstore.mapped.index_file import (
     NAMESPACE_OFFSET,
 )
 from kvstore.mapped.index_file import STATE_OFFSET as EPOCH_OFFSET
-from kvstore.mapped.index_writer import move, publish, rescan, withdraw
+from kvstore.mapped.index_writer import move, publish, replace, rescan, withdraw
 
 Words = npt.NDArray[np.int64]
 DIGEST = bytes(range(32))
@@ -109,26 +109,38 @@ class MappedMemory:
         self.bytes_at(slot, 256 + len(payload))[:] = encode_header(header) + payload
         return header.payload_checksum
 
+    def _entry(
+        self, slot: int, key: bytes, payload_bytes: int, checksum: int, part: int, codec: int, fidelity: int
+    ) -> Words:
+        identity = self.namespace | part << 16 | codec << 32 | 1 << 48 | fidelity << 56
+        return np.frombuffer(
+            bytearray(_RECORD.pack(key, slot | (256 + payload_bytes) << 32, identity, checksum, 0)), np.int64
+        )
+
     def publish(
-        self, slot: int, key: bytes, payload_bytes: int, checksum: int = 0, part: int = 0, codec: int = 1
+        self,
+        slot: int,
+        key: bytes,
+        payload_bytes: int,
+        checksum: int = 0,
+        part: int = 0,
+        codec: int = 1,
+        fidelity: int = 255,
     ) -> bool:
         """Make a slot readable; False where both buckets are full."""
-        record = bytearray(
-            _RECORD.pack(
-                key,
-                slot | (256 + payload_bytes) << 32,
-                self.namespace | part << 16 | codec << 32 | 1 << 48 | 255 << 56,
-                checksum,
-                0,
-            )
-        )
-        words = np.frombuffer(record, np.int64)
+        words = self._entry(slot, key, payload_bytes, checksum, part, codec, fidelity)
         full = publish(self.buckets_at, self.bucket_count, self.seed, self.entries_at, int(words.ctypes.data), 1)
         assert full == 1 - int(words[7])
         return not full
 
     def put(self, slot: int, key: bytes, payload: bytes, parent: bytes = bytes(32), part: int = 0) -> bool:
         return self.publish(slot, key, len(payload), self.write(slot, key, payload, parent, part), part)
+
+    def replace(self, source: int, slot: int, key: bytes, payload: bytes, *, part: int = 0, fidelity: int = 255) -> int:
+        """Write a record and let it take the place of the one in ``source``; 0 where there is none."""
+        words = self._entry(slot, key, len(payload), self.write(slot, key, payload, part=part), part, 1, fidelity)
+        replaced: int = replace(self.buckets_at, self.entries_at, source, int(words.ctypes.data))
+        return replaced
 
     def withdraw(self, *slots: int) -> list[int]:
         """Those of the slots that a hazard names."""

@@ -8,6 +8,7 @@ import msgspec
 import msgspec.inspect as mi
 from hypothesis import strategies as st
 
+from kvstore.format.constants import CODECS_BY_NAME
 from kvstore.protocol.messages import AnyReply, AnyRequest
 from kvstore.protocol.namespace import MAX_PARTS, Namespace
 
@@ -29,8 +30,9 @@ NAMESPACES = st.builds(
     block_tokens=st.integers(0, (1 << 31) - 1),
     parts=st.integers(1, MAX_PARTS),
     tenant_salt=st.binary(max_size=40),
+    codec=st.sampled_from(["raw", "lossless", "lossless-zstd"]),
     fidelity=st.sampled_from(["any", "exact"]),
-)
+) | st.builds(Namespace, name=LINE.filter(bool), codec=st.sampled_from(sorted(CODECS_BY_NAME)))
 
 
 def _values(kind: mi.Type) -> st.SearchStrategy[object]:

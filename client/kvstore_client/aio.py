@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import zmq
 
 from kvstore.errors import ConnectionLost, DeadlineExceeded, KVStoreError
+from kvstore.format.record import RecordHeader
 from kvstore.protocol.framing import decode_reply, encode
 from kvstore.protocol.messages import Bye, DaemonStats, PutStatus, TierName, VerifyReply
 from kvstore.protocol.version import MAX_OUTSTANDING_REQUESTS
@@ -188,8 +189,8 @@ class AsyncClient(BaseClient):
     ) -> list[int | None]:
         return await self._run(self._operations.get_into(keys, outs, part, request))
 
-    async def _receive_one(self, key: bytes, part: int, request: int | None) -> memoryview | None:
-        return (await self._run(self._operations.get_payloads([key], part, request)))[0]
+    async def _receive_one(self, key: bytes, part: int, request: int | None) -> tuple[RecordHeader, memoryview] | None:
+        return (await self._run(self._operations.get_data([key], part, request)))[0]
 
     async def _mapping(self) -> MappedSession | None:
         """The daemon's memory, after connecting where that was not done yet."""
@@ -207,11 +208,10 @@ class AsyncClient(BaseClient):
         if mapped is not None and lease is None and not self._puts:
             known = self._match_mapped(mapped, keys)
             if known is not None:
-                return AsyncMatch(known[0], DRAM * known[0], known[1], 0, 0.0, self, 0)
+                return AsyncMatch(known[0], DRAM * known[0], known[1], 0, 0.0, known[2], self, 0)
         found = await self._run(self._operations.match(keys, lease))
-        return AsyncMatch(
-            found.hits, found.tiers, found.request, found.lease, found.lease_s, self, self._session.number
-        )
+        fields = (found.hits, found.tiers, found.request, found.lease, found.lease_s, found.fidelity)
+        return AsyncMatch(*fields, self, self._session.number)
 
     async def release(self, lease: int) -> bool:
         """See ``Client.release``."""

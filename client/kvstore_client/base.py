@@ -16,6 +16,7 @@ from kvstore.errors import (
     InvalidArgument,
     PermissionRefused,
 )
+from kvstore.format.constants import FIDELITY_EXACT
 from kvstore.protocol.endpoint import check_endpoint, default_endpoint
 from kvstore.protocol.keys import chain_keys
 from kvstore.protocol.messages import TierName
@@ -34,6 +35,7 @@ ENDPOINT_VARIABLE: Final = "KVSTORE_ENDPOINT"
 DIRECTORY_VARIABLE: Final = "KVSTORE_DIRECTORY"
 VERIFY_TIMEOUT_S: Final = 600.0
 DRAM: Final[list[TierName]] = ["dram"]
+_HITS_MASK: Final = (1 << 32) - 1
 UNWAITED_BYTES: Final = 64 << 20
 """Payload bytes of ``wait=False`` puts that may be unanswered before the next one waits."""
 
@@ -210,14 +212,14 @@ class BaseClient:
             self._operations.note_lost(len(unanswered))
         unwatch(self)
 
-    def _match_mapped(self, mapped: MappedSession, keys: Sequence[bytes]) -> tuple[int, int] | None:
-        """Leading hits and the engine request's id; None where the daemon must be asked."""
+    def _match_mapped(self, mapped: MappedSession, keys: Sequence[bytes]) -> tuple[int, int, int] | None:
+        """Leading hits, the engine request's id and the lowest fidelity; None where the daemon must be asked."""
         given = list_of(keys)
         if len(given) > MAX_KEYS_PER_REQUEST:
             return None
         access = self._operations.next_access()
         hits = mapped.match(given, access)
-        return None if hits < 0 else (hits, access)
+        return None if hits < 0 else (hits & _HITS_MASK, access, FIDELITY_EXACT - (hits >> 32))
 
     def _read_mapped(
         self,

@@ -13,6 +13,7 @@ from typing import Any, Self, TypeVar
 import zmq
 
 from kvstore.errors import ConnectionLost, DeadlineExceeded, KVStoreError
+from kvstore.format.record import RecordHeader
 from kvstore.protocol.framing import decode_reply, encode
 from kvstore.protocol.messages import Bye, DaemonStats, PutStatus, TierName, VerifyReply
 from kvstore_client.base import (
@@ -210,8 +211,8 @@ class Client(BaseClient):
     ) -> list[int | None]:
         return self._run(self._operations.get_into(keys, outs, part, request))
 
-    def _receive_one(self, key: bytes, part: int, request: int | None) -> memoryview | None:
-        return self._run(self._operations.get_payloads([key], part, request))[0]
+    def _receive_one(self, key: bytes, part: int, request: int | None) -> tuple[RecordHeader, memoryview] | None:
+        return self._run(self._operations.get_data([key], part, request))[0]
 
     def view(self, key: bytes, *, part: int = 0, request: int | None = None) -> View:
         """A read-only memoryview of the data, valid inside the ``with``; None for a miss.
@@ -236,9 +237,10 @@ class Client(BaseClient):
         if mapped is not None and lease is None and not self._unwaited:
             known = self._match_mapped(mapped, keys)
             if known is not None:
-                return Match(known[0], DRAM * known[0], known[1], 0, 0.0, self, 0)
+                return Match(known[0], DRAM * known[0], known[1], 0, 0.0, known[2], self, 0)
         found = self._run(self._operations.match(keys, lease))
-        return Match(found.hits, found.tiers, found.request, found.lease, found.lease_s, self, self._session.number)
+        fields = (found.hits, found.tiers, found.request, found.lease, found.lease_s, found.fidelity)
+        return Match(*fields, self, self._session.number)
 
     def release(self, lease: int) -> bool:
         """Give a lease back; whether it still held."""

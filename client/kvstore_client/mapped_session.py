@@ -30,10 +30,10 @@ from kvstore.protocol.messages import PutStatus, Reason, Welcome
 from kvstore_client.shared_memory import NotMapped, SharedMemory, Words
 
 if TYPE_CHECKING:
-    from kvstore_client.mapped_batches import SlotBatch
+    from kvstore_client.mapped_batches import HeldBatch, SlotBatch
     from kvstore_client.views import _Pinned
 
-__all__ = ["Hold", "MappedSession", "NotMapped"]
+__all__ = ["MappedSession", "NotMapped"]
 
 _LENGTH_MASK: Final = (1 << 32) - 1
 _MOST_UNTAKEN: Final = RING_RECORDS - 64
@@ -62,19 +62,6 @@ class _Batch:
         self.results = self.items[:, fields.ITEM_RESULT // 8]
 
 
-class Hold:
-    """One of the hazards of a batch of reads in place, in the place of a view.
-
-    Attributes:
-        length: bytes that it holds.
-    """
-
-    __slots__ = ("length",)
-
-    def __init__(self) -> None:
-        self.length = 0
-
-
 class MappedSession(SharedMemory):
     """Reads and puts of one session. Args and errors are those of ``SharedMemory``.
 
@@ -85,7 +72,7 @@ class MappedSession(SharedMemory):
         free_hazards: numbers of hazard words that are not in use.
         hazard_bytes, most_hazard_bytes: what is read in place, and may be.
         views: the views that hold hazards.
-        slot_batches: those that hold slots, by id.
+        batches: those that hold slots or hazards, by id.
         pin_one: the compiled function, for views.
     """
 
@@ -104,8 +91,8 @@ class MappedSession(SharedMemory):
         self.corrupt = 0
         self.free_hazards = list(range(HAZARD_WORDS))
         self.hazard_bytes = 0
-        self.views: dict[int, _Pinned | Hold] = {}
-        self.slot_batches: dict[int, SlotBatch] = {}
+        self.views: dict[int, _Pinned] = {}
+        self.batches: dict[int, SlotBatch | HeldBatch] = {}
         self._lingering = 0
         self.most_hazard_bytes = self.header.hazard_bytes
         self._settling = threading.Lock()
@@ -185,7 +172,10 @@ class MappedSession(SharedMemory):
             self._spare_batches.append(batch)
 
     def match(self, keys: list[bytes], access: int) -> int:
-        """How many leading keys are there; ``BUSY`` while puts of this client are not published."""
+        """How many leading keys are there, and how far from exact, as of ``kvstore.mapped.reads.match``.
+
+        ``BUSY`` while puts of this client are not published.
+        """
         if self.pending and self.settle():
             # What this client put and nobody published yet would end the run.
             return BUSY
@@ -231,14 +221,14 @@ class MappedSession(SharedMemory):
 
     def head_for_request(self) -> int:
         """Records written into the ring, for a request; also the moment to look for what interrupts left behind."""
-        if self.views or self.slot_batches:
+        if self.views or self.batches:
             self.reclaim()
         return self.head()
 
     def reclaim(self) -> None:
         """Let go of what views and batches held that an interrupt ended before they could."""
-        for number, batch in list(self.slot_batches.items()):
-            if sys.getrefcount(batch) <= _ABANDONED and self.slot_batches.pop(number, None) is batch:
+        for number, batch in list(self.batches.items()):
+            if sys.getrefcount(batch) <= _ABANDONED and self.batches.pop(number, None) is batch:
                 batch.give_back()
         for hazard, view in list(self.views.items()):
             # The dictionary, the list's tuple, the variable, the argument: nobody else has it.
@@ -246,7 +236,8 @@ class MappedSession(SharedMemory):
                 unpin(self.address, hazard)
                 if hazard not in self.free_hazards:
                     self.free_hazards.append(hazard)
-                self.hazard_bytes = self._lingering + sum(other.length for other in list(self.views.values()))
+                others = (*list(self.views.values()), *list(self.batches.values()))
+                self.hazard_bytes = self._lingering + sum(other.length for other in others)
 
     # -------------------------------------------------------------- puts
 

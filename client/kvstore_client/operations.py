@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, get_args
 
 from kvstore.errors import CorruptRecord, ErrorCode, InvalidArgument, RemoteError, Throttled
-from kvstore.format.constants import RECORD_HEADER_BYTES
+from kvstore.format.constants import FIDELITY_EXACT, RECORD_HEADER_BYTES, CodecId
 from kvstore.format.record import Buffer, RecordHeader, decode_record, encode_header, raw_header
 from kvstore.mapped.context import CORRUPT, FULL, MISS, NO_GRANT, NO_LANE, OVER, STALE
 from kvstore.protocol.keys import check_key, check_parent, join_keys
@@ -65,6 +65,10 @@ _GET_PAUSES_S: Final = (0.002, 0.004, 0.008, 0.016, 0.032)
 _LOG_EVERY_S: Final = 5.0
 NOT_THERE: Final = frozenset({MISS, STALE, CORRUPT})
 """Results of a mapped read that are a miss, as they would be if they were asked for."""
+
+STALE_ANSWER: Final = PutStatus.REJECTED | Reason.STALE_NAMESPACE << 8
+"""Answer to a put that began before the namespace was invalidated."""
+_STATUSES: Final = frozenset(PutStatus)
 
 _PUT_TRIES: Final = 4
 """How often slots or ring places are asked for before a block is sent instead."""
@@ -248,11 +252,12 @@ class Operations:
                     waiting.popleft()
         finally:
             mapped.forget_answers(waiting)
-        statuses = [self._answered(answer) for answer in answers]
+        statuses = [self.answered(answer) for answer in answers]
         # The rest, and what a daemon that is gone did not answer: a repeated put changes nothing.
         return statuses + (yield from self._put_sent(chain.rest(len(answers))))
 
-    def _answered(self, answer: int) -> PutStatus:
+    def answered(self, answer: int) -> PutStatus:
+        """What an answer (status | reason << 8) says; the reason of a refusal goes to the log, now and then."""
         reason = answer >> 8
         if reason:
             self._log_refusal(reason, 1)
@@ -305,28 +310,27 @@ class Operations:
         return True
 
     def _put_sent(self, chain: Chain) -> Steps[list[PutStatus]]:
-        return (yield from self.send_puts(self.put_asks(chain), len(chain.blocks), chain.digest))
+        answers = yield from self.send_puts(self.put_asks(chain), len(chain.blocks), chain.digest)
+        return [PutStatus(answer & 0xFF) for answer in answers]
 
-    def send_puts(self, asks: Sequence[Ask], records: int, digest: bytes) -> Steps[list[PutStatus]]:
-        """Statuses of records that are sent; they are rejected once the client is in another generation."""
-        statuses: list[PutStatus] = []
+    def send_puts(self, asks: Sequence[Ask], records: int, digest: bytes) -> Steps[list[int]]:
+        """Answers (status | reason << 8) to records that are sent; reasons go to the log, each every few seconds.
+
+        They are rejected once the client is in another generation of the namespace than that of the digest.
+        """
+        answers: list[int] = []
         for ask in asks:
             if self._session.digest != digest:
                 _log.warning("a put that began before the namespace was invalidated was rejected")
-                return statuses + [PutStatus.REJECTED] * (records - len(statuses))
-            statuses += self.put_answer((yield ask))
-        return statuses
-
-    def put_answer(self, told: Told) -> list[PutStatus]:
-        """Statuses of one put's reply; reasons of refusals go to the log, each at most every few seconds."""
-        reply = expect(told, PutReply)
-        for reason, records in Counter(reply.reasons).items():
-            if reason:
-                self._log_refusal(reason, records)
-        try:
-            return [PutStatus(status) for status in reply.statuses]
-        except ValueError as error:
-            raise RemoteError(ErrorCode.INTERNAL, f"the daemon gave an unknown answer: {error}") from None
+                return answers + [STALE_ANSWER] * (records - len(answers))
+            reply = expect((yield ask), PutReply)
+            if not set(reply.statuses) <= _STATUSES:
+                raise RemoteError(ErrorCode.INTERNAL, f"the daemon gave an unknown answer: {reply.statuses.hex()}")
+            for reason, refused in Counter(reply.reasons).items():
+                if reason:
+                    self._log_refusal(reason, refused)
+            answers += [status | reason << 8 for status, reason in zip(reply.statuses, reply.reasons, strict=True)]
+        return answers
 
     def _log_refusal(self, reason: int, records: int) -> None:
         if reason == Reason.STALE_NAMESPACE:
@@ -381,10 +385,22 @@ class Operations:
 
     # -------------------------------------------------------------- gets
 
-    def get_payloads(self, keys: Sequence[bytes], part: int, request: int | None) -> Steps[list[memoryview | None]]:
-        """Payloads of one part of blocks, views of received frames; None for a miss. Raises as ``get_records``."""
+    def get_data(
+        self, keys: Sequence[bytes], part: int, request: int | None
+    ) -> Steps[list[tuple[RecordHeader, memoryview] | None]]:
+        """As ``get_records``, where what a record holds must be the data that was put.
+
+        Raises:
+            InvalidArgument: a record is encoded.
+        """
         records = yield from self.get_records(keys, part, request)
-        return [None if record is None else record[1] for record in records]
+        for record in records:
+            if record is not None and record[0].codec is not CodecId.RAW:
+                raise InvalidArgument(
+                    f"block {record[0].key.hex()} is stored as {record[0].codec.text}, so its bytes are not those that "
+                    "were put; read it as tensors (kvstore_client.tensors)"
+                )
+        return records
 
     def get_records(
         self, keys: Sequence[bytes], part: int, request: int | None
@@ -437,7 +453,8 @@ class Operations:
         if len(keys) != len(outs):
             raise InvalidArgument(f"{len(keys)} keys but {len(outs)} outs")
         buffers = [buffer_of(out, f"outs[{index}]", writable=True) for index, out in enumerate(outs)]
-        payloads = yield from self.get_payloads(keys, part, request)
+        records = yield from self.get_data(keys, part, request)
+        payloads = [None if record is None else record[1] for record in records]
         for index, (payload, out) in enumerate(zip(payloads, buffers, strict=True)):
             if payload is not None and payload.nbytes > out.nbytes:
                 raise InvalidArgument(f"outs[{index}] has {out.nbytes} bytes, its block has {payload.nbytes}")
@@ -454,6 +471,8 @@ class Operations:
             header, payload = decode_record(record)
             if header.key != key or header.part != part or header.namespace_digest != self._session.digest:
                 raise CorruptRecord("it is the record of another block")
+            if self._session.namespace.fidelity == "exact" and header.effective_fidelity < FIDELITY_EXACT:
+                raise CorruptRecord(f"a record of fidelity {header.effective_fidelity} in an exact namespace")
         except CorruptRecord as error:
             self.corrupt += 1
             _log.error("key %s part %d: %s; treated as a miss", key.hex(), part, error)
@@ -477,7 +496,8 @@ class Operations:
         access = self.next_access()
         reply = expect((yield Ask(Match, (joined, lease_ms), access)), MatchReply)
         tiers = [_TIER_NAMES[tier] for tier, count in reply.tiers for _ in range(count)]
-        return MatchResult(reply.hits, tiers, access, reply.lease, lease_ms / 1000 if reply.lease else 0.0)
+        lease_s = lease_ms / 1000 if reply.lease else 0.0
+        return MatchResult(reply.hits, tiers, access, reply.lease, lease_s, reply.fidelity)
 
     def exists(self, keys: Sequence[bytes]) -> Steps[list[bool]]:
         """Whether each block is complete."""
@@ -485,6 +505,16 @@ class Operations:
         for some in _batches(keys):
             present += map(bool, expect((yield Ask(Exists, (some,))), ExistsReply).tiers)
         return present
+
+    def fidelities(self, keys: Sequence[bytes]) -> Steps[list[int]]:
+        """The lowest effective fidelity of each block's records; -1 where it is not complete, or not known to be."""
+        found: list[int] = []
+        for some in _batches(keys):
+            reply = expect((yield Ask(Exists, (some,))), ExistsReply)
+            # A daemon that does not say it leaves it out.
+            known = reply.fidelities or bytes(len(reply.tiers))
+            found += [level if tier else -1 for tier, level in zip(reply.tiers, known, strict=True)]
+        return found
 
     def remove(self, keys: Sequence[bytes]) -> Steps[int]:
         """Remove blocks; how many were there."""

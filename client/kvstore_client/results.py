@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from kvstore.format.constants import FIDELITY_EXACT
 from kvstore.protocol.messages import TierName
 
 
@@ -19,6 +20,8 @@ class MatchResult:
             sees one access a block, and its tail leaves before its head.
         lease: id of the lease, 0 for none.
         lease_s: how long the lease holds from the answer on.
+        fidelity: the lowest effective fidelity among the hits' records, 255 where all are exact: the lineage of what is
+            computed on them.
     """
 
     hits: int
@@ -26,6 +29,7 @@ class MatchResult:
     request: int
     lease: int = 0
     lease_s: float = 0.0
+    fidelity: int = FIDELITY_EXACT
 
     def __len__(self) -> int:
         return self.hits

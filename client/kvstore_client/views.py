@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
 
 from kvstore.format.constants import PAGE_BYTES, RECORD_HEADER_BYTES
+from kvstore.format.record import RecordHeader, decode_header
 from kvstore_client.operations import NOT_THERE, check_read
 
 if TYPE_CHECKING:
@@ -27,11 +28,12 @@ _LENGTH_MASK: Final = (1 << 32) - 1
 class _Pinned:
     """What both kinds of view do with a mapping."""
 
-    __slots__ = ("_data", "_hazard", "_held", "_key", "_length", "_part", "_request")
+    __slots__ = ("_data", "_hazard", "_header", "_held", "_key", "_length", "_part", "_request")
 
     _data: memoryview | None
     _held: MappedSession | None
     _hazard: int
+    _header: RecordHeader | None
     _key: bytes
     _length: int
     _part: int
@@ -41,6 +43,21 @@ class _Pinned:
     def length(self) -> int:
         """Bytes that are held, 0 for none."""
         return self._length
+
+    @property
+    def fidelity(self) -> int:
+        """Effective fidelity of what is held: 255 where it is exact, and was computed on exact blocks; 0 for none."""
+        data, held = self._data, self._held
+        if data is None:
+            return 0
+        if held is None:
+            return 0 if self._header is None else self._header.effective_fidelity
+        begin = int(data.obj.ctypes.data) - int(held.arena_view.ctypes.data) - RECORD_HEADER_BYTES  # type: ignore[attr-defined]
+        return decode_header(held.arena_view[begin : begin + RECORD_HEADER_BYTES].data).effective_fidelity
+
+    def _receive(self, record: tuple[RecordHeader, memoryview] | None) -> None:
+        if record is not None:
+            self._header, self._data = record
 
     def _pin(self, mapped: MappedSession, sure: bool) -> bool:
         """Whether the answer is known: the data, or that there is none (if a miss is ``sure`` to be one)."""
@@ -103,14 +120,14 @@ class View(_Pinned):
         self._key = key
         self._part = part
         self._request = request
-        self._data = self._held = None
+        self._data = self._held = self._header = None
         self._length = 0
 
     def __enter__(self) -> memoryview | None:
         client = self._client
         mapped = client._mapped
         if mapped is None or not self._pin(mapped, not client._unwaited):
-            self._data = client._receive_one(self._key, self._part, self._request)
+            self._receive(client._receive_one(self._key, self._part, self._request))
         return self._data
 
     __exit__ = _Pinned._release
@@ -126,14 +143,14 @@ class AsyncView(_Pinned):
         self._key = key
         self._part = part
         self._request = request
-        self._data = self._held = None
+        self._data = self._held = self._header = None
         self._length = 0
 
     async def __aenter__(self) -> memoryview | None:
         client = self._client
         mapped = await client._mapping()
         if mapped is None or not self._pin(mapped, not client._puts):
-            self._data = await client._receive_one(self._key, self._part, self._request)
+            self._receive(await client._receive_one(self._key, self._part, self._request))
         return self._data
 
     async def __aexit__(

@@ -17,6 +17,7 @@ from kvstore.core.instructions import (
     Move,
     Publish,
     Refuse,
+    Replace,
     TryAgain,
     Withdraw,
 )
@@ -90,6 +91,8 @@ class MemoryExecutor:
                 self._withdraw(instruction.slots)
             elif isinstance(instruction, Publish):
                 self._publish(instruction.records)
+            elif isinstance(instruction, Replace):
+                self._replace(instruction)
             elif isinstance(instruction, Move):
                 self._move(instruction)
             elif isinstance(instruction, EndNamespace):
@@ -185,6 +188,16 @@ class MemoryExecutor:
             free = [slot for slot in slots if slot not in self._pins]
             if free:
                 self.quiesce(free)
+
+    def _replace(self, replace: Replace) -> None:
+        record = replace.record
+        assert self._entries.get(replace.slot) == self._identity(record), f"{replace} is of another block"
+        assert record.state is RecordState.RESIDENT
+        assert self.store.records[replace.slot].state is RecordState.LIMBO
+        assert record.slot in self.contents, f"slot {record.slot} is published and was never written"
+        assert record.slot not in self._entries, f"slot {record.slot} is published twice"
+        bucket = self._bucket_of.get(replace.slot)
+        self._enter(self._unpublish(replace.slot), record.slot, bucket)
 
     def _move(self, move: Move) -> None:
         assert move.target not in self.contents, f"slot {move.target} is written but holds something"

@@ -43,6 +43,7 @@ class SmallStore:
         capacity_pages, grant_pages: of the store.
         slab_pages: of each slab; there are as many as capacity and grants need.
         parts: of the namespace.
+        namespace: another one than ``Namespace(name="small", parts=parts)``.
         records: most at a time.
         places: the two buckets of each index entry, see ``MemoryExecutor``.
     """
@@ -56,6 +57,7 @@ class SmallStore:
         parts: int = 1,
         records: int = 1 << 62,
         places: Callable[[Identity], tuple[int, int]] | None = None,
+        namespace: Namespace | None = None,
     ) -> None:
         slabs = -(-(capacity_pages + grant_pages) // slab_pages)
         limits = StoreLimits(
@@ -70,7 +72,7 @@ class SmallStore:
             self.executor.apply(SlabPopulated(index))
         self.executor.apply(PopulationEnded())
         self.executor.apply(SessionOpened(SESSION))
-        self.namespace = self.join(Namespace(name="small", parts=parts))
+        self.namespace = self.join(Namespace(name="small", parts=parts) if namespace is None else namespace)
 
     def join(self, description: Namespace) -> NamespaceState:
         answer = self.executor.apply(Joined(description))
@@ -82,13 +84,16 @@ class SmallStore:
         assert isinstance(granted, Record), f"{granted}"
         return granted.slot
 
-    def record(self, letter: str, parent: str = "", *, part: int = 0, pages: int = 1) -> CommittedRecord:
+    def record(
+        self, letter: str, parent: str = "", *, part: int = 0, pages: int = 1, fidelity: int = 255, codec: int = 1
+    ) -> CommittedRecord:
         """A granted and written record, ready to be committed."""
         slot = self.grant(pages)
-        self.executor.write(slot, (letter, part))
+        self.executor.write(slot, (letter, part, fidelity))
         above = key_of(parent) if parent else ROOT_KEY
         length = pages * PAGE_BYTES - 1
-        return CommittedRecord(slot, key_of(letter), above, self.namespace.digest, part, length, 0, 0)
+        digest = self.namespace.digest
+        return CommittedRecord(slot, key_of(letter), above, digest, part, length, 0, fidelity, codec)
 
     def commit(self, *records: CommittedRecord, access: int = 0) -> list[tuple[PutStatus, Reason]]:
         answer = self.executor.apply(Committed(SESSION, self.namespace.id, records, access))
@@ -98,9 +103,13 @@ class SmallStore:
                 self.executor.forget(record.slot)
         return list(zip(answer.statuses, answer.reasons, strict=True))
 
-    def put(self, letters: str, *, at: str = "", access: int = 0, pages: int = 1) -> list[tuple[PutStatus, Reason]]:
+    def put(
+        self, letters: str, *, at: str = "", access: int = 0, pages: int = 1, fidelity: int = 255
+    ) -> list[tuple[PutStatus, Reason]]:
         parents = [at, *letters]
-        records = [self.record(letter, parents[index], pages=pages) for index, letter in enumerate(letters)]
+        records = [
+            self.record(letter, parents[index], pages=pages, fidelity=fidelity) for index, letter in enumerate(letters)
+        ]
         return self.commit(*records, access=access)
 
     def blocks(self, letters: str) -> list[Block]:

@@ -22,6 +22,7 @@ class ModelBlock:
     parent_key: bytes
     number: int
     parts: dict[int, Identity] = field(default_factory=dict)
+    fidelities: dict[int, int] = field(default_factory=dict)
     depth: int = 0
     leases: int = 0
     parent: ModelBlock | None = None
@@ -44,6 +45,8 @@ class ModelNamespace:
     parts: int
     digest: bytes
     generation: int
+    codecs: frozenset[int] = frozenset({1})
+    exact: bool = False
     current: bool = True
     blocks: dict[bytes, ModelBlock] = field(default_factory=dict)
 
@@ -82,6 +85,9 @@ class StoreModel:
     grants: dict[int, dict[int, int]] = field(default_factory=dict)
     leases: dict[int, ModelLease] = field(default_factory=dict)
     slots: dict[int, tuple[int, ModelBlock, int]] = field(default_factory=dict)
+    replaced: dict[int, tuple[int, Identity, int]] = field(default_factory=dict)
+    """By the slot of each record of the last commit that took another one's place: slot, content, fidelity of that."""
+    _fresh: set[int] = field(default_factory=set)
     _numbers: dict[tuple[int, int], int] = field(default_factory=dict)
     _newest: int = 0
 
@@ -118,7 +124,7 @@ class StoreModel:
             block.parent.children.remove(block)
         for child in block.children:
             child.parent = None
-        block.parent, block.children, block.parts = None, [], {}
+        block.parent, block.children, block.parts, block.fidelities = None, [], {}, {}
         self.slots = {slot: held for slot, held in self.slots.items() if held[1] is not block}
 
     def victims(self) -> list[ModelBlock]:
@@ -126,6 +132,21 @@ class StoreModel:
         leaves = [block for _, block in self.blocks() if not block.children and not block.leases]
         first = min(((block.number, -block.depth) for block in leaves), default=None)
         return [block for block in leaves if (block.number, -block.depth) == first]
+
+    def begin_commit(self) -> None:
+        self.replaced.clear()
+        self._fresh.clear()
+
+    def take_back(self, slot: int) -> None:
+        """A record of the last commit does not stay; what it had replaced, if anything, is there again."""
+        namespace_id, block, part = self.slots.pop(slot)
+        del block.parts[part], block.fidelities[part]
+        before = self.replaced.pop(slot, None)
+        if before is not None:
+            self.slots[before[0]] = (namespace_id, block, part)
+            block.parts[part], block.fidelities[part] = before[1:]
+        elif not block.parts:
+            self.leave(namespace_id, block)
 
     # ------------------------------------------------------------ requests
 
@@ -155,16 +176,31 @@ class StoreModel:
             return PutStatus.REJECTED, Reason.BAD_RECORD, None
         if record.part >= space.parts:
             return PutStatus.REJECTED, Reason.BAD_PART, None
+        if record.codec not in space.codecs:
+            return PutStatus.REJECTED, Reason.OTHER_CODEC, None
+        if space.exact and record.fidelity < 255:
+            return PutStatus.REJECTED, Reason.NOT_EXACT, None
         block = space.blocks.get(record.key)
         if block is None:
             if space.closes_circle(record.key, record.parent_key):
                 return PutStatus.REJECTED, Reason.BAD_PARENT, None
             block = self.insert(space, record.key, record.parent_key, number)
-        elif record.part in block.parts:
+        elif block.fidelities.get(record.part, -1) >= record.fidelity:
             return PutStatus.EXISTS, Reason.NONE, block
         elif block.parent_key != record.parent_key:
             return PutStatus.REJECTED, Reason.BAD_PARENT, block
+        if record.part in block.parts:
+            (slot,) = [slot for slot, held in self.slots.items() if held[1:] == (block, record.part)]
+            before = (slot, block.parts[record.part], block.fidelities[record.part])
+            del self.slots[slot]
+            # One that came with the same commit was never there; what it had replaced was.
+            if slot not in self._fresh:
+                self.replaced[record.slot] = before
+            elif slot in self.replaced:
+                self.replaced[record.slot] = self.replaced.pop(slot)
+        self._fresh.add(record.slot)
         block.parts[record.part] = content
+        block.fidelities[record.part] = record.fidelity
         self.slots[record.slot] = (namespace_id, block, record.part)
         return PutStatus.STORED, Reason.NONE, block
 

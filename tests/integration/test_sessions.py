@@ -290,7 +290,7 @@ def test_requests_without_a_namespace_find_nothing(peer: Callable[[], RawPeer]):
     one.greet()
     for kind, fields, reply in (
         (Get, (key(1), 0), GetReply(0, 0, b"\0")),
-        (Exists, (key(1),), ExistsReply(0, 0, b"\0")),
+        (Exists, (key(1),), ExistsReply(0, 0, b"\0", b"\0")),
         (Match, (key(1), 1000), MatchReply(0, 0, 0)),
         (Clear, (), CountReply(0, 0, 0)),
         (Ping, (), Done(0, 0)),

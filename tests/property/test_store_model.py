@@ -65,7 +65,11 @@ from kvstore.protocol.messages import PutStatus, Reason
 from kvstore.protocol.namespace import Namespace
 
 PAGE_BYTES = 4096
-DESCRIPTIONS = (Namespace(name="whole"), Namespace(name="halves", parts=2))
+DESCRIPTIONS = (
+    Namespace(name="whole"),
+    Namespace(name="halves", parts=2, codec="kivi4"),
+    Namespace(name="exact", codec="lossless", fidelity="exact"),
+)
 LEASES_PER_SESSION = 3
 KEYS = [bytes([number]) * 32 for number in range(1, 31)]
 SESSIONS = st.integers(0, 3)
@@ -75,6 +79,9 @@ SPACES = st.integers(0, 9)
 """A namespace by its place; the last two places may be of one that was invalidated."""
 SIZES = st.sampled_from([1, 1, 1, 1, 1, 2, 2, 3, 4, 8, 17, 19])
 """Record sizes in pages; those above 16 pages get geometric classes where slabs are large enough."""
+FIDELITIES = st.lists(st.sampled_from([34, 85, 85, 178, 255]), min_size=1, max_size=3)
+"""Effective fidelities that the records of a put have in turn."""
+CODECS = st.sampled_from([1, 1, 1, 1, 1, 2, 7, 8])
 RARELY = st.sampled_from([False, False, False, True])
 """Whether to do what leaves little behind."""
 
@@ -182,9 +189,9 @@ class StoreMachine(RuleBasedStateMachine):
             elif isinstance(instruction, Withdraw):
                 for slot in instruction.slots:
                     if slot in self.model.slots:
-                        namespace_id, block, part = self.model.slots[slot]
+                        namespace_id, block, _ = self.model.slots[slot]
                         left = [each for each, held in self.model.slots.items() if held[1] is block]
-                        left = left if self._evicted(namespace_id, block, part, placed) else [slot]
+                        left = left if self._evicted(slot, namespace_id, block, placed) else [slot]
             elif isinstance(instruction, (Publish, Answer)) and placed is not None and left:
                 # Before the last of them left there was one too many, or too much: nothing leaves without need.
                 held_bytes = sum(map(self.slot_bytes.__getitem__, self.model.slots))
@@ -194,7 +201,7 @@ class StoreMachine(RuleBasedStateMachine):
                 left = []
         assert displaced is None, f"{displaced} was not answered"
 
-    def _evicted(self, namespace_id: int, block: ModelBlock, part: int, placed: list[ModelBlock] | None) -> bool:
+    def _evicted(self, slot: int, namespace_id: int, block: ModelBlock, placed: list[ModelBlock] | None) -> bool:
         """Whether all of the block left."""
         legal = self.model.victims()
         if legal or placed is None:
@@ -203,11 +210,11 @@ class StoreMachine(RuleBasedStateMachine):
             return True
         # Nothing may leave: then what was just placed must, and no more than that.
         assert any(block is other for other in placed), f"{block} was evicted although nothing may be"
-        assert not block.leases, f"{block} was evicted for room although it is leased"
-        self.model.slots = {slot: held for slot, held in self.model.slots.items() if held[1:] != (block, part)}
-        del block.parts[part]
-        if not block.parts:
-            self.model.leave(namespace_id, block)
+        assert slot in self.model.replaced or not block.leases, f"{block} was evicted for room although it is leased"
+        if slot in self.model.replaced:
+            before = self.model.replaced[slot][0]
+            assert self.slot_bytes[before] < self.slot_bytes[slot], f"{block} was put back where that gains nothing"
+        self.model.take_back(slot)
         return False
 
     def _displaced(self, event: Displaced, slots: list[int]) -> None:
@@ -310,7 +317,11 @@ class StoreMachine(RuleBasedStateMachine):
             before.current = False
             for block in list(before.blocks.values()):
                 self.model.leave(before.id, block)
-        self.model.namespaces[state.id] = ModelNamespace(state.id, description.parts, state.digest, generation)
+        codecs = {"raw": {1}, "lossless": {1, 2, 3}, "kivi4": {1, 2, 3, 4, 5, 7}}[description.codec]
+        exact = description.fidelity == "exact"
+        self.model.namespaces[state.id] = ModelNamespace(
+            state.id, description.parts, state.digest, generation, frozenset(codecs), exact
+        )
         self.current[description.name] = state.id
 
     @precondition(lambda self: len(self.model.namespaces) < 8)
@@ -408,7 +419,9 @@ class StoreMachine(RuleBasedStateMachine):
             part = data.draw(st.integers(0, (space.parts if space else 1) - (data.draw(st.integers(0, 9)) > 0)))
             slot_bytes = held.get(slot, PAGE_BYTES)
             record_bytes = slot_bytes - 100 + (101 if data.draw(st.integers(0, 9)) == 0 else 0)
-            records.append(CommittedRecord(slot, KEYS[index], parent, digest, part, record_bytes, 7, 0))
+            fidelity = data.draw(st.sampled_from([0, 85, 85, 254, 255, 255]))
+            header = (KEYS[index], parent, digest, part, record_bytes, 7, fidelity)
+            records.append(CommittedRecord(slot, *header, data.draw(CODECS)))
         self._commit(session, namespace_id, records, access)
 
     @rule(
@@ -418,8 +431,11 @@ class StoreMachine(RuleBasedStateMachine):
         pages=SIZES,
         access=st.integers(0, 3),
         order=st.sampled_from(["chain", "reverse", "tail", "twice"]),
+        fidelities=FIDELITIES,
     )
-    def put_chain(self, place: int, namespace: int, index: int, pages: int, access: int, order: str) -> None:
+    def put_chain(
+        self, place: int, namespace: int, index: int, pages: int, access: int, order: str, fidelities: list[int]
+    ) -> None:
         """What a good client does: reserve and commit all parts of a chain."""
         session, space = self.pick_session(place), self.space(namespace)
         chain = natural_chain(index)
@@ -434,10 +450,9 @@ class StoreMachine(RuleBasedStateMachine):
             for part in range(space.parts):
                 granted = self._reserve(session, pages * PAGE_BYTES - 100)
                 if granted is not None:
-                    key, parent = KEYS[number], natural_parent(number)
-                    records.append(
-                        CommittedRecord(granted.slot, key, parent, space.digest, part, pages * PAGE_BYTES - 100, 7, 0)
-                    )
+                    fidelity = 255 if space.exact else fidelities[len(records) % len(fidelities)]
+                    header = (KEYS[number], natural_parent(number), space.digest, part, pages * PAGE_BYTES - 100, 7)
+                    records.append(CommittedRecord(granted.slot, *header, fidelity))
         if records:
             self._commit(session, space.id, records, access)
 
@@ -465,8 +480,8 @@ class StoreMachine(RuleBasedStateMachine):
                         records = []
                         granted = self._reserve(session, length)
                     if granted is not None:
-                        key, parent = KEYS[number], natural_parent(number)
-                        records.append(CommittedRecord(granted.slot, key, parent, space.digest, part, length, 7, 0))
+                        header = (KEYS[number], natural_parent(number), space.digest, part, length, 7)
+                        records.append(CommittedRecord(granted.slot, *header, 255 if space.exact else 85))
             if records:
                 self._commit(session, space.id, records, access)
 
@@ -483,10 +498,40 @@ class StoreMachine(RuleBasedStateMachine):
         for index, above in links:
             granted = self._reserve(session, PAGE_BYTES)
             if granted is not None:
-                header = (KEYS[-1 - index], KEYS[-1 - above], space.digest, part % space.parts, PAGE_BYTES, 7, 0)
+                header = (KEYS[-1 - index], KEYS[-1 - above], space.digest, part % space.parts, PAGE_BYTES, 7, 255)
                 records.append(CommittedRecord(granted.slot, *header))
         if records:
             self._commit(session, space.id, records, 0)
+
+    @precondition(lambda self: self.model.blocks())
+    @rule(
+        place=SESSIONS,
+        which=st.lists(st.tuples(st.integers(0, 30), st.sampled_from([1, 1, 2, 3, 8])), min_size=1, max_size=4),
+        gain=st.sampled_from([0, 1, 60, 255]),
+        leased=st.booleans(),
+    )
+    def put_better(self, place: int, which: list[tuple[int, int]], gain: int, leased: bool) -> None:
+        """Records of blocks that are there, which may come twice: better ones, in slots of any size."""
+        session = self.pick_session(place)
+        records: dict[int, list[CommittedRecord]] = {}
+        gains = 0
+        for index, pages in which:
+            granted = self._reserve(session, pages * PAGE_BYTES - 100)
+            blocks = self.model.blocks()
+            if granted is None or not blocks:
+                continue
+            gains += gain
+            identity, block = blocks[index % len(blocks)]
+            space = self.model.namespaces[identity]
+            part, fidelity = next(iter(block.fidelities.items()))
+            header = (block.key, block.parent_key, space.digest, part, pages * PAGE_BYTES - 100, 7)
+            records.setdefault(identity, []).append(
+                CommittedRecord(granted.slot, *header, 255 if space.exact else min(fidelity + gains, 255))
+            )
+        if leased:
+            self.lease_all(place, True, 20)
+        for identity, some in records.items():
+            self._commit(session, identity, some, 0)
 
     def _commit(self, session: int, namespace_id: int, records: list[CommittedRecord], access: int) -> None:
         held = self.model.grants[session]
@@ -502,6 +547,7 @@ class StoreMachine(RuleBasedStateMachine):
                 self.executor.write(record.slot, content)
         granted = dict(held)
         self.displaced.clear()
+        self.model.begin_commit()
         answer = self.apply(Committed(session, namespace_id, tuple(records), access))
         assert isinstance(answer, Answer)
         for record in records:
@@ -523,7 +569,7 @@ class StoreMachine(RuleBasedStateMachine):
         for record, got, (status, reason, block) in zip(
             records, zip(answer.statuses, answer.reasons, strict=True), expected, strict=True
         ):
-            here = block is not None and record.part in block.parts
+            here = block is not None and block.fidelities.get(record.part, -1) >= record.fidelity
             displaced = any(block is other for other in self.displaced)
             if status in (PutStatus.STORED, PutStatus.EXISTS) and not here and not displaced:
                 assert got in [(PutStatus.THROTTLED, Reason.ALL_HELD), (PutStatus.REJECTED, Reason.NO_ROOM)]
@@ -567,6 +613,8 @@ class StoreMachine(RuleBasedStateMachine):
         blocks = self.store.leading(space.id, keys)
         expected = space.leading(keys)
         assert [block.key for block in blocks] == [block.key for block in expected]
+        fidelities = [fidelity for block in expected for fidelity in block.fidelities.values()]
+        assert self.store.fidelity_of(blocks) == min(fidelities, default=255)
         for block, model in zip(blocks, expected, strict=True):
             for part, content in model.parts.items():
                 record = self.store.find(space.id, block.key, part)
@@ -617,6 +665,20 @@ class StoreMachine(RuleBasedStateMachine):
         elif held >= LEASES_PER_SESSION:
             assert answer == Refuse(PutStatus.THROTTLED, Reason.ALL_HELD)
         else:
+            assert isinstance(answer, Leased)
+            self.model.lease(answer.lease, session, expected, self.executor.now_ns + ns)
+
+    @rule(place=SESSIONS, really=RARELY, ns=st.integers(3, 30))
+    def lease_all(self, place: int, really: bool, ns: int) -> None:
+        """Nothing may be evicted any more."""
+        session = self.pick_session(place)
+        held = sum(lease.session == session for lease in self.model.leases.values())
+        expected = [block for _, block in self.model.blocks()]
+        if really and expected and held < LEASES_PER_SESSION:
+            blocks = [
+                self.store.namespaces.by_id[identity].blocks[block.key] for identity, block in self.model.blocks()
+            ]
+            answer = self.apply(LeaseWanted(session, blocks, ns))
             assert isinstance(answer, Leased)
             self.model.lease(answer.lease, session, expected, self.executor.now_ns + ns)
 
@@ -699,6 +761,7 @@ class StoreMachine(RuleBasedStateMachine):
                 parts = state.blocks[key].parts
                 assert set(parts) == set(block.parts)
                 for part, record in parts.items():
+                    assert record.fidelity == block.fidelities[part]
                     assert self.executor.contents[record.slot] == block.parts[part]
                     assert self.executor.index[identity, key, part] == record.slot
         for slot in self.executor.pinned:

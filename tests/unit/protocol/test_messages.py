@@ -65,8 +65,8 @@ RELEASED = {
     103: ("Attached", f"{REPLY_FIELDS} namespace_id generation digest"),
     104: ("PutReply", f"{REPLY_FIELDS} statuses reasons retry_after_ms"),
     105: ("GetReply", f"{REPLY_FIELDS} statuses"),
-    106: ("MatchReply", f"{REPLY_FIELDS} hits tiers lease"),
-    107: ("ExistsReply", f"{REPLY_FIELDS} tiers"),
+    106: ("MatchReply", f"{REPLY_FIELDS} hits tiers lease fidelity"),
+    107: ("ExistsReply", f"{REPLY_FIELDS} tiers fidelities"),
     108: ("CountReply", f"{REPLY_FIELDS} count"),
     109: ("Done", REPLY_FIELDS),
     110: ("StatsReply", f"{REPLY_FIELDS} stats"),
@@ -79,7 +79,7 @@ RELEASED_ENUMS = {
     GetStatus: "MISS=0 HIT=1 THROTTLED=2",
     TierId: "NONE=0 HBM=1 DRAM=2 SSD=3 REMOTE=4",
     Reason: "NONE=0 TOO_LARGE=1 NO_ROOM=2 ALL_HELD=3 POPULATING=4 OVERLOADED=5 STALE_NAMESPACE=6 BAD_RECORD=7 "
-    "BAD_PARENT=8 BAD_PART=9 GRANT_LIMIT=10 MEMORY_LIMIT=11",
+    "BAD_PARENT=8 BAD_PART=9 GRANT_LIMIT=10 MEMORY_LIMIT=11 NOT_EXACT=12 OTHER_CODEC=13",
     ErrorCode: "BAD_REQUEST=1 PROTOCOL_MISMATCH=2 UNKNOWN_SESSION=3 UNKNOWN_NAMESPACE=4 THROTTLED=5 "
     "SHUTTING_DOWN=6 LIMIT=7 INTERNAL=8",
 }
@@ -224,7 +224,8 @@ def test_reply_with_statuses_of_a_later_version_still_decodes():
         (2, 2, 2),
         (1, 9, PROTOCOL_VERSION),
         (2, 9, PROTOCOL_VERSION),
-        (3, 9, None),
+        (3, 3, 3),
+        (4, 9, None),
         (0, 0, None),
         (0, 5, PROTOCOL_VERSION),
         (5, 1, None),
