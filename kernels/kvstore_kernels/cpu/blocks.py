@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore_kernels.codecs import EXACT, Codec, Region
+from kvstore_kernels.codecs.lossless import Lossless
+from kvstore_kernels.cpu.lossless import compress_block, decompress_block, spread
 from kvstore_kernels.cpu.methods import method_of
 from kvstore_kernels.cpu.sections import Dense, Section, row_offsets, run_section
 from kvstore_kernels.layout import Layout, MLALayout
@@ -50,9 +52,10 @@ def encode(
         ValueError: the codec cannot store the layout, or an argument is out of range.
     """
     pages, addresses = _check(codec, kv, pages, payloads, threads)
-    lengths = codec.section_bytes(kv.layout)
-    assert lengths is not None
     voids = np.zeros(len(pages), np.int64)
+    if isinstance(codec, Lossless):
+        return EncodedBlocks(_compress(codec, kv, pages, addresses, threads), voids)
+    lengths = _fixed_lengths(codec, kv.layout)
     for section, name in _sections(codec, kv, pages, addresses, lengths):
         method = method_of(name, section.planes)
         voids += run_section(method.encode, method.kind, section, decoding=False, threads=threads)
@@ -83,15 +86,73 @@ def decode(
             pages of this block and of others may have been written.
     """
     pages, addresses = _check(codec, kv, pages, payloads, threads)
-    lengths = codec.section_bytes(kv.layout)
-    assert lengths is not None
-    given = np.asarray(section_bytes, np.int64).reshape(len(pages), -1)
-    for block, row in enumerate(given.tolist()):
-        if tuple(row) != lengths:
-            raise ValueError(f"block {block}: codec {codec.name} has sections of {list(lengths)} bytes here, got {row}")
+    given = np.asarray(section_bytes)
+    sections = len(codec.max_section_bytes(kv.layout))
+    if given.shape != (len(pages), sections) or given.dtype.kind not in "iu":
+        raise ValueError(
+            f"section_bytes must be whole numbers [{len(pages)}, {sections}], got {given.dtype.name} {given.shape}"
+        )
+    if isinstance(codec, Lossless):
+        _decompress(codec, kv, pages, addresses, given, threads)
+        return
+    lengths = _fixed_lengths(codec, kv.layout)
+    for block in np.nonzero((given != lengths).any(1))[0]:
+        raise ValueError(
+            f"block {block}: codec {codec.name} has sections of {list(lengths)} bytes here, got {given[block].tolist()}"
+        )
     for section, name in _sections(codec, kv, pages, addresses, lengths):
         method = method_of(name, section.planes)
         run_section(method.decode, method.kind, section, decoding=True, threads=threads)
+
+
+def _fixed_lengths(codec: Codec, layout: Layout) -> tuple[int, ...]:
+    """Section lengths of a codec whose sections have always the same."""
+    lengths = codec.section_bytes(layout)
+    if lengths is None:
+        raise ValueError(f"codec {codec.name} is not known here: its sections vary in length")
+    return lengths
+
+
+def _compress(
+    codec: Lossless, kv: PagedKV, pages: npt.NDArray[np.int32], addresses: npt.NDArray[np.int64], threads: int
+) -> npt.NDArray[np.int64]:
+    """Section lengths of blocks that are compressed as a whole."""
+    block = np.empty(kv.layout.block_bytes, np.uint8)
+    lengths = np.zeros((len(pages), 1), np.int64)
+    with spread(threads) as over:
+        for number, address in enumerate(addresses.tolist()):
+            _copy_block(kv, pages[number : number + 1], block, decoding=False, threads=threads)
+            lengths[number, 0] = compress_block(codec.compressor, kv.layout, block, address, over)
+    return lengths
+
+
+def _decompress(
+    codec: Lossless,
+    kv: PagedKV,
+    pages: npt.NDArray[np.int32],
+    addresses: npt.NDArray[np.int64],
+    lengths: npt.NDArray[np.int64],
+    threads: int,
+) -> None:
+    block = np.empty(kv.layout.block_bytes, np.uint8)
+    with spread(threads) as over:
+        for number, address in enumerate(addresses.tolist()):
+            try:
+                decompress_block(codec.compressor, kv.layout, address, int(lengths[number, 0]), block, over)
+            except ValueError as error:
+                raise ValueError(f"block {number}: {error}") from None
+            _copy_block(kv, pages[number : number + 1], block, decoding=True, threads=threads)
+
+
+def _copy_block(
+    kv: PagedKV, pages: npt.NDArray[np.int32], block: npt.NDArray[np.uint8], *, decoding: bool, threads: int
+) -> None:
+    """One block between its pages and memory in the layout's order."""
+    address = np.array([block.ctypes.data], np.int64)
+    for section in _whole_sections(kv, pages, address):
+        method = method_of(EXACT, section.planes)
+        kernel = method.decode if decoding else method.encode
+        run_section(kernel, method.kind, section, decoding=decoding, threads=threads)
 
 
 def _check(
@@ -121,9 +182,8 @@ def _sections(
 ) -> Iterator[tuple[Section, str]]:
     """Sections of codecs of fixed size, and the method of each."""
     if codec.whole:
-        for number, dense in enumerate(whole_block(kv.layout)):
-            rows = row_offsets(kv, number, pages)
-            yield Section(kv.layout.planes[number], kv.sections[number], rows, addresses, dense), EXACT
+        for section in _whole_sections(kv, pages, addresses):
+            yield section, EXACT
         return
     for number, planes in enumerate(kv.layout.planes):
         form: Dense | tuple[Region, ...] = codec.regions(planes, kv.layout.block_tokens)
@@ -135,7 +195,13 @@ def _sections(
         addresses = addresses + lengths[number]
 
 
-def whole_block(layout: Layout) -> tuple[Dense, ...]:
+def _whole_sections(kv: PagedKV, pages: npt.NDArray[np.int32], addresses: npt.NDArray[np.int64]) -> Iterator[Section]:
+    """The planes of each role as parts of blocks in the layout's order."""
+    for number, dense in enumerate(_whole_block(kv.layout)):
+        yield Section(kv.layout.planes[number], kv.sections[number], row_offsets(kv, number, pages), addresses, dense)
+
+
+def _whole_block(layout: Layout) -> tuple[Dense, ...]:
     """Where the planes of each role lie in a block of the layout's own order."""
     layer_bytes = layout.block_bytes // layout.num_layers
     token_bytes = layer_bytes // layout.block_tokens

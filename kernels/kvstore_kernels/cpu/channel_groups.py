@@ -11,9 +11,10 @@ from typing import Final
 
 from kvstore_kernels.cpu.code import inlined, kernel
 from kvstore_kernels.cpu.kinds import Kind, code_bits, element_bytes
+from kvstore_kernels.cpu.lanes import I64, VF32, VI16, VI32, Value
 from kvstore_kernels.cpu.loads import STEP, keys, load_pair, pair_of_keys, store_pair
 from kvstore_kernels.cpu.memory import load
-from kvstore_kernels.cpu.vectors import I64, VF32, VI16, VI32, Parameters, Value, Vectors, emitted
+from kvstore_kernels.cpu.vectors import Parameters, Vectors, emitted
 from kvstore_kernels.cpu.work import DIM, FOLLOWING, PLANE, ROWS, TOKENS, count_void, next_plane, region
 
 _WIDE: Final = 32

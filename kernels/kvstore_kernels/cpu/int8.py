@@ -10,10 +10,11 @@ from typing import Final
 
 from kvstore_kernels.cpu.code import inlined, kernel
 from kvstore_kernels.cpu.kinds import Kind
+from kvstore_kernels.cpu.lanes import F16, F32, I64, VF32, VI16, VI32, WI16, WI32, Value
 from kvstore_kernels.cpu.loads import STEP, load_pair, magnitude_bits, magnitudes, store_pair
 from kvstore_kernels.cpu.memory import copy, fill_zero, load, load_u32, prefetch
 from kvstore_kernels.cpu.rows import FETCH_AHEAD_BYTES, for_each_run
-from kvstore_kernels.cpu.vectors import F16, F32, I64, VF32, VI16, VI32, WI16, WI32, Value, Vectors, emitted
+from kvstore_kernels.cpu.vectors import Vectors, emitted
 from kvstore_kernels.cpu.work import (
     DIM,
     FOLLOWING,

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Final
 
 from kvstore_kernels.cpu.kinds import Kind
-from kvstore_kernels.cpu.vectors import F16, F32, I32, LANES, VF32, VI16, VI32, WI16, Value, Vectors
+from kvstore_kernels.cpu.lanes import F16, F32, I32, LANES, VF32, VI16, VI32, WI16, Value
+from kvstore_kernels.cpu.vectors import Vectors
 
 __all__ = [
     "STEP",
@@ -19,6 +20,7 @@ __all__ = [
     "magnitudes",
     "pair_of_keys",
     "reduced_key",
+    "rounded_pair",
     "store_pair",
     "values_of_keys",
 ]
@@ -52,14 +54,16 @@ def store_pair(v: Vectors, kind: Kind, pair: Pair, address: Value, step: int = 0
         for half, lanes in enumerate((_INTERLEAVED[:LANES], _INTERLEAVED[LANES:])):
             v.store(v.pick(even, odd, lanes), address, at + 4 * LANES * half, streaming=kind.streaming)
         return
-    sixteen = v.constant(VI32, 16)
-    if kind.dtype == "bfloat16":
-        low = v.b.lshr(_bfloat16_above(v, even), sixteen)
-        high = v.b.and_(_bfloat16_above(v, odd), v.constant(VI32, -1 << 16))
-    else:
+    v.store(rounded_pair(v, kind, pair), address, at, streaming=kind.streaming)
+
+
+def rounded_pair(v: Vectors, kind: Kind, pair: Pair) -> Value:
+    """Sixteen elements of bfloat16 or float16 in their order, rounded to nearest even: int16. Not for NaN."""
+    if kind.dtype == "float16":
         low, high = (v.b.zext(v.b.bitcast(v.float16(value), VI16), VI32) for value in pair)
-        high = v.b.shl(high, sixteen)
-    v.store(v.b.or_(low, high), address, at, streaming=kind.streaming)
+        return v.b.bitcast(v.b.or_(low, v.shifted(high, 16)), WI16)
+    low, high = (_bfloat16_above(v, value) for value in pair)
+    return v.b.bitcast(v.b.or_(v.shifted(low, -16), v.b.and_(high, v.constant(VI32, -1 << 16))), WI16)
 
 
 def magnitudes(v: Vectors, kind: Kind, address: Value, step: int = 0) -> Value:

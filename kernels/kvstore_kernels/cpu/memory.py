@@ -6,7 +6,8 @@ from llvmlite import ir
 from numba.core import cgutils
 
 from kvstore_kernels.cpu.kinds import Kind
-from kvstore_kernels.cpu.vectors import I8, I16, I32, I64, Value, Vectors, emitted
+from kvstore_kernels.cpu.lanes import I8, I16, I32, I64, Value
+from kvstore_kernels.cpu.vectors import Vectors, emitted
 
 __all__ = [
     "add_atomic",

@@ -8,6 +8,7 @@ from typing import Final, NamedTuple
 from kvstore_kernels.codecs import EXACT
 from kvstore_kernels.cpu.channel_groups import decode_channel_groups, encode_channel_groups
 from kvstore_kernels.cpu.exact import decode_exact, encode_exact
+from kvstore_kernels.cpu.fp8 import decode_fp8, encode_fp8
 from kvstore_kernels.cpu.int8 import decode_int8, encode_int8
 from kvstore_kernels.cpu.kinds import Kind
 from kvstore_kernels.cpu.sections import Kernel
@@ -34,6 +35,7 @@ class Method(NamedTuple):
 
 _KERNELS: Final[dict[str, tuple[Kernel, Kernel]]] = {
     EXACT: (encode_exact, decode_exact),
+    "fp8": (encode_fp8, decode_fp8),
     "int8": (encode_int8, decode_int8),
     "int4": (encode_token_groups, decode_token_groups),
     "kivi4v": (encode_token_groups, decode_token_groups),

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Final
 
 from kvstore_kernels.cpu.kinds import Kind
+from kvstore_kernels.cpu.lanes import I64, Value
 from kvstore_kernels.cpu.loads import STEP
-from kvstore_kernels.cpu.vectors import I64, Value, Vectors
+from kvstore_kernels.cpu.vectors import Vectors
 
 __all__ = ["FETCH_AHEAD_BYTES", "RUN", "for_each_run"]
 

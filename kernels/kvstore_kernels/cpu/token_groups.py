@@ -14,10 +14,11 @@ from typing import Final
 
 from kvstore_kernels.cpu.code import inlined, kernel
 from kvstore_kernels.cpu.kinds import Kind, code_bits, element_bytes, group_elements, run_elements
+from kvstore_kernels.cpu.lanes import F16, F32, I8, I16, I32, I64, LANES, VF32, VI32, Value, vector
 from kvstore_kernels.cpu.loads import STEP, keys, load_pair, reduced_key, store_pair, values_of_keys
 from kvstore_kernels.cpu.memory import copy, fill_zero, load, prefetch
 from kvstore_kernels.cpu.rows import FETCH_AHEAD_BYTES
-from kvstore_kernels.cpu.vectors import F16, F32, I8, I16, I32, I64, LANES, VF32, VI32, Value, Vectors, emitted, vector
+from kvstore_kernels.cpu.vectors import Vectors, emitted
 from kvstore_kernels.cpu.work import DIM, FOLLOWING, PLANE, ROWS, SCRATCH, TOKENS, count_void, next_plane, region
 
 _TILE: Final = 32

@@ -10,29 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 from kvstore_kernels.codecs.turbo import DEVIATION, LEVELS, ROW, SIGNS, THRESHOLDS, VOID_ABOVE, ZERO_BELOW
 from kvstore_kernels.cpu.code import inlined, kernel
 from kvstore_kernels.cpu.kinds import Kind, code_bits, element_bytes, group_elements, run_elements
+from kvstore_kernels.cpu.lanes import F32, I8, I16, I64, LANES, VF32, VI32, WI16, Value, float32, vector
 from kvstore_kernels.cpu.loads import STEP, load_pair, store_pair
 from kvstore_kernels.cpu.memory import copy, load, prefetch, store
 from kvstore_kernels.cpu.rows import FETCH_AHEAD_BYTES
-from kvstore_kernels.cpu.vectors import (
-    F32,
-    I8,
-    I16,
-    I64,
-    LANES,
-    VF32,
-    VI32,
-    WI16,
-    Value,
-    Vectors,
-    emitted,
-    float32,
-    vector,
-)
+from kvstore_kernels.cpu.vectors import Vectors, emitted
 from kvstore_kernels.cpu.work import DIM, FOLLOWING, PLANE, ROWS, SCRATCH, TOKENS, count_void, next_plane, region
 
 _STEPS: Final = ROW // STEP
@@ -51,9 +38,6 @@ _NORMS: Final = _FACTORS + 4 * _MOST_VECTORS
 _PRODUCTS: Final = _NORMS + 4 * _MOST_VECTORS
 _SCALES: Final = _PRODUCTS + 4 * _MOST_VECTORS
 
-Pairs = list[tuple[Value, Value]]
-"""For each step the even elements and the odd ones."""
-
 
 def _piece(v: Vectors, kind: Kind, pieces: Value, step: int) -> Value:
     """Address of a step's elements."""
@@ -67,27 +51,24 @@ def _signs(kind: Kind, step: int, odd: int) -> list[bool]:
     return [bool(SIGNS[i // 8] >> i % 8 & 1) for i in range(first, first + STEP, 2)]
 
 
-def _butterfly(v: Vectors, kind: Kind, pairs: Pairs) -> Pairs:
-    """Walsh-Hadamard transform of each vector of a row: a+b and a-b over distances 1, 2, 4 and so on."""
-    pairs = [(v.b.fadd(even, odd), v.b.fsub(even, odd)) for even, odd in pairs]
+def _within_step(v: Vectors, even: Value, odd: Value) -> tuple[Value, Value]:
+    """Of a Walsh-Hadamard transform a+b and a-b over distances 2, 4 and 8; distance 1 is between even and odd."""
     for distance in (1, 2, 4):
         lanes = [lane ^ distance for lane in range(LANES)]
         upper = [bool(lane & distance) for lane in range(LANES)]
-        pairs = [
-            (v.plus_minus(even, upper, v.pick(even, even, lanes)), v.plus_minus(odd, upper, v.pick(odd, odd, lanes)))
-            for even, odd in pairs
-        ]
-    distance = 1
-    while STEP * distance < kind.group:
-        mixed = list(pairs)
-        for i in range(_STEPS):
+        even, odd = (v.plus_minus(x, upper, v.pick(x, x, lanes)) for x in (even, odd))
+    return even, odd
+
+
+def _between_steps(add: Any, subtract: Any, steps: Sequence[Value], distances: Sequence[int]) -> list[Value]:
+    """The same over whole steps: distances in steps."""
+    mixed = list(steps)
+    for distance in distances:
+        for i in range(len(mixed)):
             if not i & distance:
-                low, high = pairs[i], pairs[i + distance]
-                mixed[i] = (v.b.fadd(low[0], high[0]), v.b.fadd(low[1], high[1]))
-                mixed[i + distance] = (v.b.fsub(low[0], high[0]), v.b.fsub(low[1], high[1]))
-        pairs = mixed
-        distance *= 2
-    return pairs
+                low, high = mixed[i], mixed[i + distance]
+                mixed[i], mixed[i + distance] = add(low, high), subtract(low, high)
+    return mixed
 
 
 @emitted
@@ -147,15 +128,18 @@ def _encode_row(
         codes: of the row.
         signs: of the row, with three bits.
     """
-    pairs: Pairs = []
+    evens, odds = [], []
     for step in range(_STEPS):
         at = _piece(v, kind, pieces, step)
         if step % 4 >= 2:
             v.prefetch_span(v.at(at, ahead), kind.row_bytes(STEP))
-        even, odd = load_pair(v, kind, at)
-        pairs.append((v.flipped(even, _signs(kind, step, 0)), v.flipped(odd, _signs(kind, step, 1))))
-    pairs = _butterfly(v, kind, pairs)
+        even, odd = (v.flipped(x, _signs(kind, step, i)) for i, x in enumerate(load_pair(v, kind, at)))
+        even, odd = _within_step(v, v.b.fadd(even, odd), v.b.fsub(even, odd))
+        evens.append(even)
+        odds.append(odd)
     steps = kind.group // STEP
+    distances = [distance for distance in (1, 2, 4) if distance < steps]
+    evens, odds = (_between_steps(v.b.fadd, v.b.fsub, half, distances) for half in (evens, odds))
     indices, negatives = [], []
     for first in range(0, _STEPS, steps):
         factor = v.splat(v.load(vectors, F32, _FACTORS + first // steps * 4))
@@ -163,7 +147,7 @@ def _encode_row(
         mask = v.b.bitcast(v.b.sext(has_codes, VI32), WI16)
         products = v.constant(VI32, 0)
         for step in range(first, first + steps):
-            y = v.whole_16(*(v.b.fmul(x, factor) for x in pairs[step]))
+            y = v.whole_16(v.b.fmul(evens[step], factor), v.b.fmul(odds[step], factor))
             magnitude = v.call("llvm.abs.v16i16", WI16, y, v.no)
             index, level = v.quantised(magnitude, THRESHOLDS[kind.bits], LEVELS[kind.bits])
             products = v.b.add(products, v.pairs_dot(magnitude, level))
@@ -203,37 +187,60 @@ def _store_codes(
 
 @emitted
 def _decode_row(v: Vectors, kind: Kind, codes: Value, signs: Value, scales: Value, pieces: Value) -> None:
-    """Inverse of ``_encode_row``."""
-    bits, steps = kind.bits, kind.group // STEP
-    levels = [level / DEVIATION for level in LEVELS[bits]]
-    pairs: Pairs = []
-    for step in range(_STEPS):
-        places = 2 if bits == 3 else bits
-        word_steps = 16 // places
-        words = v.load(codes, VI32, 32 * (step // word_steps))
-        both = []
-        for half in (0, 16):
-            index = v.shifted(words, -(half + places * (step % word_steps)))
-            if bits == 4:
-                # The sign is above the three bits that count.
-                value = v.as_ints(v.look_up(levels, index))
-                sign = v.b.and_(v.shifted(index, 28), v.constant(VI32, -1 << 31))
-                value = v.as_floats(v.b.xor(value, sign))
-            elif bits == 3:
-                flags = v.b.zext(v.load(signs, vector(I16, LANES)), VI32)
-                sign = v.b.and_(v.shifted(flags, 2 - half // 2 - step), v.constant(VI32, 4))
-                value = v.look_up([*levels, *(-level for level in levels)], v.b.or_(v.bits(index, 0, 3), sign))
-            else:
-                value = v.look_up([*levels, *(-level for level in levels)] * 2, index)
-            both.append(value)
-        pairs.append((both[0], both[1]))
-    pairs = _butterfly(v, kind, pairs)
+    """Inverse of ``_encode_row``.
+
+    Sums of levels are whole numbers below 2^24, so that the transform is exact in any order and arithmetic: two stages
+    are done in int16, which cannot overflow yet, the next by the instruction that also makes them int32.
+    """
+    vector_steps = kind.group // STEP
+    distances = [distance for distance in (1, 2, 4) if distance < vector_steps]
+    levels = _between_steps(v.b.add, v.b.sub, _levels(v, kind.bits, codes, signs), distances[-2:])
+    plus, minus = v.constant(WI16, 1), v.lanes([1, -1] * LANES, I16)
+    group = 2 if len(distances) == 3 else 1
     root = v.constant(F32, float32(1 / math.sqrt(kind.group)))
-    for step in range(_STEPS):
-        scale = v.from_float16(v.load(scales, I16, 2 * (step // steps)))
-        factor = v.splat(v.b.fmul(scale, root))
-        even, odd = (v.flipped(v.b.fmul(x, factor), _signs(kind, step, i)) for i, x in enumerate(pairs[step]))
-        store_pair(v, kind, (even, odd), _piece(v, kind, pieces, step))
+    deviation = v.constant(F32, 1 / DEVIATION)
+    for first in range(0, _STEPS, group):
+        evens, odds = [], []
+        for step in range(first, first + group):
+            pair = (v.b.sitofp(v.pairs_dot(levels[step], signs), VF32) for signs in (plus, minus))
+            even, odd = _within_step(v, *pair)
+            evens.append(even)
+            odds.append(odd)
+        evens, odds = (_between_steps(v.b.fadd, v.b.fsub, half, [1] * (group - 1)) for half in (evens, odds))
+        scale = v.from_float16(v.load(scales, I16, 2 * (first // vector_steps)))
+        factor = v.splat(v.b.fmul(v.b.fmul(scale, root), deviation))
+        for i, step in enumerate(range(first, first + group)):
+            even, odd = (
+                v.flipped(v.b.fmul(half[i], factor), _signs(kind, step, j)) for j, half in enumerate((evens, odds))
+            )
+            store_pair(v, kind, (even, odd), _piece(v, kind, pieces, step))
+
+
+def _levels(v: Vectors, bits: int, codes: Value, signs: Value) -> list[Value]:
+    """Levels of a row, 16 int16 a step.
+
+    Of each code word the two bytes are looked up at once, their lower and their upper halves one after the other: a
+    byte of the level each.
+    """
+    places = 2 if bits == 3 else bits
+    table = [*LEVELS[bits], *(-level for level in LEVELS[bits])]
+    low_bytes, high_bytes = [level & 255 for level in table], [level >> 8 & 255 for level in table]
+    low_half = v.constant(WI16, 255)
+    steps: dict[int, Value] = {}
+    for word in range(places // 2):
+        words = v.load(codes, WI16, 32 * word)
+        for j in range(8 // places):
+            index = v.bits(words, places * j, 0x0101 * (2**places - 1))
+            if bits == 3:
+                flags = v.b.zext(v.load(signs, vector(I8, STEP)), WI16)
+                flags = v.b.or_(flags, v.shifted(flags, 4))
+                index = v.b.or_(index, v.bits(v.shifted(flags, 2 - j), 0, 0x0404))
+            low, high = v.look_up_bytes(low_bytes, index), v.look_up_bytes(high_bytes, index)
+            first = word * 16 // places + j
+            steps[first] = v.b.or_(v.b.and_(low, low_half), v.shifted(high, 8))
+            upper = v.b.and_(high, v.constant(WI16, -256))
+            steps[first + 8 // places] = v.b.or_(v.shifted(low, -8), upper)
+    return [steps[step] for step in range(_STEPS)]
 
 
 @inlined
