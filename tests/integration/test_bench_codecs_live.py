@@ -162,7 +162,7 @@ def test_bench_codecs_command_prints_one_json_object() -> None:
     assert "memmove" in report["baseline"]
     assert set(report["rows"][0]) == {
         "op", "codec", "size_bytes", "batch", "cache", "memory", "threads", "samples", "median_us", "p99_us",
-        "gb_per_s", "baseline", "baseline_median_us", "ratio", "limit",
+        "gb_per_s", "baseline", "baseline_median_us", "ratio", "limit", "others_share",
     }  # fmt: skip
     assert all(set(row) <= set(Row.__struct_fields__) for row in report["rows"])
 

@@ -6,6 +6,7 @@ parts of the KV. All bytes are counted as the unquantised KV has them. Everythin
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
@@ -17,6 +18,7 @@ from kvstore.cli.bench.codecs_store import CODEC, measure_store
 from kvstore.cli.bench.codecs_work import CodecWork, Payloads, has_reference
 from kvstore.cli.bench.local_reads import MEMMOVE
 from kvstore.cli.bench.local_sides import Walk, take_turns
+from kvstore.cli.bench.local_sustained import machine_busy_ns
 from kvstore.cli.bench.machine import machine_facts
 from kvstore.cli.bench.report import Report, Row, percentile
 from kvstore.errors import InvalidArgument
@@ -172,9 +174,12 @@ def _measure_codec(
         for threads in extent.threads
     ]
     walk = Walk(extent.calls, 1)
+    busy_ns, own_ns, started = machine_busy_ns(), time.process_time_ns(), time.perf_counter_ns()
     for _ in range(extent.rounds):
         take_turns([*copies, *sides], walk, 1, 1)
         on_round()
+    others_ns = machine_busy_ns() - busy_ns - (time.process_time_ns() - own_ns)
+    others_share = round(max(others_ns / (time.perf_counter_ns() - started), 0.0), 2)
     baseline_ns = min(median(copy.times_ns[before:]) for copy in copies)
     rows: list[Row] = []
     one_thread: dict[tuple[str, str], float] = {}
@@ -201,6 +206,7 @@ def _measure_codec(
                 baseline_median_us=round(baseline_ns / 1000, 2),
                 ratio=round(ratio, 4),
                 limit=aim(op, work.codec.name, side.threads, alone),
+                others_share=others_share,
                 scale=round(ratio / alone, 4) if alone is not None and side.threads > 1 else None,
             )
         )

@@ -86,7 +86,12 @@ def _cells(by_threads: dict[int, Row], threads: Sequence[int]) -> list[str | Tex
 def _copies(rows: Sequence[Row]) -> list[tuple[str, str]]:
     copies = [row for row in rows if row.op == MEMMOVE]
     rates = (f"{row.gb_per_s or 0:.1f} GB/s in calls of {render.size(row.size_bytes or 0)}" for row in copies)
-    return [(MEMMOVE, ", ".join(rates))] if copies else []
+    facts = [(MEMMOVE, ", ".join(rates))] if copies else []
+    shares = [row.others_share for row in rows if row.others_share is not None]
+    if shares:
+        used = f"used {min(shares):.1f} to {max(shares):.1f} cores meanwhile; each thread needs one for itself"
+        facts.append(("others", used))
+    return facts
 
 
 def _short(value: float) -> str:
