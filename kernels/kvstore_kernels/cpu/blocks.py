@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +12,7 @@ from kvstore_kernels.codecs import EXACT, Codec, Region
 from kvstore_kernels.codecs.lossless import Lossless
 from kvstore_kernels.cpu.lossless import compress_block, decompress_block, spread
 from kvstore_kernels.cpu.methods import method_of
-from kvstore_kernels.cpu.sections import Dense, Section, row_offsets, run_section
+from kvstore_kernels.cpu.sections import Dense, Job, Section, row_offsets, run_jobs
 from kvstore_kernels.layout import Layout, MLALayout
 from kvstore_kernels.paged import PagedKV
 
@@ -46,7 +46,7 @@ def encode(
         kv: the pages.
         pages: of each block, in its order: int32 ``[blocks, kv.block_pages]``.
         payloads: addresses of memory for each block, of ``sum(codec.max_section_bytes(kv.layout))`` bytes.
-        threads: to use, the caller's among them.
+        threads: at most so many work, the caller's among them.
 
     Raises:
         ValueError: the codec cannot store the layout, or an argument is out of range.
@@ -56,9 +56,10 @@ def encode(
     if isinstance(codec, Lossless):
         return EncodedBlocks(_compress(codec, kv, pages, addresses, threads), voids)
     lengths = _fixed_lengths(codec, kv.layout)
-    for section, name in _sections(codec, kv, pages, addresses, lengths):
-        method = method_of(name, section.planes)
-        voids += run_section(method.encode, method.kind, section, decoding=False, threads=threads)
+    jobs = _jobs(_sections(codec, kv, pages, addresses, lengths), decoding=False)
+    run_jobs(jobs, threads)
+    for job in jobs:
+        voids += job.voids
     return EncodedBlocks(np.tile(np.array(lengths, np.int64), (len(pages), 1)), voids)
 
 
@@ -79,7 +80,7 @@ def decode(
         pages: of each block, as for ``encode``.
         payloads: addresses of the encoded blocks.
         section_bytes: of each block ``[blocks, sections]``; nothing is read behind them.
-        threads: to use, the caller's among them.
+        threads: at most so many work, the caller's among them.
 
     Raises:
         ValueError: the codec cannot store the layout, an argument is out of range, or a block is not well formed; then
@@ -100,9 +101,7 @@ def decode(
         raise ValueError(
             f"block {block}: codec {codec.name} has sections of {list(lengths)} bytes here, got {given[block].tolist()}"
         )
-    for section, name in _sections(codec, kv, pages, addresses, lengths):
-        method = method_of(name, section.planes)
-        run_section(method.decode, method.kind, section, decoding=True, threads=threads)
+    run_jobs(_jobs(_sections(codec, kv, pages, addresses, lengths), decoding=True), threads)
 
 
 def _fixed_lengths(codec: Codec, layout: Layout) -> tuple[int, ...]:
@@ -149,10 +148,16 @@ def _copy_block(
 ) -> None:
     """One block between its pages and memory in the layout's order."""
     address = np.array([block.ctypes.data], np.int64)
-    for section in _whole_sections(kv, pages, address):
-        method = method_of(EXACT, section.planes)
-        kernel = method.decode if decoding else method.encode
-        run_section(kernel, method.kind, section, decoding=decoding, threads=threads)
+    sections = ((section, EXACT) for section in _whole_sections(kv, pages, address))
+    run_jobs(_jobs(sections, decoding=decoding), threads)
+
+
+def _jobs(sections: Iterable[tuple[Section, str]], *, decoding: bool) -> list[Job]:
+    jobs = []
+    for section, name in sections:
+        method = method_of(name, section.planes)
+        jobs.append(Job(method.decode if decoding else method.encode, method.kind, section, decoding=decoding))
+    return jobs
 
 
 def _check(

@@ -7,7 +7,8 @@ and float32, or 4, 3 and 2 bits, as if it had been written for each, and only wh
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+import functools
+from dataclasses import dataclass
 from typing import Any
 
 from llvmlite import ir
@@ -52,15 +53,20 @@ class KindType(types.Type):  # type: ignore[misc]
 
     def __init__(self, kind: Kind) -> None:
         self.kind = kind
-        super().__init__(name=f"Kind{astuple(kind)}")
+        super().__init__(name=repr(kind))
 
 
 register_model(KindType)(models.OpaqueModel)
 
 
+@functools.cache
+def _type_of(kind: Kind) -> KindType:
+    return KindType(kind)
+
+
 @typeof_impl.register(Kind)  # type: ignore[untyped-decorator]
 def _typeof_kind(value: Kind, context: Any) -> KindType:
-    return KindType(value)
+    return _type_of(value)
 
 
 @unbox(KindType)  # type: ignore[untyped-decorator]

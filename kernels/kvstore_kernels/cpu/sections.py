@@ -16,13 +16,15 @@ from kvstore_kernels.cpu.kinds import Kind
 from kvstore_kernels.layout import ELEMENT_BYTES, Planes
 from kvstore_kernels.paged import PagedKV, PagedPlanes
 
-__all__ = ["Dense", "Kernel", "Section", "run_section"]
+__all__ = ["Dense", "Job", "Kernel", "Section", "row_offsets", "run_jobs"]
 
 Kernel = Callable[[Kind, int, int], Any]
 """A compiled function of a kind, the address of the work and that of a thread's place."""
 
 _ITEM_BYTES: Final = 256 << 10
 """About so many bytes of planes are an item: enough to hide the taking, little enough to share evenly."""
+_THREAD_BYTES: Final = 1 << 20
+"""Fewer are not worth another thread, which takes a tenth of a millisecond to start."""
 _LINE_BYTES: Final = 64
 
 
@@ -62,58 +64,94 @@ def row_offsets(kv: PagedKV, number: int, pages: npt.NDArray[np.int32]) -> npt.N
     return (of_page + of_token).reshape(len(pages), kv.layout.block_tokens)
 
 
-def run_section(kernel: Kernel, kind: Kind, section: Section, *, decoding: bool, threads: int) -> npt.NDArray[np.int64]:
-    """Encode or decode.
+class Job:
+    """The encoding or decoding of one section of many blocks, ready to be run by any number of threads.
 
     Args:
         kernel: does it.
         kind: of the kernel; whether to store past the cache is decided here.
         section: what.
         decoding: whether planes are written.
-        threads: that run the kernel, the caller's among them.
 
-    Returns:
-        Void groups of each block.
+    Attributes:
+        voids: void groups of each block, when it has run.
+        plane_bytes: bytes of all its planes.
     """
-    planes, where = section.planes, section.where
-    element_bytes = ELEMENT_BYTES[planes.dtype]
-    row_bytes = planes.dim * element_bytes
-    blocks, tokens = section.rows.shape
-    heads, dim = planes.num_heads, planes.dim
-    staged = where.element_stride != element_bytes
-    if isinstance(section.form, Dense) and where.head_stride == row_bytes and not staged:
-        # Rows of all heads lie side by side in both places: one copy a token.
-        heads, dim = 1, heads * dim
-    item_layers = min(max(1, _ITEM_BYTES // (planes.num_heads * tokens * row_bytes)), planes.num_layers)
-    bases = np.ascontiguousarray(where.bases, np.int64)
-    rows = np.ascontiguousarray(section.rows, np.int64)
-    sections = np.ascontiguousarray(section.sections, np.int64)
-    staged_rows = np.arange(tokens, dtype=np.int64) * row_bytes
-    voids = np.zeros(blocks, np.int64)
-    words = {
-        work.ITEMS: blocks * -(-planes.num_layers // item_layers),
-        work.ITEM_LAYERS: item_layers,
-        work.LAYERS: planes.num_layers,
-        work.HEADS: heads,
-        work.TOKENS: tokens,
-        work.DIM: dim,
-        work.BLOCK_ROWS: rows.ctypes.data,
-        work.BASES: bases.ctypes.data,
-        work.HEAD_STRIDE: where.head_stride,
-        work.ELEMENT_STRIDE: where.element_stride,
-        work.SECTIONS: sections.ctypes.data,
-        work.VOIDS: voids.ctypes.data,
-        work.STAGED_ROWS: staged_rows.ctypes.data if staged else 0,
-        work.DECODING: int(decoding),
-        **_form_words(section),
-    }
-    table = np.zeros(work.WORK_BYTES // 8, np.int64)
-    for offset, value in words.items():
-        table[offset // 8] = value
-    streaming = decoding and not staged and _whole_lines(where, row_bytes)
-    place_bytes = work.STAGED + (tokens * row_bytes if staged else 0)
-    _run(kernel, replace(kind, streaming=streaming), table, place_bytes, min(threads, words[work.ITEMS]))
-    return voids
+
+    def __init__(self, kernel: Kernel, kind: Kind, section: Section, *, decoding: bool) -> None:
+        planes, where = section.planes, section.where
+        element_bytes = ELEMENT_BYTES[planes.dtype]
+        row_bytes = planes.dim * element_bytes
+        blocks, tokens = section.rows.shape
+        heads, dim = planes.num_heads, planes.dim
+        staged = where.element_stride != element_bytes
+        if isinstance(section.form, Dense) and where.head_stride == row_bytes and not staged:
+            # Rows of all heads lie side by side in both places: one copy a token.
+            heads, dim = 1, heads * dim
+        layer_bytes = planes.num_heads * tokens * row_bytes
+        item_layers = min(max(1, _ITEM_BYTES // layer_bytes), planes.num_layers)
+        self._kernel = kernel
+        self._kind = replace(kind, streaming=decoding and not staged and _whole_lines(where, row_bytes))
+        self._bases = np.ascontiguousarray(where.bases, np.int64)
+        self._rows = np.ascontiguousarray(section.rows, np.int64)
+        self._sections = np.ascontiguousarray(section.sections, np.int64)
+        self._staged_rows = np.arange(tokens, dtype=np.int64) * row_bytes
+        self.voids = np.zeros(blocks, np.int64)
+        self.plane_bytes = blocks * planes.num_layers * layer_bytes
+        self.place_bytes = work.STAGED + (tokens * row_bytes if staged else 0)
+        words = {
+            work.ITEMS: blocks * -(-planes.num_layers // item_layers),
+            work.ITEM_LAYERS: item_layers,
+            work.LAYERS: planes.num_layers,
+            work.HEADS: heads,
+            work.TOKENS: tokens,
+            work.DIM: dim,
+            work.BLOCK_ROWS: self._rows.ctypes.data,
+            work.BASES: self._bases.ctypes.data,
+            work.HEAD_STRIDE: where.head_stride,
+            work.ELEMENT_STRIDE: where.element_stride,
+            work.SECTIONS: self._sections.ctypes.data,
+            work.VOIDS: self.voids.ctypes.data,
+            work.STAGED_ROWS: self._staged_rows.ctypes.data if staged else 0,
+            work.DECODING: int(decoding),
+            **_form_words(section),
+        }
+        self._table = np.zeros(work.WORK_BYTES // 8, np.int64)
+        for offset, value in words.items():
+            self._table[offset // 8] = value
+
+    def run(self, place: int) -> None:
+        """Take items until none are left. Any number of threads at once, each with a place of its own, once."""
+        self._kernel(self._kind, self._table.ctypes.data, place)
+
+
+def run_jobs(jobs: Sequence[Job], threads: int) -> None:
+    """Run jobs one after another.
+
+    Args:
+        jobs: to run.
+        threads: at most so many run them, the caller's among them; fewer where there is little to do.
+    """
+    threads = max(1, min(threads, sum(job.plane_bytes for job in jobs) // _THREAD_BYTES))
+    place_bytes = max(job.place_bytes for job in jobs)
+    places = [np.zeros(place_bytes + _LINE_BYTES, np.uint8) for _ in range(threads)]
+    errors: list[BaseException] = []
+
+    def call(memory: npt.NDArray[np.uint8]) -> None:
+        try:
+            for job in jobs:
+                job.run(-(-memory.ctypes.data // _LINE_BYTES) * _LINE_BYTES)
+        except BaseException as error:
+            errors.append(error)
+
+    others = [threading.Thread(target=call, args=(memory,), name="kvstore-codec") for memory in places[1:]]
+    for thread in others:
+        thread.start()
+    call(places[0])
+    for thread in others:
+        thread.join()
+    if errors:
+        raise errors[0]
 
 
 def _form_words(section: Section) -> dict[int, int]:
@@ -138,32 +176,3 @@ def _whole_lines(where: PagedPlanes, row_bytes: int) -> bool:
     """Whether every row is whole lines: only for those stores past the cache pay."""
     strides = (where.page_stride, where.token_stride, where.head_stride, row_bytes)
     return all(stride % _LINE_BYTES == 0 for stride in strides) and not np.any(where.bases % _LINE_BYTES)
-
-
-def _run(kernel: Kernel, kind: Kind, table: npt.NDArray[np.int64], place_bytes: int, threads: int) -> None:
-    """Call the kernel in as many threads; an error of any is raised."""
-    places = [np.zeros(place_bytes + _LINE_BYTES, np.uint8) for _ in range(max(threads, 1))]
-    errors: list[BaseException] = []
-
-    def call(memory: npt.NDArray[np.uint8]) -> None:
-        try:
-            kernel(kind, table.ctypes.data, -(-memory.ctypes.data // _LINE_BYTES) * _LINE_BYTES)
-        except BaseException as error:
-            errors.append(error)
-
-    others = [threading.Thread(target=call, args=(memory,), name="kvstore-codec") for memory in places[1:]]
-    try:
-        for thread in others:
-            thread.start()
-        call(places[0])
-    finally:
-        # An interrupt waits until the last thread is done: they write to memory that the caller then gives back.
-        while any(thread.is_alive() for thread in others):
-            try:
-                for thread in others:
-                    if thread.is_alive():
-                        thread.join()
-            except BaseException as error:
-                errors.append(error)
-    if errors:
-        raise errors[0]

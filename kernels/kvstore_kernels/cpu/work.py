@@ -48,7 +48,7 @@ TARGET_HEAD_STRIDE: Final = 144
 
 WORK_BYTES: Final = 168
 
-# Words of a thread's place. Zero before the first plane.
+# Words of a thread's place.
 PLANE: Final = 0
 """Address of the plane to encode or decode."""
 ROWS: Final = 8
@@ -65,6 +65,7 @@ _HEAD: Final = 64
 _ORIGIN: Final = 72
 """Address of the plane in the engine's memory."""
 _BEGUN: Final = 80
+"""1 while the place names a plane; 0 before the first one and after the last."""
 PLACE_BYTES: Final = 128
 
 SCRATCH: Final = PLACE_BYTES
@@ -84,6 +85,7 @@ def next_plane(kind: Kind, work: int, place: int) -> int:
     if load(place + _BEGUN) == 0 or layer >= load(place + _END_LAYER):
         item, layers, item_layers = add_atomic(work + NEXT, 1), load(work + LAYERS), load(work + ITEM_LAYERS)
         if item >= load(work + ITEMS):
+            store(place + _BEGUN, 0)
             return 0
         block_items = (layers + item_layers - 1) // item_layers
         block = item // block_items
