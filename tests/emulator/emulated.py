@@ -1,7 +1,7 @@
 """Programs of the CUDA kernels built for the CPU, and launched as on a GPU.
 
-The sources are those of the package, but for ``primitives.cuh``, whose functions ``primitives.h`` has for the host. What
-a launch may read and write is told to the emulator, which reports everything else.
+The sources are those of the package, but for ``primitives.cuh``, whose functions ``primitives.h`` has for the host.
+What a launch may read and write is told to the emulator, which reports everything else.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import hashlib
-import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -70,13 +69,10 @@ def compiler() -> str | None:
 
 def host_source(source: str) -> str:
     """A program's source with the host's primitives instead of the device's."""
-    begin, end = (
-        re.search(rf'^#line 1 "{name}"$', source, re.MULTILINE) for name in ("primitives.cuh", "arithmetic.cuh")
-    )
-    assert begin
-    assert end
-    parts = ('#include "primitives.h"\n', source[: begin.start()], source[end.start() :], '#include "entry.h"\n')
-    return "".join(parts)
+    tables, _, rest = source.partition('#line 1 "primitives.cuh"\n')
+    _, found, shared = rest.partition('#line 1 "arithmetic.cuh"\n')
+    assert found
+    return f'#include "primitives.h"\n{tables}{found}{shared}\n#include "entry.h"\n'
 
 
 def build(program: Program, folder: Path, *, flags: Sequence[str] = (), source: str | None = None) -> Emulated:
@@ -194,7 +190,7 @@ class EmulatedRunner:
         payloads, addresses = self._payloads(case)
         launch = self._prepared(case, pages, addresses)
         memory = [Memory(_bytes_of(layer), written=False) for layer in pages.layers]
-        memory += [Memory(payload, written=True) for payload in payloads]
+        memory += [self._memory(payload, True) for payload in payloads]
         void_groups = self._library(launch).launch("kv_encode", launch, memory, **self._launch)
         return [payload.tobytes() for payload in payloads], void_groups.tolist()
 
@@ -204,8 +200,12 @@ class EmulatedRunner:
             copy[:] = np.frombuffer(payload, np.uint8)
         launch = self._prepared(case, pages, addresses)
         memory = [Memory(_bytes_of(layer), written=True) for layer in pages.layers]
-        memory += [Memory(copy, written=False) for copy in copies]
+        memory += [self._memory(copy, False) for copy in copies]
         self._library(launch).launch("kv_decode", launch, memory, **self._launch)
+
+    def _memory(self, payload: Bytes, written: bool) -> Memory:
+        """What the kernels may touch of a payload."""
+        return Memory(payload, written)
 
     def _payloads(self, case: Case) -> tuple[list[Bytes], npt.NDArray[np.uint64]]:
         size = sum(get_codec(case.codec).max_section_bytes(case.layout))

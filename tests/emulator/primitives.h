@@ -32,12 +32,15 @@ KV_INLINE float float_of(u32 bits) {
 }
 KV_INLINE bool is_nan(float x) { return (bits_of(x) & 0x7fffffffu) > 0x7f800000u; }
 
-KV_INLINE float add(float a, float b) { return a + b; }
-KV_INLINE float subtract(float a, float b) { return a - b; }
-KV_INLINE float multiply(float a, float b) { return a * b; }
-KV_INLINE float divide(float a, float b) { return a / b; }
-KV_INLINE float reciprocal(float x) { return 1.0f / x; }
-KV_INLINE float square_root(float x) { return __builtin_sqrtf(x); }
+// A GPU has one NaN for results.
+KV_INLINE float result(float x) { return is_nan(x) ? float_of(0x7fffffffu) : x; }
+
+KV_INLINE float add(float a, float b) { return result(a + b); }
+KV_INLINE float subtract(float a, float b) { return result(a - b); }
+KV_INLINE float multiply(float a, float b) { return result(a * b); }
+KV_INLINE float divide(float a, float b) { return result(a / b); }
+KV_INLINE float reciprocal(float x) { return result(1.0f / x); }
+KV_INLINE float square_root(float x) { return result(__builtin_sqrtf(x)); }
 KV_INLINE float int_to_float(i32 x) { return (float)x; }
 KV_INLINE float minimum(float a, float b) { return is_nan(a) ? b : is_nan(b) ? a : b < a ? b : a; }
 KV_INLINE float maximum(float a, float b) { return is_nan(a) ? b : is_nan(b) ? a : b > a ? b : a; }
@@ -52,7 +55,7 @@ KV_INLINE double exact_product(float a, float b) {
 }
 KV_INLINE float fused(float a, float b, float c) {
     exact_product(a, b);
-    return __builtin_fmaf(a, b, c);
+    return result(__builtin_fmaf(a, b, c));
 }
 KV_INLINE float fused_unit(float a, float b, float c) {
     const float r = fused(a, b, c);
@@ -61,7 +64,7 @@ KV_INLINE float fused_unit(float a, float b, float c) {
 KV_INLINE float fused_down(float a, float b, float c) {
     const double sum = exact_product(a, b) + c;
     const float r = (float)sum;
-    return (double)r > sum ? __builtin_nextafterf(r, -__builtin_inff()) : r;
+    return result((double)r > sum ? __builtin_nextafterf(r, -__builtin_inff()) : r);
 }
 
 KV_INLINE u16 float_to_half(float x) {

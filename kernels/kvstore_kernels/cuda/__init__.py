@@ -4,12 +4,16 @@ Bytes and values are those of ``kvstore_kernels.codecs`` and ``kvstore_kernels.c
 ``sources``; they are compiled by NVRTC, through CuPy, at the first use of a combination of codec, dtype and shape, and
 kept. Importing this package loads neither CuPy nor a driver; without them calls raise ``CudaUnavailable``.
 
-What the kernels take: all codecs but the lossless ones (encode those on the CPU); bfloat16, float16 and float32, ``raw``
-any dtype; any number of tokens and any page size that the codec takes; head dimensions that are multiples of 64 (for
-``raw`` any), up to 512 for two-byte types and 256 for float32 (fewer where shared memory ends: 512 and 256 hold for every
-codec); channels side by side; addresses and strides that are multiples of 16 bytes (``raw``: any). Fastest are bfloat16,
-dimensions of 64, 128 and 256, blocks of a multiple of 64 tokens, pages of 16 tokens and more. ``check`` refuses what they
-do not take, and says what does.
+What the kernels take:
+
+- all codecs but the lossless ones, which are encoded on the CPU;
+- bfloat16, float16 and float32, and ``raw`` every dtype;
+- head dimensions that are multiples of 64, up to 512 (float32: 256), and ``raw`` any;
+- as many tokens as the codec takes, in pages of any size;
+- channels that lie side by side, addresses and strides that are multiples of 16 bytes (``raw``: any).
+
+Fastest are bfloat16, 64, 128 or 256 channels, blocks of a multiple of 64 tokens, pages of 16 tokens or more, and
+payloads at multiples of 16 bytes. ``check`` refuses what the kernels do not take, and says what does.
 """
 
 from __future__ import annotations

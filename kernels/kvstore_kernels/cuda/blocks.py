@@ -1,4 +1,4 @@
-"""Blocks in an engine's pages on a GPU to encoded blocks and back: the face of ``kvstore_kernels.cpu``, and a stream."""
+"""Blocks in an engine's pages on a GPU to encoded blocks and back: the face of the CPU's kernels, and a stream."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy.typing as npt
 from kvstore_kernels.codecs import Codec
 from kvstore_kernels.cuda.device import DeviceLaunch, device_of
 from kvstore_kernels.cuda.launch import MAX_BLOCKS, Launch
+from kvstore_kernels.cuda.program import program_for
 from kvstore_kernels.encoded import EncodedBlocks, check_blocks, check_lengths
 from kvstore_kernels.paged import PagedKV
 
@@ -25,7 +26,7 @@ def check(codec: Codec, kv: PagedKV) -> None:
     """
     if kv.device != "cuda":
         raise ValueError(f"the pages are on the device {kv.device!r}: use kvstore_kernels.cpu")
-    Launch(codec, kv, np.zeros((1, kv.block_pages), np.int32), np.zeros(1, np.uint64))
+    program_for(codec, kv, 16)
 
 
 def encode(

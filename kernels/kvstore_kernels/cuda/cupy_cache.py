@@ -1,9 +1,9 @@
 """Where CuPy keeps compiled kernels: a directory that can be written to.
 
-CuPy makes ``~/.cupy/kernel_cache`` when it is imported and fails where it cannot, as in a service without a home. Then
-``CUPY_CACHE_DIR`` is set for this process: to ``cupy`` in ``$KVSTORE_CACHE_DIR`` or ``$XDG_CACHE_HOME/kvstore``, or else
-to a new directory of this process alone, which goes when it ends. What lies there is code that will be run, so a
-directory must be this user's own.
+CuPy makes ``~/.cupy/kernel_cache`` when it is imported and fails where it cannot, as in a service without a home.
+Then ``CUPY_CACHE_DIR`` is set for this process: to ``cupy`` in ``$KVSTORE_CACHE_DIR`` or ``$XDG_CACHE_HOME/kvstore``,
+or else to a new directory of this process alone, which goes when it ends. What lies there is code that will be run, so
+a directory must be this user's own.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def ensure_cache_directory() -> None:
     atexit.register(shutil.rmtree, temporary, ignore_errors=True)
     os.environ[_VARIABLE] = temporary
     _log.warning(
-        "no directory to keep compiled CUDA kernels in: they are compiled anew in each process; set KVSTORE_CACHE_DIR to "
-        "one that can be written to"
+        "no directory to keep compiled CUDA kernels in: they are compiled anew in each process; set KVSTORE_CACHE_DIR "
+        "to one that can be written to"
     )
 
 

@@ -6,7 +6,7 @@ CuPy is imported at the first launch. All programs are compiled for the device i
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +14,6 @@ import numpy.typing as npt
 from kvstore_kernels.cuda.cupy_cache import ensure_cache_directory
 from kvstore_kernels.cuda.launch import Launch
 from kvstore_kernels.cuda.program import COMPILER_OPTIONS, Program
-
-if TYPE_CHECKING:
-    from types import ModuleType
 
 __all__ = ["CudaUnavailable", "DeviceLaunch", "cupy_module"]
 
@@ -31,7 +28,7 @@ class CudaUnavailable(RuntimeError):
 
 
 @functools.cache
-def cupy_module() -> ModuleType:
+def cupy_module() -> Any:
     """CuPy, with a device that the kernels run on.
 
     Raises:
@@ -126,14 +123,15 @@ def _compiled(program: Program, device: int) -> Any:
     capability = int(cupy.cuda.Device(device).compute_capability)
     if capability < _OLDEST:
         raise CudaUnavailable(
-            f"device {device} has compute capability {capability / 10}, the CUDA kernels need {_OLDEST / 10}: use another "
-            "device, or keep the KV on the CPU"
+            f"device {device} has compute capability {capability / 10}, the CUDA kernels need {_OLDEST / 10}: "
+            "use another device, or keep the KV on the CPU"
         )
     module = cupy.RawModule(code=program.source, options=COMPILER_OPTIONS, backend="nvrtc")
     try:
         module.compile()
     except (ImportError, OSError, RuntimeError) as error:
         raise CudaUnavailable(
-            f"the CUDA kernels cannot be compiled ({str(error).splitlines()[0]}): pip install 'kvstored[cuda]' brings NVRTC"
+            f"the CUDA kernels cannot be compiled ({str(error).splitlines()[0]}): "
+            "pip install 'kvstored[cuda]' brings NVRTC"
         ) from error
     return module

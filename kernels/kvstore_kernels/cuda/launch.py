@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Final
+import itertools
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -58,9 +59,10 @@ class Launch:
         self.program, plans = program_for(codec, kv, 16 if common % 16 == 0 else common & -common)
         tiles = (plan.planes.num_heads * count for plan, count in zip(plans, self.program.tiles, strict=True))
         self.grid = (sum(tiles), kv.layout.num_layers, blocks)
-        parts = [payloads, *(section.bases for section in kv.sections), pages, np.zeros(blocks, np.uint32)]
-        starts = np.cumsum([0] + [part.nbytes for part in parts]).tolist()
-        self.inputs = np.concatenate([np.ascontiguousarray(part).reshape(-1).view(np.uint8) for part in parts])
+        arrays: list[npt.NDArray[Any]] = [payloads, *(section.bases for section in kv.sections), pages]
+        parts = [_bytes_of(array) for array in (*arrays, np.zeros(blocks, np.uint32))]
+        starts = list(itertools.accumulate((part.nbytes for part in parts), initial=0))
+        self.inputs = np.concatenate(parts)
         self._payloads_at, *self._bases_at, self._pages_at, self.void_groups_at, _ = starts
         self._block_pages = kv.block_pages
         self._sections = [
@@ -87,3 +89,7 @@ class Launch:
     def void_groups(self, inputs: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
         """Counts of void groups ``[blocks]`` out of ``inputs`` as a kernel left them."""
         return inputs[self.void_groups_at :].view(np.uint32).astype(np.int64)
+
+
+def _bytes_of(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)

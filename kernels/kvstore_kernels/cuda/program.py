@@ -15,7 +15,7 @@ from typing import Final
 from kvstore_kernels.codecs import EXACT, Codec
 from kvstore_kernels.cuda.tables import turbo_tables
 from kvstore_kernels.layout import Layout, Planes
-from kvstore_kernels.paged import PagedKV
+from kvstore_kernels.paged import PagedKV, PagedPlanes
 
 __all__ = ["COMPILER_OPTIONS", "Program", "SectionPlan", "program_for"]
 
@@ -29,7 +29,7 @@ _MAX_THREADS: Final = 1024
 _MAX_SHARED_BYTES: Final = 96 << 10
 """Of a block of threads; every device from compute capability 8.0 on has this much."""
 _MAX_STRIDE: Final = (1 << 31) - 1
-_COPIED_UNITS: Final = 4
+_COPIED_UNITS: Final = 8
 """Units that a thread copies of planes that are stored as they are."""
 
 _ELEMENTS: Final = {"bfloat16": "Bfloat16", "float16": "Float16", "float32": "Float32"}
@@ -116,20 +116,18 @@ def program_for(codec: Codec, kv: PagedKV, payload_alignment: int) -> tuple[Prog
     layout = kv.layout
     codec.check(layout)
     if codec.section_bytes(layout) is None:
-        raise ValueError(
-            f"codec {codec.name} has no CUDA kernels: encode it on the CPU (kvstore_kernels.cpu), or use raw"
-        )
+        raise ValueError(f"codec {codec.name} has no CUDA kernels: use kvstore_kernels.cpu, or codec raw")
     plans = _section_plans(codec, kv, payload_alignment)
     for plan, paged in zip(plans, kv.sections, strict=True):
         if max(map(abs, (paged.page_stride, paged.token_stride, paged.head_stride))) > _MAX_STRIDE:
             raise ValueError(f"the CUDA kernels take strides of at most {_MAX_STRIDE} bytes: use kvstore_kernels.cpu")
         if paged.element_stride != layout.element_bytes:
             raise ValueError(
-                f"the CUDA kernels need the channels of a token side by side, got {paged.element_stride} bytes from one to "
-                f"the next of {layout.element_bytes}: use kvstore_kernels.cpu"
+                f"the CUDA kernels need the channels of a token side by side, got {paged.element_stride} bytes from "
+                f"one to the next of {layout.element_bytes}: use kvstore_kernels.cpu"
             )
         if plan.method != EXACT:
-            _check_planes(codec, plan.planes, kv)
+            _check_planes(codec, plan.planes, paged)
     align = min(16, payload_alignment, *(_alignment(plan.offset) for plan in plans))
     if any(plan.method != EXACT for plan in plans) and align < 2:
         raise ValueError("payloads must have even addresses")
@@ -142,8 +140,8 @@ def program_for(codec: Codec, kv: PagedKV, payload_alignment: int) -> tuple[Prog
     )
     if max(program.encode_shared_bytes, program.decode_shared_bytes) > _MAX_SHARED_BYTES:
         raise ValueError(
-            f"codec {codec.name} with {layout.planes[0].dim} channels of {layout.dtype} needs more shared memory than GPUs "
-            "have: use kvstore_kernels.cpu"
+            f"codec {codec.name} with {layout.planes[0].dim} channels of {layout.dtype} needs more shared memory than "
+            "GPUs have: use kvstore_kernels.cpu, or codec raw"
         )
     return program, plans
 
@@ -153,24 +151,23 @@ def _alignment(number: int) -> int:
     return math.gcd(number, 16)
 
 
-def _check_planes(codec: Codec, planes: Planes, kv: PagedKV) -> None:
+def _check_planes(codec: Codec, planes: Planes, paged: PagedPlanes) -> None:
     if planes.dim % _SEGMENT:
         raise ValueError(
-            f"the CUDA kernels of codec {codec.name} need a {planes.role} dimension that is a multiple of {_SEGMENT}, got "
-            f"{planes.dim}: use kvstore_kernels.cpu, or codec raw"
+            f"the CUDA kernels of codec {codec.name} need a {planes.role} dimension that is a multiple of {_SEGMENT}, "
+            f"got {planes.dim}: use kvstore_kernels.cpu, or codec raw"
         )
     if planes.dim > _MAX_THREADS:
         raise ValueError(
             f"the CUDA kernels of codec {codec.name} take at most {_MAX_THREADS} channels a head, got {planes.dim}: "
             "use kvstore_kernels.cpu, or codec raw"
         )
-    for paged in kv.sections:
-        numbers = (*paged.bases.tolist(), paged.page_stride, paged.token_stride, paged.head_stride)
-        if any(number % 16 for number in numbers):
-            raise ValueError(
-                f"the CUDA kernels of codec {codec.name} need addresses and strides of pages, tokens and heads that are "
-                f"multiples of 16 bytes, got strides of {numbers[-3:]}: use kvstore_kernels.cpu, or codec raw"
-            )
+    numbers = (*paged.bases.tolist(), paged.page_stride, paged.token_stride, paged.head_stride)
+    if any(number % 16 for number in numbers):
+        raise ValueError(
+            f"the CUDA kernels of codec {codec.name} need addresses and strides of pages, tokens and heads that are "
+            f"multiples of 16 bytes, got strides of {numbers[-3:]}: use kvstore_kernels.cpu, or codec raw"
+        )
 
 
 def _section_plans(codec: Codec, kv: PagedKV, payload_alignment: int) -> tuple[SectionPlan, SectionPlan]:
@@ -233,11 +230,11 @@ def _program(
         encode, decode = _shared_bytes(method, dim, tokens, threads, element_bytes)
         encode_shared, decode_shared = max(encode_shared, encode), max(decode_shared, decode)
     registers = max(_METHODS[method].registers for method, *_ in sections)
-    if any(method != EXACT for method, *_ in sections):
-        if element_bytes == 4:
-            registers *= 2
-        elif 32 % (sections[0][1] // _SEGMENT):  # index arithmetic that does not fold
-            registers += 16
+    # Elements of four bytes take twice as many, and so do addresses that do not fold.
+    if any(method != EXACT for method, *_ in sections) and (
+        element_bytes == 4 or align != 16 or 32 % (sections[0][1] // _SEGMENT)
+    ):
+        registers *= 2
     blocks = max(1, 65536 // min(registers, 255) // threads)
     parts = [turbo_tables()] if "turbo.cuh" in files else []
     parts += [_source(name) for name in ("primitives.cuh", "arithmetic.cuh", "tile.cuh", *files)]

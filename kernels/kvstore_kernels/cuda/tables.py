@@ -68,7 +68,7 @@ def _levels(bits: int) -> list[int]:
 
 
 def _values(bits: int) -> list[int]:
-    """Levels as float32 by what a lane number has of a stored code: sign and magnitude, or at 3 bits magnitude alone."""
+    """Levels as float32 by what a lane number has of a stored code: sign and magnitude; at 3 bits magnitude alone."""
     values = [level / DEVIATION for level in LEVELS[bits]]
     if bits != 3:
         values += [-value for value in values]

@@ -4,7 +4,7 @@
 
 template <class S, int ROW, int UNIT> struct Exact {
     static constexpr u32 UNITS = S::T * (ROW / UNIT);
-    static constexpr int EACH = 4;
+    static constexpr int EACH = 8;
 
     template <bool TO_SECTION> static KV_INLINE void copy(const Section& s, const Tile& tile) {
         u8* const stored = tile.section + tile.layer * s.layer_offset + tile.head * s.head_offset;
