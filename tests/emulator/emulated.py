@@ -23,7 +23,6 @@ from emulator.cases import BLOCKS, FILLER, Case, Paged, paged
 
 from kvstore_kernels.codecs import get_codec
 from kvstore_kernels.cuda.launch import Launch, Scalar
-from kvstore_kernels.cuda.program import Program
 
 HERE: Final = Path(__file__).parent
 FLAGS: Final = (
@@ -62,6 +61,9 @@ class _Range(ctypes.Structure):
     ]
 
 
+EVERYWHERE: Final = _Range(0, (1 << 64) - 1, 1, 0)
+
+
 def compiler() -> str | None:
     """The C++ compiler, None where there is none."""
     return shutil.which("g++")
@@ -75,16 +77,15 @@ def host_source(source: str) -> str:
     return f'#include "primitives.h"\n{tables}{found}{shared}\n#include "entry.h"\n'
 
 
-def build(program: Program, folder: Path, *, flags: Sequence[str] = (), source: str | None = None) -> Emulated:
-    """A program as a shared library.
+def build_source(source: str, folder: Path, flags: Sequence[str] = ()) -> Emulated:
+    """A program's source as a shared library.
 
     Args:
-        program: to build.
+        source: the device's.
         folder: where libraries are kept; the same one is not built twice.
         flags: for the compiler, besides the usual.
-        source: instead of the program's own, for faulty twins.
     """
-    text = host_source(program.source if source is None else source)
+    text = host_source(source)
     digest = hashlib.sha256("\0".join((text, *flags)).encode()).hexdigest()[:16]
     library = folder / f"{digest}.so"
     if not library.exists():
@@ -123,18 +124,39 @@ class Emulated:
             KernelFault: the emulator found something wrong.
         """
         inputs = launch.inputs.copy()
-        ranges = [_Range(inputs.ctypes.data, inputs.ctypes.data + launch.void_groups_at, 0, 0)]
-        ranges.append(_Range(inputs.ctypes.data + launch.void_groups_at, inputs.ctypes.data + inputs.nbytes, 1, 0))
+        begin, middle, end = (inputs.ctypes.data + at for at in (0, launch.void_groups_at, inputs.nbytes))
+        ranges = [_Range(begin, middle, 0, 0), _Range(middle, end, 1, 0)]
         for each in memory:
-            begin = each.array.ctypes.data
-            ranges.append(_Range(begin, begin + each.array.nbytes, each.written, each.written))
-        arguments = [_argument(value) for value in launch.arguments(inputs.ctypes.data)]
-        pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(value) for value in arguments))
+            address = each.array.ctypes.data
+            ranges.append(_Range(address, address + each.array.nbytes, each.written, each.written))
+        arguments = launch.arguments(begin)
+        shape = (launch.grid, launch.program.threads, launch.program.shared_bytes(kernel))
+        self.run(kernel, *shape, arguments, ranges, seed=seed, flush_denormals=flush_denormals)
+        return launch.void_groups(inputs)
+
+    def run(
+        self,
+        kernel: str,
+        grid: Sequence[int],
+        threads: int,
+        shared_bytes: int,
+        arguments: Sequence[Scalar],
+        ranges: Sequence[_Range] = (EVERYWHERE,),
+        *,
+        seed: int = 0,
+        flush_denormals: bool = False,
+    ) -> None:
+        """As a launch of the CUDA driver; without ranges all memory may be touched.
+
+        Raises:
+            KernelFault: the emulator found something wrong.
+        """
+        values = [_C_TYPES[type(value)](int(value)) for value in arguments]
         report = self._kernels[kernel](
-            (ctypes.c_uint * 3)(*launch.grid),
-            ctypes.c_uint(launch.program.threads),
-            ctypes.c_uint(launch.program.shared_bytes(kernel)),
-            pointers,
+            (ctypes.c_uint * 3)(*grid),
+            ctypes.c_uint(threads),
+            ctypes.c_uint(shared_bytes),
+            (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values)),
             (_Range * len(ranges))(*ranges),
             ctypes.c_uint(len(ranges)),
             ctypes.c_uint(seed),
@@ -142,7 +164,6 @@ class Emulated:
         )
         if report:
             raise KernelFault(report.decode())
-        return launch.void_groups(inputs)
 
 
 _C_TYPES: Final = {
@@ -151,10 +172,6 @@ _C_TYPES: Final = {
     np.int64: ctypes.c_int64,
     np.uint64: ctypes.c_uint64,
 }
-
-
-def _argument(value: Scalar) -> ctypes._SimpleCData[int]:
-    return _C_TYPES[type(value)](int(value))
 
 
 class EmulatedRunner:
@@ -227,7 +244,7 @@ class EmulatedRunner:
             if old not in source:
                 raise AssertionError(f"the source has no {old!r}")
             source = source.replace(old, new)
-        return build(launch.program, self._folder, flags=self._flags, source=source)
+        return build_source(source, self._folder, self._flags)
 
 
 def _bytes_of(tensor: torch.Tensor) -> Bytes:

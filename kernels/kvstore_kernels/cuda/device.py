@@ -126,8 +126,8 @@ def _compiled(program: Program, device: int) -> Any:
             f"device {device} has compute capability {capability / 10}, the CUDA kernels need {_OLDEST / 10}: "
             "use another device, or keep the KV on the CPU"
         )
-    module = cupy.RawModule(code=program.source, options=COMPILER_OPTIONS, backend="nvrtc")
     try:
+        module = cupy.RawModule(code=program.source, options=COMPILER_OPTIONS, backend="nvrtc")
         module.compile()
     except (ImportError, OSError, RuntimeError) as error:
         raise CudaUnavailable(

@@ -118,6 +118,8 @@ def program_for(codec: Codec, kv: PagedKV, payload_alignment: int) -> tuple[Prog
     if codec.section_bytes(layout) is None:
         raise ValueError(f"codec {codec.name} has no CUDA kernels: use kvstore_kernels.cpu, or codec raw")
     plans = _section_plans(codec, kv, payload_alignment)
+    if any(plan.method not in _METHODS for plan in plans):
+        raise ValueError(f"codec {codec.name} has no CUDA kernels: use kvstore_kernels.cpu, or codec raw")
     for plan, paged in zip(plans, kv.sections, strict=True):
         if max(map(abs, (paged.page_stride, paged.token_stride, paged.head_stride))) > _MAX_STRIDE:
             raise ValueError(f"the CUDA kernels take strides of at most {_MAX_STRIDE} bytes: use kvstore_kernels.cpu")
