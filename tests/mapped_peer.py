@@ -31,7 +31,7 @@ from kvstore.mapped.client_file import (
     STATE_OFFSET,
     ClientState,
 )
-from kvstore.mapped.grants import GRANT_SLOT_MASK
+from kvstore.mapped.grants import GRANT_PAGES_SHIFT, GRANT_SLOT_MASK
 from kvstore.mapped.index_file import BUCKET_OFFSET, ENTRY_IDENTITY, ENTRY_KEY, ENTRY_PLACE, MAPPED_LAYOUT
 from kvstore.mapped.index_writer import HAZARD_WORDS
 from kvstore.mapped.session_file import lock_request
@@ -72,7 +72,7 @@ def hazards_of(directory: Path, session: int) -> int:
 class MappedPeer(RawPeer):
     """A session with a ring, grants and hazards, all written by hand."""
 
-    def join(self, namespace: str) -> Self:
+    def join(self, namespace: str | Namespace) -> Self:
         """Greet as one that maps, lock and map the session's file and the arena, join a namespace."""
         layout = (PROTOCOL_OLDEST, PROTOCOL_VERSION, "raw", os.getpid(), BOOT_ID, MAPPED_LAYOUT)
         welcome = self.ask(Hello, *layout, session=0)
@@ -88,7 +88,7 @@ class MappedPeer(RawPeer):
         self.arena_bytes = os.fstat(arena).st_size
         self.arena = mmap.mmap(arena, self.arena_bytes)
         os.close(arena)
-        attached = self.ask(Attach, Namespace(name=namespace), (), True, -1)
+        attached = self.ask(Attach, Namespace.parse(namespace), (), True, -1)
         assert isinstance(attached, Attached), attached
         self.namespace_id, self.digest = attached.namespace_id, attached.digest
         return self
@@ -173,15 +173,18 @@ class MappedPeer(RawPeer):
         return reserved
 
     def claim(self, lane: int = 0) -> int:
-        """Take a granted slot out of a lane, 0 where there is none."""
-        begin = GRANT_OFFSET // 8 + lane * LANE_GRANTS
-        for at in range(begin, begin + LANE_GRANTS):
-            slot = int(self.words[at])
-            if slot:
-                self.words[at] = 0
-                self.words[(LANE_OFFSET + lane * LANE_BYTES + LANE_TAIL) // 8] += 1
-                return slot & GRANT_SLOT_MASK
-        return 0
+        """Take a granted slot out of a lane, 0 where there is none; its size is ``claimed_bytes``."""
+        at = LANE_OFFSET + lane * LANE_BYTES
+        head, tail = int(self.words[at // 8]), int(self.words[(at + LANE_TAIL) // 8])
+        grant = 0
+        while not grant and tail < head:
+            place = GRANT_OFFSET // 8 + lane * LANE_GRANTS + tail % LANE_GRANTS
+            grant = int(self.words[place])
+            self.words[place] = 0
+            tail += 1
+        self.words[(at + LANE_TAIL) // 8] = tail
+        self.claimed_bytes = (grant >> GRANT_PAGES_SHIFT) * PAGE_BYTES
+        return grant & GRANT_SLOT_MASK
 
     def fill(self, slot: int, slot_bytes: int, header: bytes, payload: bytes) -> None:
         """Write a record into a slot."""

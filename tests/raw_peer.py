@@ -96,10 +96,10 @@ class RawPeer:
 
     # -------------------------------------------------------------- the usual
 
-    def greet(self) -> Welcome:
-        """Open a session."""
+    def greet(self, newest: int = 1) -> Welcome:
+        """Open a session, as a peer of a version of the protocol."""
         self.namespace_id = 0
-        reply = self.ask(Hello, 1, 1, "raw", os.getpid(), self._boot_id, session=0)
+        reply = self.ask(Hello, 1, newest, "raw", os.getpid(), self._boot_id, session=0)
         assert isinstance(reply, Welcome), reply
         self.session = reply.session
         return reply
@@ -111,10 +111,10 @@ class RawPeer:
         self.namespace_id, self.digest = reply.namespace_id, reply.digest
         return reply
 
-    def ready(self, namespace: str) -> Self:
+    def ready(self, namespace: str | Namespace, newest: int = 1) -> Self:
         """Open a session and join a namespace."""
-        self.greet()
-        self.attach(Namespace(name=namespace))
+        self.greet(newest)
+        self.attach(Namespace.parse(namespace))
         return self
 
     def record(self, key: bytes, payload: Buffer, *, parent: bytes = ROOT_KEY, part: int = 0) -> list[Buffer]:
