@@ -325,8 +325,16 @@ class MappedSession(SharedMemory):
         self._wanted.pop(number, None)
         return answer
 
+    def answers(self, first: int, count: int) -> Words | None:
+        """The answers of so many commits, the first of which was wanted; None until all are there."""
+        if consumed(self._file_at) < first + count:
+            return None
+        answers: Words = self._answers[np.arange(first, first + count) & (RING_RECORDS - 1)].astype(np.int64)
+        self._wanted.pop(first, None)
+        return answers
+
     def want_answer(self, number: int) -> None:
-        """Keep a commit's answer from being overwritten until ``answer`` gave it, or ``forget_answers``."""
+        """Keep the answers from a commit's on from being overwritten, until it was given, or ``forget_answers``."""
         self._wanted[number] = None
 
     def forget_answers(self, numbers: Iterable[int]) -> None:

@@ -44,6 +44,8 @@ _STEPS: Final = 32
 """Into so many slot sizes the records of a codec without a fixed size are sorted."""
 _ALIGNED: Final = 64
 _NONE: Final = 0
+_GOOD: Final = int(PutStatus.EXISTS)
+_STATUSES: Final = {int(status): status for status in PutStatus}
 
 Indices = npt.NDArray[np.intp]
 
@@ -86,8 +88,8 @@ class Saving:
         """Status | reason << 8 of each block, 0 while there is none."""
         self._payload_bytes = np.zeros(count, np.int64)
         self._void = np.zeros(count, np.bool_)
-        self._waiting: deque[tuple[MappedSession, int, int]] = deque()
-        """Commits whose answers have not come: of which mapping, their number, the block's position."""
+        self._waiting: deque[tuple[MappedSession, int, Indices]] = deque()
+        """Commits whose answers have not come: of which mapping, number of the first, positions of the blocks."""
 
     def run(self) -> Work[SaveReport]:
         """Store what is not there yet; then what the codec could not hold, by the exact one."""
@@ -106,16 +108,12 @@ class Saving:
         return self._report()
 
     def _report(self) -> SaveReport:
-        statuses = tuple(PutStatus(answer & 0xFF) for answer in self._answers.tolist())
-        reasons = {
-            index: Reason(answer >> 8).name.lower()
-            for index, answer in enumerate(self._answers.tolist())
-            if answer >> 8
-        }
-        stored = (self._answers & 0xFF) == PutStatus.STORED
+        kinds = self._answers & 0xFF
+        stored = kinds == PutStatus.STORED
+        refused = np.flatnonzero(self._answers > _GOOD).tolist()
         return SaveReport(
-            statuses=statuses,
-            reasons=reasons,
+            statuses=tuple([_STATUSES[kind] for kind in kinds.tolist()]),
+            reasons={index: Reason(int(self._answers[index]) >> 8).name.lower() for index in refused},
             void=tuple(np.flatnonzero(self._void).tolist()),
             raw_bytes=int(np.count_nonzero(stored)) * self._plan.layout.block_bytes,
             stored_bytes=int(self._payload_bytes[stored].sum()),
@@ -275,9 +273,8 @@ class Saving:
             if first == STALE:
                 self._answers[indices] = STALE_ANSWER
             return first == STALE
-        for number, index in enumerate(indices.tolist(), first):
-            mapped.want_answer(number)
-            self._waiting.append((mapped, number, index))
+        mapped.want_answer(first)
+        self._waiting.append((mapped, first, indices))
         self._take_answers()
         return True
 
@@ -285,12 +282,13 @@ class Saving:
         """Take over the answers that have come."""
         waiting = self._waiting
         while waiting:
-            mapped, number, index = waiting[0]
-            answer = mapped.answer(number)
-            if answer < 0:
+            mapped, first, indices = waiting[0]
+            answers = mapped.answers(first, indices.size)
+            if answers is None:
                 return
-            self._operations.answered(answer)
-            self._answers[index] = answer
+            for answer in answers[answers > _GOOD].tolist():
+                self._operations.answered(answer)
+            self._answers[indices] = answers
             waiting.popleft()
 
     def _take_last_answers(self) -> Work[None]:
@@ -304,8 +302,8 @@ class Saving:
 
     def _forget_answers(self) -> None:
         while self._waiting:
-            mapped, number, _ = self._waiting.popleft()
-            mapped.forget_answers((number,))
+            mapped, first, _ = self._waiting.popleft()
+            mapped.forget_answers((first,))
 
     # -------------------------------------------------------------- by sending
 
