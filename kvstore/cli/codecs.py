@@ -33,7 +33,8 @@ def codecs(
 
     from kvstore.cli import render
     from kvstore.cli.backends import backends
-    from kvstore.cli.codecs_report import codec_detail, codecs_report, codecs_table
+    from kvstore.cli.codecs_report import codecs_report
+    from kvstore.cli.codecs_tables import codec_detail, codecs_table
     from kvstore.cli.model_files import read_model
     from kvstore_kernels.codecs import CODECS, get_codec
 

@@ -12,7 +12,8 @@ from rich.console import Console
 from kvstore.cli import backends as machine
 from kvstore.cli.backends import Backend, Backends, backends
 from kvstore.cli.codecs import codecs
-from kvstore.cli.codecs_report import codec_detail, codecs_report, codecs_table
+from kvstore.cli.codecs_report import codecs_report
+from kvstore.cli.codecs_tables import codec_detail, codecs_table
 from kvstore.cli.model_files import read_model
 from kvstore.cli.quality.measured import CodecQuality, Estimate
 from kvstore.errors import InvalidArgument
