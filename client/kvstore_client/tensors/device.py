@@ -62,7 +62,8 @@ class _Pinned:
                     try:
                         self._runtime.hostRegister(address, self._slab_bytes, _PORTABLE_MAPPED)
                     except self._runtime.CUDARuntimeError as error:
-                        _log.warning("slots cannot be pinned for the device, payloads are copied once more: %s", error)
+                        why = str(error)
+                        _log.warning("slots cannot be pinned for the device, payloads are copied once more: %s", why)
                         self.usable = False
                         break
                     self._addresses[slab] = address
