@@ -23,11 +23,12 @@ if TYPE_CHECKING:
 
     from kvstore.cli.quality.evaluation import RoundTrip
     from kvstore.cli.quality.measured import QualityReport
+    from kvstore_kernels.codecs import Codec
     from kvstore_kernels.layout import KVLayout
 
     Phase = Callable[[str], AbstractContextManager[None]]
 
-__all__ = ["measure_codecs", "quality", "reference_round_trip"]
+__all__ = ["codec_round_trip", "measure_codecs", "quality", "reference_round_trip"]
 
 _SEQUENCES: Final = 96
 _MOST_SEQUENCES: Final = 382
@@ -123,7 +124,11 @@ def reference_round_trip(name: str) -> RoundTrip:
     """Blocks through the reference implementation of a codec, to which the fast ones are equal to the bit."""
     from kvstore_kernels.codecs import get_codec
 
-    codec = get_codec(name)
+    return codec_round_trip(get_codec(name))
+
+
+def codec_round_trip(codec: Codec) -> RoundTrip:
+    """Blocks through a codec."""
 
     def round_trip(block: torch.Tensor, layout: KVLayout) -> tuple[torch.Tensor, Sequence[int]]:
         sections = codec.encode(block, layout).sections
