@@ -195,6 +195,8 @@ BREAKS = {
     "kernels/kvstore_kernels/broken.py": "import kvstore",
     "kvstore/core/broken.py": "import zmq",
     "client/kvstore_client/client.py": "import torch",
+    "client/kvstore_client/views.py": "import kvstore_kernels.layout",
+    "kvstore/mapped/broken.py": "import kvstore_kernels.layout",
 }
 
 
@@ -211,5 +213,6 @@ def test_import_contracts_of_a_broken_copy_are_each_reported(tmp_path: Path) -> 
 
     assert done.returncode == 1, done.stdout + done.stderr
     contracts = [contract["name"] for contract in load_pyproject()["tool"]["importlinter"]["contracts"]]
-    broken = [name for name in contracts if re.search(re.escape(name) + r"\s+BROKEN", done.stdout)]
+    words = {name: r"\s+".join(map(re.escape, name.split())) for name in contracts}  # long names are wrapped
+    broken = [name for name in contracts if re.search(words[name] + r"\s+BROKEN", done.stdout)]
     assert broken == contracts
