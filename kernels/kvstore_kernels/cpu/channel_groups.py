@@ -195,7 +195,7 @@ def _encode_plane(kind: Kind, work: int, place: int) -> int:
 @kernel
 def encode_channel_groups(kind: Kind, work: int, place: int) -> None:
     """Encode planes (``work``)."""
-    while next_plane(kind, work, place) != 0:
+    while next_plane(work, place) != 0:
         count_void(work, place, _encode_plane(kind, work, place))
 
 
@@ -203,7 +203,7 @@ def encode_channel_groups(kind: Kind, work: int, place: int) -> None:
 def decode_channel_groups(kind: Kind, work: int, place: int) -> None:
     """Decode planes (``work``)."""
     dim, bits, size = load(work + DIM), code_bits(kind), element_bytes(kind)
-    while next_plane(kind, work, place) != 0:
+    while next_plane(work, place) != 0:
         plane, rows = load(place + PLANE), load(place + ROWS)
         codes, parameters = region(work, place, 0), region(work, place, 1)
         for _ in range(0, load(work + TOKENS), 16 * bits):

@@ -13,7 +13,7 @@ def encode_exact(kind: Kind, work: int, place: int) -> None:
     """Gather planes (``work``)."""
     tokens, row_bytes = load(work + TOKENS), load(work + DIM) * element_bytes(kind)
     stride = load(work + TARGET_TOKEN_STRIDE)
-    while next_plane(kind, work, place) != 0:
+    while next_plane(work, place) != 0:
         plane, rows, target = load(place + PLANE), load(place + ROWS), copied_plane(work, place)
         for token in range(tokens):
             copy(target + token * stride, plane + load(rows + 8 * token), row_bytes)
@@ -24,7 +24,7 @@ def decode_exact(kind: Kind, work: int, place: int) -> None:
     """Scatter planes (``work``)."""
     tokens, row_bytes = load(work + TOKENS), load(work + DIM) * element_bytes(kind)
     stride = load(work + TARGET_TOKEN_STRIDE)
-    while next_plane(kind, work, place) != 0:
+    while next_plane(work, place) != 0:
         plane, rows, source = load(place + PLANE), load(place + ROWS), copied_plane(work, place)
         for token in range(tokens):
             copy(plane + load(rows + 8 * token), source + token * stride, row_bytes)

@@ -139,7 +139,7 @@ def _encode_plane(kind: Kind, work: int, place: int) -> int:
 @kernel
 def encode_fp8(kind: Kind, work: int, place: int) -> None:
     """Encode planes (``work``)."""
-    while next_plane(kind, work, place) != 0:
+    while next_plane(work, place) != 0:
         count_void(work, place, _encode_plane(kind, work, place))
 
 
@@ -147,7 +147,7 @@ def encode_fp8(kind: Kind, work: int, place: int) -> None:
 def decode_fp8(kind: Kind, work: int, place: int) -> None:
     """Decode planes (``work``)."""
     tokens, dim = load(work + TOKENS), load(work + DIM)
-    while next_plane(kind, work, place) != 0:
+    while next_plane(work, place) != 0:
         plane, rows = load(place + PLANE), load(place + ROWS)
         codes, scales = region(work, place, 0), region(work, place, 1)
         for token in range(tokens):

@@ -5,22 +5,18 @@ from __future__ import annotations
 from llvmlite import ir
 from numba.core import cgutils
 
-from kvstore_kernels.cpu.kinds import Kind
-from kvstore_kernels.cpu.lanes import I8, I16, I32, I64, Value
+from kvstore_kernels.cpu.lanes import I8, I32, I64, Value
 from kvstore_kernels.cpu.vectors import Vectors, emitted
 
 __all__ = [
     "add_atomic",
     "copy",
-    "copy_element",
+    "copy_bytes",
     "fill_zero",
     "load",
-    "load_u16",
     "load_u32",
     "prefetch",
     "store",
-    "store_u16",
-    "store_u32",
 ]
 
 
@@ -37,27 +33,9 @@ def load_u32(v: Vectors, address: Value) -> Value:
 
 
 @emitted
-def load_u16(v: Vectors, address: Value) -> Value:
-    """16 bits, zero-extended."""
-    return v.b.zext(v.load(address, I16), I64)
-
-
-@emitted
 def store(v: Vectors, address: Value, value: Value) -> None:
     """64 bits."""
     v.store(value, address)
-
-
-@emitted
-def store_u32(v: Vectors, address: Value, value: Value) -> None:
-    """The low 32 bits."""
-    v.store(v.b.trunc(value, I32), address)
-
-
-@emitted
-def store_u16(v: Vectors, address: Value, value: Value) -> None:
-    """The low 16 bits."""
-    v.store(v.b.trunc(value, I16), address)
 
 
 @emitted
@@ -86,6 +64,8 @@ def fill_zero(v: Vectors, target: Value, length: Value) -> None:
 
 
 @emitted
-def copy_element(v: Vectors, kind: Kind, target: Value, source: Value) -> None:
-    """One element."""
-    v.store(v.load(source, ir.IntType(8 * kind.element_bytes)), target)
+def copy_bytes(v: Vectors, size: Value, target: Value, source: Value) -> None:
+    """One element of 1, 2 or 4 bytes."""
+    for width in (1, 2, 4):
+        with v.b.if_then(v.b.icmp_signed("==", size, I64(width))):
+            v.store(v.load(source, ir.IntType(8 * width)), target)

@@ -110,6 +110,7 @@ class Job:
             work.BASES: self._bases.ctypes.data,
             work.HEAD_STRIDE: where.head_stride,
             work.ELEMENT_STRIDE: where.element_stride,
+            work.ELEMENT_BYTES: element_bytes,
             work.SECTIONS: self._sections.ctypes.data,
             work.VOIDS: self.voids.ctypes.data,
             work.STAGED_ROWS: self._staged_rows.ctypes.data if staged else 0,

@@ -163,7 +163,7 @@ def _encode_plane(kind: Kind, work: int, place: int) -> int:
 @kernel
 def encode_token_groups(kind: Kind, work: int, place: int) -> None:
     """Encode planes (``work``)."""
-    while next_plane(kind, work, place) != 0:
+    while next_plane(work, place) != 0:
         count_void(work, place, _encode_plane(kind, work, place))
 
 
@@ -174,7 +174,7 @@ def decode_token_groups(kind: Kind, work: int, place: int) -> None:
     run_bytes = run_elements(kind) * element_bytes(kind)
     code_bytes = run_elements(kind) * code_bits(kind) // 8
     parameter_bytes = run_elements(kind) // group_elements(kind) * _PARAMETER_BYTES
-    while next_plane(kind, work, place) != 0:
+    while next_plane(work, place) != 0:
         plane, rows = load(place + PLANE), load(place + ROWS)
         codes, parameters = region(work, place, 0), region(work, place, 1)
         for token in range(tokens):

@@ -299,7 +299,7 @@ def _clear_eight(v: Vectors, scratch: Value, first: Value) -> None:
 @kernel
 def encode_turbo(kind: Kind, work: int, place: int) -> None:
     """Encode planes (``work``)."""
-    while next_plane(kind, work, place) != 0:
+    while next_plane(work, place) != 0:
         count_void(work, place, _encode_plane(kind, work, place))
 
 
@@ -309,7 +309,7 @@ def decode_turbo(kind: Kind, work: int, place: int) -> None:
     dim, pieces = load(work + DIM), place + SCRATCH + _PIECES
     row_count, row_pieces = load(work + TOKENS) * dim // ROW, ROW // run_elements(kind)
     code_bytes = 64 if code_bits(kind) == 4 else 32
-    while next_plane(kind, work, place) != 0:
+    while next_plane(work, place) != 0:
         plane, rows = load(place + PLANE), load(place + ROWS)
         codes, signs, scales = region(work, place, 0), region(work, place, 1), region(work, place, 1)
         if code_bits(kind) == 3:

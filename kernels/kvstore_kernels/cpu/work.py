@@ -10,8 +10,7 @@ from __future__ import annotations
 from typing import Final
 
 from kvstore_kernels.cpu.code import inlined
-from kvstore_kernels.cpu.kinds import Kind, element_bytes
-from kvstore_kernels.cpu.memory import add_atomic, copy_element, load, store
+from kvstore_kernels.cpu.memory import add_atomic, copy_bytes, load, store
 
 # Words of the table.
 NEXT: Final = 0
@@ -29,24 +28,25 @@ BASES: Final = 64
 """Address of int64 ``[layers]``: where the plane of the first head starts."""
 HEAD_STRIDE: Final = 72
 ELEMENT_STRIDE: Final = 80
-SECTIONS: Final = 88
+ELEMENT_BYTES: Final = 88
+SECTIONS: Final = 96
 """Address of int64 ``[blocks]``: addresses of encoded sections."""
-VOIDS: Final = 96
+VOIDS: Final = 104
 """Address of int64 ``[blocks]``: counts of void groups, added to."""
-STAGED_ROWS: Final = 104
+STAGED_ROWS: Final = 112
 """Address of int64 ``[tokens]``: rows of a plane in contiguous memory. 0 where planes are used in place."""
-DECODING: Final = 112
+DECODING: Final = 120
 """1 where planes are written."""
-REGIONS: Final = 120
+REGIONS: Final = 128
 """Pairs for up to three regions: bytes from the section's start, and bytes a plane."""
 
 # Where planes are copied as they are, these instead of regions: bytes from the section's start, and strides.
 TARGET: Final = REGIONS
-TARGET_LAYER_STRIDE: Final = 128
-TARGET_TOKEN_STRIDE: Final = 136
-TARGET_HEAD_STRIDE: Final = 144
+TARGET_LAYER_STRIDE: Final = 136
+TARGET_TOKEN_STRIDE: Final = 144
+TARGET_HEAD_STRIDE: Final = 152
 
-WORK_BYTES: Final = 168
+WORK_BYTES: Final = 176
 
 # Words of a thread's place.
 PLANE: Final = 0
@@ -74,12 +74,12 @@ STAGED: Final = SCRATCH + 8192
 
 
 @inlined
-def next_plane(kind: Kind, work: int, place: int) -> int:
+def next_plane(work: int, place: int) -> int:
     """Finish the plane that the place names, and go on to the next; 0 where none is left."""
     decoding, staged = load(work + DECODING), load(work + STAGED_ROWS) != 0
     layer, head = load(place + _LAYER), load(place + _HEAD) + 1
     if load(place + _BEGUN) != 0 and staged and decoding != 0:
-        _stage(kind, work, place, 1)
+        _stage(work, place, 1)
     if head >= load(work + HEADS):
         layer, head = layer + 1, 0
     if load(place + _BEGUN) == 0 or layer >= load(place + _END_LAYER):
@@ -105,7 +105,7 @@ def next_plane(kind: Kind, work: int, place: int) -> int:
         store(place + PLANE, place + STAGED)
         store(place + FOLLOWING, place + STAGED)
         if decoding == 0:
-            _stage(kind, work, place, 0)
+            _stage(work, place, 0)
         store(place + ROWS, load(work + STAGED_ROWS))
         return 1
     store(place + PLANE, origin)
@@ -141,9 +141,9 @@ def copied_plane(work: int, place: int) -> int:
 
 
 @inlined
-def _stage(kind: Kind, work: int, place: int, back: int) -> None:
+def _stage(work: int, place: int, back: int) -> None:
     """Copy a plane whose elements lie apart into contiguous memory, or back."""
-    stride, size = load(work + ELEMENT_STRIDE), element_bytes(kind)
+    stride, size = load(work + ELEMENT_STRIDE), load(work + ELEMENT_BYTES)
     tokens, dim = load(work + TOKENS), load(work + DIM)
     origin, staged = load(place + _ORIGIN), place + STAGED
     rows = load(work + BLOCK_ROWS) + 8 * load(place + _BLOCK) * tokens
@@ -154,6 +154,6 @@ def _stage(kind: Kind, work: int, place: int, back: int) -> None:
             dense = staged + (token * dim + channel) * size
             for i in range(16):
                 if back == 0:
-                    copy_element(kind, dense + i * size, apart + i * stride)
+                    copy_bytes(size, dense + i * size, apart + i * stride)
                 else:
-                    copy_element(kind, apart + i * stride, dense + i * size)
+                    copy_bytes(size, apart + i * stride, dense + i * size)
