@@ -112,7 +112,6 @@ class SessionState:
     granted_bytes: int = 0
 
 
-@dataclass(slots=True)
 class _Placing:
     """What the commits of one event did so far.
 
@@ -124,10 +123,13 @@ class _Placing:
         gone: slots of records that had their place for a moment within the event.
     """
 
-    touched: list[tuple[Block, int]] = field(default_factory=list)
-    placed: list[Record] = field(default_factory=list)
-    worse: dict[Record, Record] = field(default_factory=dict)
-    gone: list[int] = field(default_factory=list)
+    __slots__ = ("gone", "placed", "touched", "worse")
+
+    def __init__(self) -> None:
+        self.touched: list[tuple[Block, int]] = []
+        self.placed: list[Record] = []
+        self.worse: dict[Record, Record] = {}
+        self.gone: list[int] = []
 
 
 class Store:
@@ -460,7 +462,9 @@ class Store:
         namespace.slot_bytes += record.slot_bytes
         if record.fidelity < FIDELITY_EXACT:
             namespace.lossy_records += 1
-        self._count_resident(record)
+        self.resident_bytes += record.slot_bytes
+        self.resident_record_bytes += record.record_bytes
+        self.record_count += 1
 
     def _detach(self, record: Record) -> None:
         """Inverse of ``_attach``: the record stays as it is, but belongs to nothing and is not counted."""
@@ -672,7 +676,9 @@ class Store:
         if record.state is RecordState.GRANTED:
             self.granted_bytes -= record.slot_bytes
         elif counted:
-            self._count_resident(record, -1)
+            self.resident_bytes -= record.slot_bytes
+            self.resident_record_bytes -= record.record_bytes
+            self.record_count -= 1
         key = b"" if record.block is None else record.block.key
         self._change(record, RecordState.LIMBO, key, cause)
         self.limbo_bytes += record.slot_bytes
