@@ -99,8 +99,8 @@ def measure(codec: str, sm: int) -> list[Budget]:
             sm,
             facts[kernel].registers,
             len(facts[kernel].opcodes),
-            len(first[kernel].opcodes),
-            len(second[kernel].opcodes),
+            first[kernel].path,
+            second[kernel].path,
             moved,
         )
         for kernel in ("kv_encode", "kv_decode")

@@ -33,6 +33,11 @@ class KernelFacts:
     spill_bytes: int
     opcodes: tuple[str, ...]
 
+    @property
+    def path(self) -> int:
+        """Instructions before its last exit: not those of divisions and roots of extraordinary numbers behind it."""
+        return len(self.opcodes) - self.opcodes[::-1].index("EXIT")
+
 
 def missing() -> str | None:
     """What is not installed, None where nothing is."""

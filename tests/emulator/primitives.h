@@ -126,12 +126,15 @@ KV_INLINE u32 least_halves(u32 a, u32 b) { return least_of_pairs<0x7c00>(a, b, f
 KV_INLINE u32 greatest_halves(u32 a, u32 b) { return least_of_pairs<0x7c00>(a, b, true); }
 KV_INLINE float least(float a, float b) { return is_nan(a) || is_nan(b) ? float_of(0x7fffffffu) : b < a ? b : a; }
 KV_INLINE float greatest(float a, float b) { return is_nan(a) || is_nan(b) ? float_of(0x7fffffffu) : b > a ? b : a; }
+KV_INLINE u32 masked_or(u32 word, u32 mask, u32 more) { return (word & mask) | more; }
 KV_INLINE u32 pick_bytes(u32 a, u32 b, u32 selector) {
     const u64 bytes = a | (u64)b << 32;
     u32 r = 0;
     for (int i = 0; i < 4; i++) r |= (u32)(bytes >> 8 * (selector >> 4 * i & 7u) & 0xffu) << 8 * i;
     return r;
 }
+
+KV_INLINE u8* stepped(u8* p, i32 count, i32 stride) { return p + (i64)count * stride; }
 
 // ------------------------------------------------------------------ memory
 

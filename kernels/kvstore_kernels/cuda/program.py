@@ -51,7 +51,7 @@ _METHODS: Final = {
     "int4": _Method("Int4<{element}, {shape}>", ("int4.cuh",)),
     "kivi4k": _Method("KiviKeys<{element}, {shape}, 4>", ("kivi_keys.cuh",)),
     "kivi4v": _Method("Int4<{element}, {shape}>", ("int4.cuh",)),
-    "kivi2k": _Method("KiviKeys<{element}, {shape}, 2>", ("kivi_keys.cuh",)),
+    "kivi2k": _Method("KiviKeys<{element}, {shape}, 2>", ("kivi_keys.cuh",), 80),
     "kivi2v": _Method("Kivi2Values<{element}, {shape}>", ("kivi2_values.cuh",)),
     "turbo4": _Method("Turbo<{element}, {shape}, 4>", ("turbo.cuh",), 128),
     "turbo3": _Method("Turbo<{element}, {shape}, 3>", ("turbo.cuh",), 128),

@@ -143,12 +143,12 @@ template <int FIELD, int N> KV_INLINE u32 pack(const u32 (&codes)[N]) {
 }
 
 // The code of BITS bits at a place of a word, as float32. Its bits become those of a number whose last place is worth as
-// much: no shift is needed up to bit 21.
+// much, so that few places need a shift, and few constants are needed.
 template <int BITS> KV_INLINE float code_at(u32 word, int at) {
-    const int shift = at + BITS > 22 ? 16 : 0;
+    const int shift = BITS == 4 ? at / 20 * 16 : at / 12 * 12;
     at -= shift;
     const u32 one = (u32)(127 + 23 - at) << 23;
-    return subtract(float_of((word >> shift & ((1u << BITS) - 1) << at) | one), float_of(one));
+    return subtract(float_of(masked_or(word >> shift, ((1u << BITS) - 1) << at, one)), float_of(one));
 }
 
 // code * scale is exact.

@@ -20,7 +20,7 @@ template <u32 TILES> KV_INLINE Tile tile_of(const u8* pages, const u64* payloads
     tile.head = x / TILES;
     tile.index = x % TILES;
     tile.pages = pages;
-    tile.plane = (u8*)load_address(s.bases + tile.layer) + (i64)(i32)tile.head * s.head_stride;
+    tile.plane = stepped((u8*)load_address(s.bases + tile.layer), tile.head, s.head_stride);
     tile.section = (u8*)load_address(payloads + block_z()) + s.offset;
     tile.void_groups = void_groups + block_z();
     return tile;

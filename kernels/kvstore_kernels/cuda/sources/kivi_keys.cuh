@@ -23,7 +23,7 @@ template <class Element, class S, int BITS> struct KiviKeys {
     static KV_INLINE u8* address(const Section& s, const Tile& tile, int i) {
         const u32 first = tile.index * TILE + thread_index() / LANES * ROWS, at = thread_index() % LANES * 8 * Element::BYTES;
         if constexpr (S::PAGE % ROWS == 0)
-            return token_address<S::PAGE>(s, tile, first) + at + (i64)i * s.token_stride;
+            return stepped(token_address<S::PAGE>(s, tile, first) + at, i, s.token_stride);
         else
             return token_address<S::PAGE>(s, tile, first + i) + at;
     }

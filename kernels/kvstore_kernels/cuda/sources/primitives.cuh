@@ -109,8 +109,21 @@ KV_INLINE float greatest(float a, float b) {
     asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
     return r;
 }
+// word & mask | more, in one instruction.
+KV_INLINE u32 masked_or(u32 word, u32 mask, u32 more) {
+    u32 r;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(word), "r"(mask), "r"(more));
+    return r;
+}
 // Byte k of the result is byte (selector >> 4k & 7) of the eight bytes of a (0 to 3) and b (4 to 7).
 KV_INLINE u32 pick_bytes(u32 a, u32 b, u32 selector) { return __byte_perm(a, b, selector); }
+
+// p + count * stride, in one instruction: left to itself the compiler spreads the sum over several.
+KV_INLINE u8* stepped(u8* p, i32 count, i32 stride) {
+    u8* r;
+    asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(r) : "r"(count), "r"(stride), "l"(p));
+    return r;
+}
 
 // ------------------------------------------------------------------ global memory; addresses are multiples of the size
 

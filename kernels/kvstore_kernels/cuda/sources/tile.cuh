@@ -31,7 +31,8 @@ struct Tile {
 
 template <int PAGE> KV_INLINE u8* token_address(const Section& s, const Tile& tile, u32 token) {
     const i32 page = (i32)load4(tile.pages + 4 * (token / PAGE));
-    return tile.plane + (i64)page * s.page_stride + (i64)(i32)(token % PAGE) * s.token_stride;
+    u8* const p = stepped(tile.plane, page, s.page_stride);
+    return PAGE == 1 ? p : stepped(p, token % PAGE, s.token_stride);
 }
 
 // ------------------------------------------------------------------ global memory
@@ -109,8 +110,8 @@ template <class Element, class S> struct Segments {
             constexpr u32 TOGETHER = A_PAGE % 32 == 0 ? 32 : A_PAGE;  // segments of a warp that are in one page
             const u32 step = 4 * i % TOGETHER, begin = first(tile) + (4 * i - step), apart = lane / 8 % A_TOKEN;
             u8* const p = token_address<S::PAGE>(s, tile, begin / A_TOKEN) + at + apart * PITCH;
-            u8* const q = p + (i64)(i32)(lane / 8 / A_TOKEN) * s.token_stride;
-            return q + (i64)(i32)(step / A_TOKEN) * s.token_stride + step % A_TOKEN * PITCH;
+            u8* const q = stepped(p, lane / 8 / A_TOKEN, s.token_stride);
+            return stepped(q, step / A_TOKEN, s.token_stride) + step % A_TOKEN * PITCH;
         } else {
             const u32 segment = mine(tile) + 4 * i;
             return token_address<S::PAGE>(s, tile, segment / A_TOKEN) + segment % A_TOKEN * PITCH + at;
@@ -132,49 +133,49 @@ template <class Element, class S> struct Segments {
             if (exists(mine(tile) + 4 * i)) store_chunk<Element>(address(s, tile, i), c[i]);
     }
 
-    // Where a vector of 16 bytes of a segment is in a warp's shared memory. SPREAD segments apart, the same vector lies in
-    // other banks.
-    template <int SPREAD> static KV_INLINE u32 place(u32 segment, u32 vector) {
-        return segment * PITCH + (vector ^ (segment / SPREAD % 4) * Element::BYTES) * 16;
-    }
-    template <int SPREAD> static KV_INLINE void put(u8* shared, u32 segment, u32 chunk, const Chunk<Element>& c) {
-#pragma unroll
-        for (int v = 0; v < Element::BYTES / 2; v++)
-            to_shared<vec16>(shared + place<SPREAD>(segment, chunk * (Element::BYTES / 2) + v), c.get_vector(v));
-    }
-    template <int SPREAD> static KV_INLINE Chunk<Element> get(const u8* shared, u32 segment, u32 chunk) {
-        Chunk<Element> c;
-#pragma unroll
-        for (int v = 0; v < Element::BYTES / 2; v++)
-            c.put(v, from_shared<vec16>(shared + place<SPREAD>(segment, chunk * (Element::BYTES / 2) + v)));
-        return c;
-    }
-
     // A segment of the thread in halves: lanes 2n and 2n + 1 have segments n and n + 16, or, where PAIRED, 2n and 2n + 1.
     template <bool PAIRED> static KV_INLINE u32 own(int which) {
         const u32 pair = (thread_index() & 31u) / 2;
         return PAIRED ? 2 * pair + which : pair + 16 * which;
     }
 
+    // Where this thread's chunk i lies in its warp's shared memory, in memory order and in halves. The vectors of 16 bytes of
+    // a segment change places by the segment's number (its half, where PAIRED), so that lanes that access one vector of
+    // several segments find it in several banks. Each is a sum or an exclusive or of one number and a constant.
+    template <bool PAIRED> static KV_INLINE u32 place_in_order(int i) {
+        const u32 lane = thread_index() & 31u, segment = lane / 8, vector = lane % 8 * (Element::BYTES / 2);
+        const u32 place = segment * PITCH + (vector ^ (PAIRED ? segment / 2 : segment) * Element::BYTES) * 16;
+        return (place ^ (PAIRED ? 2 * i % 4 : 0) * Element::BYTES * 16) + 4 * i * PITCH;
+    }
+    template <bool PAIRED> static KV_INLINE u32 place_in_halves(int i) {
+        const u32 lane = thread_index() & 31u, vector = lane % 2 * (Element::BYTES / 2);
+        const u32 place = own<PAIRED>(0) * PITCH + (vector ^ lane / 2 % 4 * Element::BYTES) * 16;
+        return (place ^ i % 4 * Element::BYTES * 16) + i / 4 * (PAIRED ? PITCH : 16 * PITCH);
+    }
+    static KV_INLINE void put(u8* shared, const Chunk<Element>& c) {
+#pragma unroll
+        for (int v = 0; v < Element::BYTES / 2; v++) to_shared<vec16>(shared + 16 * v, c.get_vector(v));
+    }
+    static KV_INLINE void get(const u8* shared, Chunk<Element>& c) {
+#pragma unroll
+        for (int v = 0; v < Element::BYTES / 2; v++) c.put(v, from_shared<vec16>(shared + 16 * v));
+    }
+
     // Memory order to halves; c[4 * which + k] has channels 16k + 8 * (lane % 2) and on.
     template <bool PAIRED> static KV_INLINE void to_halves(u8* shared, Chunk<Element> (&c)[CHUNKS]) {
-        const u32 lane = thread_index() & 31u;
         shared += thread_index() / 32 * WARP_BYTES;
 #pragma unroll
-        for (int i = 0; i < CHUNKS; i++) put<PAIRED ? 2 : 1>(shared, 4 * i + lane / 8, lane % 8, c[i]);
+        for (int i = 0; i < CHUNKS; i++) put(shared + place_in_order<PAIRED>(i), c[i]);
         warp_barrier();
 #pragma unroll
-        for (int i = 0; i < CHUNKS; i++)
-            c[i] = get<PAIRED ? 2 : 1>(shared, own<PAIRED>(i / 4), 2 * (i % 4) + lane % 2);
+        for (int i = 0; i < CHUNKS; i++) get(shared + place_in_halves<PAIRED>(i), c[i]);
     }
     template <bool PAIRED> static KV_INLINE void from_halves(u8* shared, Chunk<Element> (&c)[CHUNKS]) {
-        const u32 lane = thread_index() & 31u;
         shared += thread_index() / 32 * WARP_BYTES;
 #pragma unroll
-        for (int i = 0; i < CHUNKS; i++)
-            put<PAIRED ? 2 : 1>(shared, own<PAIRED>(i / 4), 2 * (i % 4) + lane % 2, c[i]);
+        for (int i = 0; i < CHUNKS; i++) put(shared + place_in_halves<PAIRED>(i), c[i]);
         warp_barrier();
 #pragma unroll
-        for (int i = 0; i < CHUNKS; i++) c[i] = get<PAIRED ? 2 : 1>(shared, 4 * i + lane / 8, lane % 8);
+        for (int i = 0; i < CHUNKS; i++) get(shared + place_in_order<PAIRED>(i), c[i]);
     }
 };

@@ -46,15 +46,15 @@ MUTANTS = (
     Mutant(
         "no barrier between writing and reading in halves",
         3,
-        "warp_barrier();\n#pragma unroll\n        for (int i = 0; i < CHUNKS; i++)\n            c[i] = get<",
-        "for (int i = 0; i < CHUNKS; i++)\n            c[i] = get<",
+        "warp_barrier();\n#pragma unroll\n        for (int i = 0; i < CHUNKS; i++) get(shared + place_in_halves",
+        "for (int i = 0; i < CHUNKS; i++) get(shared + place_in_halves",
         f"{RACE}|{UNWRITTEN}",
     ),
     Mutant(
         "no barrier when decoded halves go back to memory order",
         8,
-        "warp_barrier();\n#pragma unroll\n        for (int i = 0; i < CHUNKS; i++) c[i] = get<",
-        "for (int i = 0; i < CHUNKS; i++) c[i] = get<",
+        "warp_barrier();\n#pragma unroll\n        for (int i = 0; i < CHUNKS; i++) get(shared + place_in_order",
+        "for (int i = 0; i < CHUNKS; i++) get(shared + place_in_order",
         f"{RACE}|{UNWRITTEN}",
     ),
     Mutant(
@@ -133,7 +133,14 @@ MUTANTS = (
         ("holes",),
     ),
     # Indices.
-    Mutant("other swizzle on reading", 3, "c[i] = get<PAIRED ? 2 : 1>", "c[i] = get<PAIRED ? 1 : 2>", WRONG),
+    Mutant(
+        "chunks change places",
+        3,
+        "get(shared + place_in_halves<PAIRED>(i)",
+        "get(shared + place_in_halves<PAIRED>(i ^ 1)",
+        WRONG,
+    ),
+    Mutant("places of other segments", 6, "vector ^ lane / 2 % 4 *", "vector ^ lane / 4 % 4 *", WRONG),
     Mutant(
         "keys: parameters of other channels",
         4,
