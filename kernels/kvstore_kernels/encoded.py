@@ -46,17 +46,25 @@ def check_blocks(
     return np.ascontiguousarray(pages, np.int32), np.ascontiguousarray(addresses, np.uint64)
 
 
-def check_lengths(codec: Codec, kv: PagedKV, blocks: int, section_bytes: npt.NDArray[np.int64]) -> None:
-    """Whether blocks have the sections that a codec of fixed size gives them.
+def check_lengths(
+    codec: Codec, kv: PagedKV, blocks: int, section_bytes: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """Section lengths of blocks; those of codecs of fixed size are what they must be.
 
     Raises:
-        ValueError: a wrong shape or another length; names the block.
+        ValueError: a wrong shape or type, or a wrong length; names the block.
     """
-    lengths = codec.section_bytes(kv.layout)
-    assert lengths is not None
     given = np.asarray(section_bytes)
-    if given.shape != (blocks, len(lengths)):
-        raise ValueError(f"expected section lengths [{blocks}, {len(lengths)}], got {list(given.shape)}")
-    for block, row in enumerate(given.tolist()):
-        if tuple(row) != lengths:
-            raise ValueError(f"block {block}: codec {codec.name} has sections of {list(lengths)} bytes here, got {row}")
+    sections = len(codec.max_section_bytes(kv.layout))
+    if given.shape != (blocks, sections) or given.dtype.kind not in "iu":
+        raise ValueError(
+            f"section_bytes must be whole numbers [{blocks}, {sections}], got {given.dtype.name} {given.shape}"
+        )
+    lengths = codec.section_bytes(kv.layout)
+    if lengths is not None:
+        for block in np.nonzero((given != lengths).any(1))[0]:
+            raise ValueError(
+                f"block {block}: codec {codec.name} has sections of {list(lengths)} bytes here, "
+                f"got {given[block].tolist()}"
+            )
+    return given

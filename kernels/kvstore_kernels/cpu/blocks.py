@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,22 +12,11 @@ from kvstore_kernels.codecs.lossless import Lossless
 from kvstore_kernels.cpu.lossless import compress_block, decompress_block, spread
 from kvstore_kernels.cpu.methods import method_of
 from kvstore_kernels.cpu.sections import Dense, Job, Section, row_offsets, run_jobs
+from kvstore_kernels.encoded import EncodedBlocks, check_blocks, check_lengths
 from kvstore_kernels.layout import Layout, MLALayout
 from kvstore_kernels.paged import PagedKV
 
 __all__ = ["EncodedBlocks", "decode", "encode"]
-
-
-class EncodedBlocks(NamedTuple):
-    """What encoding made.
-
-    Attributes:
-        section_bytes: int64 ``[blocks, sections]``; sections lie one behind another.
-        void_groups: int64 ``[blocks]``, groups that decode to zeros because the codec cannot hold their numbers.
-    """
-
-    section_bytes: npt.NDArray[np.int64]
-    void_groups: npt.NDArray[np.int64]
 
 
 def encode(
@@ -87,20 +75,11 @@ def decode(
             pages of this block and of others may have been written.
     """
     pages, addresses = _check(codec, kv, pages, payloads, threads)
-    given = np.asarray(section_bytes)
-    sections = len(codec.max_section_bytes(kv.layout))
-    if given.shape != (len(pages), sections) or given.dtype.kind not in "iu":
-        raise ValueError(
-            f"section_bytes must be whole numbers [{len(pages)}, {sections}], got {given.dtype.name} {given.shape}"
-        )
+    given = check_lengths(codec, kv, len(pages), section_bytes)
     if isinstance(codec, Lossless):
         _decompress(codec, kv, pages, addresses, given, threads)
         return
     lengths = _fixed_lengths(codec, kv.layout)
-    for block in np.nonzero((given != lengths).any(1))[0]:
-        raise ValueError(
-            f"block {block}: codec {codec.name} has sections of {list(lengths)} bytes here, got {given[block].tolist()}"
-        )
     run_jobs(_jobs(_sections(codec, kv, pages, addresses, lengths), decoding=True), threads)
 
 
@@ -169,16 +148,7 @@ def _check(
         raise ValueError(f"the pages are on the device {kv.device!r}: use kvstore_kernels.cuda")
     if threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
-    pages = np.asarray(pages)
-    if pages.ndim != 2 or pages.shape[1] != kv.block_pages or pages.dtype.kind not in "iu":
-        raise ValueError(
-            f"pages must be whole numbers [blocks, {kv.block_pages}], got {pages.dtype.name} {list(pages.shape)}"
-        )
-    if pages.size and not 0 <= int(pages.min()) <= int(pages.max()) < kv.num_pages:
-        raise ValueError(f"pages must be 0 to {kv.num_pages - 1}, got {pages.min()} to {pages.max()}")
-    addresses = np.asarray(payloads)
-    if addresses.shape != (len(pages),) or addresses.dtype.kind not in "iu":
-        raise ValueError(f"expected {len(pages)} addresses of payloads, got {addresses.dtype.name} {addresses.shape}")
+    pages, addresses = check_blocks(kv, pages, payloads)
     return pages, addresses.astype(np.int64)
 
 
