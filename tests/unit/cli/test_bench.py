@@ -75,7 +75,10 @@ def test_percentile_is_the_nearest_rank() -> None:
         percentile([], 0.5)
 
 
-def test_table_shows_rows_limits_and_the_machine(capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_shows_rows_limits_and_the_machine(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
     rows = [
         Row(
             op="ping",

@@ -122,7 +122,10 @@ def test_extent_of_nothing_is_refused() -> None:
         Extent(sizes_bytes=(4 * MIB,), set_bytes=7 * MIB)
 
 
-def test_table_shows_each_row_the_cpu_time_and_what_was_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_shows_each_row_the_cpu_time_and_what_was_left_out(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
     rows = [
         row_of(Kind("get_many_into", MIB, 16, "cold", "rotating"), [10**6], "memmove", [10**6], limit=0.95, hoped=1.2),
         row_of(Kind("get_into", MIB, 1, "cold", "one"), [10**6], "memmove", [10**5], limit=0.95),
