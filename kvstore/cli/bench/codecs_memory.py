@@ -8,6 +8,7 @@ numbers are normally distributed, with a few key channels that stand out, as in 
 
 from __future__ import annotations
 
+import math
 from typing import Any, Final
 
 import numpy as np
@@ -30,6 +31,7 @@ _AREAS: Final = 4
 """Arrays of the size of the KV: it in both forms, payloads, what is decoded."""
 
 _SPARE_BYTES: Final = 512 << 20
+_LINE_BYTES: Final = 64
 _OUTLIER_EVERY: Final = 41
 _OUTLIER_GAIN: Final = 8.0
 
@@ -129,16 +131,25 @@ class KVMemory:
         layers, kinds, tokens, heads, dim = layout.shape
         pages = blocks * tokens // PAGE_TOKENS
         element = _element_dtype(layout)
-        source = np.empty((layers, kinds, blocks * tokens, heads, dim), element)
+        source = _aligned((layers, kinds, blocks * tokens, heads, dim), element)
         _fill(source, layout.dtype)
         order = np.random.default_rng(7).permutation(pages).astype(np.int32)
-        paged = np.empty((layers, kinds, pages, PAGE_TOKENS, heads, dim), element)
+        paged = _aligned((layers, kinds, pages, PAGE_TOKENS, heads, dim), element)
         paged[:, :, order] = source.reshape(paged.shape)
-        target = np.full_like(source, 0)
+        target = _aligned(source.shape, element)
+        target.fill(0)
         self.source_address = int(source.ctypes.data)
         self.target_address = int(target.ctypes.data)
         self.contiguous = Form(CONTIGUOUS, layout, source, target, np.arange(blocks, dtype=np.int32).reshape(-1, 1))
         self.paged = Form(PAGED, layout, paged, target.reshape(paged.shape), order.reshape(blocks, -1))
+
+
+def _aligned(shape: tuple[int, ...], element: npt.DTypeLike) -> Array:
+    """An array that starts where a line of the cache does, as tensors of torch and of engines do."""
+    length = math.prod(shape) * np.dtype(element).itemsize
+    memory = np.empty(length + _LINE_BYTES, np.uint8)
+    begin = -int(memory.ctypes.data) % _LINE_BYTES
+    return memory[begin : begin + length].view(element).reshape(shape)
 
 
 def _element_dtype(layout: KVLayout) -> npt.DTypeLike:
