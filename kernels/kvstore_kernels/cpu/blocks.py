@@ -135,7 +135,9 @@ def _jobs(sections: Iterable[tuple[Section, str]], *, decoding: bool) -> list[Jo
     jobs = []
     for section, name in sections:
         method = method_of(name, section.planes)
-        jobs.append(Job(method.decode if decoding else method.encode, method.kind, section, decoding=decoding))
+        kernel = method.decode if decoding else method.encode
+        order = method.decode_order if decoding else method.encode_order
+        jobs.append(Job(kernel, method.kind, section, order=order, decoding=decoding))
     return jobs
 
 

@@ -12,10 +12,10 @@ from typing import Final
 from kvstore_kernels.cpu.code import inlined, kernel
 from kvstore_kernels.cpu.kinds import Kind, code_bits, element_bytes
 from kvstore_kernels.cpu.lanes import I64, VF32, VI16, VI32, Value
-from kvstore_kernels.cpu.loads import STEP, keys, load_pair, pair_of_keys, store_pair
+from kvstore_kernels.cpu.loads import STEP, load_pair, pair_of_patterns, patterns, store_pair
 from kvstore_kernels.cpu.memory import load
 from kvstore_kernels.cpu.vectors import Parameters, Vectors, emitted
-from kvstore_kernels.cpu.work import DIM, FOLLOWING, PLANE, ROWS, TOKENS, count_void, next_plane, region
+from kvstore_kernels.cpu.work import DIM, FOLLOWING, PLANE, ROW_COUNT, ROWS, count_void, next_plane, region
 
 _WIDE: Final = 32
 _NARROW: Final = 16
@@ -58,7 +58,8 @@ def _emit_encode(
     bits, steps = kind.bits, channels // STEP
     word_tokens = 16 // bits
     first = _token_row(v, plane, rows, I64(0))
-    extremes = [[(v.variable(key), v.variable(key)) for key in keys(v, kind, first, step)] for step in range(steps)]
+    combine = (v.greatest, v.greatest_unsigned, v.least_unsigned)
+    so_far = [[[v.variable(x) for _ in combine] for x in patterns(v, kind, first, step)] for step in range(steps)]
 
     def fetch_ahead(token: Value) -> None:
         v.prefetch_span(_token_row(v, following, rows, token), kind.row_bytes(channels))
@@ -68,18 +69,18 @@ def _emit_encode(
         fetch_ahead(token)
         pair_rows = [_token_row(v, plane, rows, v.b.add(token, I64(i))) for i in (0, 1)]
         for step in range(steps):
-            first, second = (keys(v, kind, row, step) for row in pair_rows)
-            for one, other, (least, greatest) in zip(first, second, extremes[step], strict=True):
-                v.b.store(v.least(v.b.load(least), v.least(one, other)), least)
-                v.b.store(v.greatest(v.b.load(greatest), v.greatest(one, other)), greatest)
+            first, second = (patterns(v, kind, row, step) for row in pair_rows)
+            for one, other, variables in zip(first, second, so_far[step], strict=True):
+                for better, variable in zip(combine, variables, strict=True):
+                    v.b.store(better(v.b.load(variable), better(one, other)), variable)
 
     v.repeat(I64(8 * bits), compare)
     void = I64(0)
     groups: list[tuple[Parameters, Parameters]] = []
     minima = v.at(parameters, v.b.mul(dim, I64(2)))
     for step in range(steps):
-        low = pair_of_keys(v, kind, [v.b.load(least) for least, _ in extremes[step]])
-        high = pair_of_keys(v, kind, [v.b.load(greatest) for _, greatest in extremes[step]])
+        ends = [v.extremes(*(v.b.load(variable) for variable in variables)) for variables in so_far[step]]
+        low, high = (pair_of_patterns(v, kind, [each[end] for each in ends]) for end in (0, 1))
         even, odd = (v.asymmetric(low[i], high[i], bits) for i in (0, 1))
         _store_halves(v, even.scale_bits, odd.scale_bits, parameters, step)
         _store_halves(v, even.minimum_bits, odd.minimum_bits, minima, step)
@@ -178,7 +179,7 @@ def _encode_plane(kind: Kind, work: int, place: int) -> int:
     plane, following, rows = load(place + PLANE), load(place + FOLLOWING), load(place + ROWS)
     codes, parameters = region(work, place, 0), region(work, place, 1)
     void = 0
-    for _ in range(0, load(work + TOKENS), 16 * bits):
+    for _ in range(0, load(work + ROW_COUNT), 16 * bits):
         for c in range(0, dim - _NARROW, _WIDE):
             at, to = plane + c * size, following + c * size
             void += _encode_wide(kind, at, to, rows, codes + 2 * c, parameters + 2 * c, dim)
@@ -206,7 +207,7 @@ def decode_channel_groups(kind: Kind, work: int, place: int) -> None:
     while next_plane(work, place) != 0:
         plane, rows = load(place + PLANE), load(place + ROWS)
         codes, parameters = region(work, place, 0), region(work, place, 1)
-        for _ in range(0, load(work + TOKENS), 16 * bits):
+        for _ in range(0, load(work + ROW_COUNT), 16 * bits):
             for c in range(0, dim - _NARROW, _WIDE):
                 _decode_wide(kind, codes + 2 * c, parameters + 2 * c, plane + c * size, rows, dim)
             if dim % _WIDE != 0:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from kvstore_kernels.cpu.code import kernel
 from kvstore_kernels.cpu.kinds import Kind, element_bytes
 from kvstore_kernels.cpu.memory import copy, load
-from kvstore_kernels.cpu.work import DIM, PLANE, ROWS, TARGET_TOKEN_STRIDE, TOKENS, copied_plane, next_plane
+from kvstore_kernels.cpu.work import DIM, PLANE, ROW_COUNT, ROWS, TARGET_TOKEN_STRIDE, copied_plane, next_plane
 
 
 @kernel
 def encode_exact(kind: Kind, work: int, place: int) -> None:
     """Gather planes (``work``)."""
-    tokens, row_bytes = load(work + TOKENS), load(work + DIM) * element_bytes(kind)
+    tokens, row_bytes = load(work + ROW_COUNT), load(work + DIM) * element_bytes(kind)
     stride = load(work + TARGET_TOKEN_STRIDE)
     while next_plane(work, place) != 0:
         plane, rows, target = load(place + PLANE), load(place + ROWS), copied_plane(work, place)
@@ -22,7 +22,7 @@ def encode_exact(kind: Kind, work: int, place: int) -> None:
 @kernel
 def decode_exact(kind: Kind, work: int, place: int) -> None:
     """Scatter planes (``work``)."""
-    tokens, row_bytes = load(work + TOKENS), load(work + DIM) * element_bytes(kind)
+    tokens, row_bytes = load(work + ROW_COUNT), load(work + DIM) * element_bytes(kind)
     stride = load(work + TARGET_TOKEN_STRIDE)
     while next_plane(work, place) != 0:
         plane, rows, source = load(place + PLANE), load(place + ROWS), copied_plane(work, place)

@@ -12,7 +12,7 @@ from kvstore_kernels.cpu.loads import STEP, load_pair, magnitude_bits, magnitude
 from kvstore_kernels.cpu.memory import fill_zero, load, prefetch
 from kvstore_kernels.cpu.rows import FETCH_AHEAD_BYTES, for_each_run
 from kvstore_kernels.cpu.vectors import Vectors, emitted
-from kvstore_kernels.cpu.work import DIM, FOLLOWING, PLANE, ROWS, SCRATCH, TOKENS, count_void, next_plane, region
+from kvstore_kernels.cpu.work import DIM, FOLLOWING, PLANE, ROW_COUNT, ROWS, SCRATCH, count_void, next_plane, region
 
 # Scratch memory: a vector of the greatest magnitudes so far; the group's inverse scale.
 _MAGNITUDES: Final = 0
@@ -115,7 +115,7 @@ def _decode_row(v: Vectors, kind: Kind, codes: Value, scale: Value, row: Value, 
 @inlined
 def _encode_plane(kind: Kind, work: int, place: int) -> int:
     """Encode a plane; how many groups are void."""
-    tokens, dim, rows = load(work + TOKENS), load(work + DIM), load(place + ROWS)
+    tokens, dim, rows = load(work + ROW_COUNT), load(work + DIM), load(place + ROWS)
     plane, following = load(place + PLANE), load(place + FOLLOWING)
     codes, scales, scratch = region(work, place, 0), region(work, place, 1), place + SCRATCH
     void = 0
@@ -146,7 +146,7 @@ def encode_fp8(kind: Kind, work: int, place: int) -> None:
 @kernel
 def decode_fp8(kind: Kind, work: int, place: int) -> None:
     """Decode planes (``work``)."""
-    tokens, dim = load(work + TOKENS), load(work + DIM)
+    tokens, dim = load(work + ROW_COUNT), load(work + DIM)
     while next_plane(work, place) != 0:
         plane, rows = load(place + PLANE), load(place + ROWS)
         codes, scales = region(work, place, 0), region(work, place, 1)

@@ -149,13 +149,13 @@ class Lanes:
 
     # Integers
 
-    def least(self, left: Value, right: Value) -> Value:
-        """Signed minimum."""
-        return self.b.select(self.b.icmp_signed("<", left, right), left, right)
-
     def greatest(self, left: Value, right: Value) -> Value:
         """Signed maximum."""
         return self.b.select(self.b.icmp_signed(">", left, right), left, right)
+
+    def least_unsigned(self, left: Value, right: Value) -> Value:
+        """Unsigned minimum."""
+        return self.b.select(self.b.icmp_unsigned("<", left, right), left, right)
 
     def greatest_unsigned(self, left: Value, right: Value) -> Value:
         """Unsigned maximum."""
@@ -179,15 +179,6 @@ class Lanes:
             return value
         amount = self.constant(value.type, abs(bits))
         return self.b.shl(value, amount) if bits > 0 else self.b.lshr(value, amount)
-
-    def ordered(self, value: Value) -> Value:
-        """Bits of floats as integers of the same order; its own inverse.
-
-        Reductions of integers become one instruction a vector, those of floats a chain of scalars.
-        """
-        width = value.type.element.width if isinstance(value.type, ir.VectorType) else value.type.width
-        sign = self.b.ashr(value, self.constant(value.type, width - 1))
-        return self.b.xor(value, self.b.lshr(sign, self.constant(value.type, 1)))
 
     def low_halves(self, first: Value, second: Value) -> Value:
         """The low 16 bits of two vectors of eight as one of sixteen."""

@@ -14,15 +14,14 @@ from kvstore_kernels.cpu.vectors import Vectors
 
 __all__ = [
     "STEP",
-    "keys",
     "load_pair",
     "magnitude_bits",
     "magnitudes",
-    "pair_of_keys",
-    "reduced_key",
+    "pair_of_patterns",
+    "patterns",
     "rounded_pair",
     "store_pair",
-    "values_of_keys",
+    "values_of_patterns",
 ]
 
 STEP: Final = 2 * LANES
@@ -85,36 +84,29 @@ def magnitude_bits(v: Vectors, kind: Kind, magnitude: Value) -> Value:
     return v.b.bitcast(v.b.fpext(v.b.bitcast(magnitude, F16), F32), I32)
 
 
-def keys(v: Vectors, kind: Kind, address: Value, step: int = 0) -> list[Value]:
-    """Sixteen elements as signed integers in their order, a NaN at one end: one vector, or two (even, odd)."""
+def patterns(v: Vectors, kind: Kind, address: Value, step: int = 0) -> list[Value]:
+    """Sixteen elements as their bits: one vector of int16, or two of int32 (even, odd)."""
     if kind.dtype != "float32":
-        return [v.ordered(v.load(address, WI16, kind.row_bytes(STEP * step)))]
-    return [v.ordered(v.as_ints(half)) for half in load_pair(v, kind, address, step)]
+        return [v.load(address, WI16, kind.row_bytes(STEP * step))]
+    return [v.as_ints(half) for half in load_pair(v, kind, address, step)]
 
 
-def pair_of_keys(v: Vectors, kind: Kind, vectors: list[Value]) -> Pair:
-    """The elements of ``keys``, as ``load_pair`` gives them."""
+def pair_of_patterns(v: Vectors, kind: Kind, vectors: list[Value]) -> Pair:
+    """The elements of ``patterns``, as ``load_pair`` gives them."""
     if kind.dtype == "float32":
-        return v.as_floats(v.ordered(vectors[0])), v.as_floats(v.ordered(vectors[1]))
-    elements = v.ordered(vectors[0])
+        return v.as_floats(vectors[0]), v.as_floats(vectors[1])
     if kind.dtype == "bfloat16":
-        return _of_bfloat16(v, v.b.bitcast(elements, VI32))
-    return _of_float16(v, elements)
+        return _of_bfloat16(v, v.b.bitcast(vectors[0], VI32))
+    return _of_float16(v, vectors[0])
 
 
-def reduced_key(v: Vectors, combine: str, vectors: list[Value]) -> Value:
-    """The least (``"smin"``) or greatest (``"smax"``) of keys, a power of two of vectors: a scalar."""
-    step = v.least if combine == "smin" else v.greatest
-    return v.reduce(combine, v.tree(step, vectors))
-
-
-def values_of_keys(v: Vectors, kind: Kind, address: Value) -> Value:
-    """Eight reduced keys, stored side by side: float32."""
+def values_of_patterns(v: Vectors, kind: Kind, address: Value) -> Value:
+    """Eight patterns of single elements, stored side by side: float32."""
     if kind.dtype == "float32":
-        return v.as_floats(v.ordered(v.load(address, VI32)))
-    elements = v.ordered(v.load(address, VI16))
+        return v.load(address, VF32)
+    elements = v.load(address, VI16)
     if kind.dtype == "bfloat16":
-        return v.as_floats(v.b.shl(v.b.zext(elements, VI32), v.constant(VI32, 16)))
+        return v.as_floats(v.shifted(v.b.zext(elements, VI32), 16))
     return v.from_float16(elements)
 
 

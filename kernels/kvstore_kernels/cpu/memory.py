@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+
 from llvmlite import ir
 from numba.core import cgutils
 
@@ -12,6 +14,7 @@ __all__ = [
     "add_atomic",
     "copy",
     "copy_bytes",
+    "fence_streams",
     "fill_zero",
     "load",
     "load_u32",
@@ -48,6 +51,14 @@ def add_atomic(v: Vectors, address: Value, value: Value) -> Value:
 def prefetch(v: Vectors, address: Value) -> None:
     """Begin to fetch a line that will be read soon; never faults."""
     v.prefetch(address)
+
+
+@emitted
+def fence_streams(v: Vectors) -> None:
+    """Order stores past the cache before all later ones: on x86-64 no other fence does."""
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        v.b.call(v.b.module.declare_intrinsic("llvm.x86.sse.sfence", (), ir.FunctionType(ir.VoidType(), [])), [])
+    v.b.fence("release")
 
 
 @emitted

@@ -11,7 +11,7 @@ from kvstore_kernels.cpu.exact import decode_exact, encode_exact
 from kvstore_kernels.cpu.fp8 import decode_fp8, encode_fp8
 from kvstore_kernels.cpu.int8 import decode_int8, encode_int8
 from kvstore_kernels.cpu.kinds import Kind
-from kvstore_kernels.cpu.sections import Kernel
+from kvstore_kernels.cpu.sections import Kernel, Order
 from kvstore_kernels.cpu.token_groups import decode_token_groups, encode_token_groups
 from kvstore_kernels.cpu.turbo import decode_turbo, encode_turbo
 from kvstore_kernels.layout import Planes
@@ -26,11 +26,15 @@ class Method(NamedTuple):
         encode: compiled function.
         decode: compiled function.
         kind: that both are compiled for.
+        encode_order: of the rows that ``encode`` takes.
+        decode_order: of the rows that ``decode`` takes.
     """
 
     encode: Kernel
     decode: Kernel
     kind: Kind
+    encode_order: Order
+    decode_order: Order
 
 
 _KERNELS: Final[dict[str, tuple[Kernel, Kernel]]] = {
@@ -48,6 +52,14 @@ _KERNELS: Final[dict[str, tuple[Kernel, Kernel]]] = {
 }
 _BITS: Final = {"int4": 4, "kivi4v": 4, "kivi2v": 2, "kivi4k": 4, "kivi2k": 2, "turbo4": 4, "turbo3": 3, "turbo2": 2}
 
+_ORDERS: Final = {
+    encode_int8: (Order.MEMORY, Order.PLACES),
+    encode_token_groups: (Order.PLACES, Order.PLACES),
+}
+"""Encoding reads ahead best along memory, but where tiles of rows would be written to as many streams as heads, often a
+power of two apart. Decoding reads codes, in order of places.
+"""
+
 
 def method_of(name: str, planes: Planes) -> Method:
     """Functions of a method, by the name that ``Codec.plane_codec`` gives."""
@@ -60,4 +72,5 @@ def method_of(name: str, planes: Planes) -> Method:
     if encode is encode_turbo:
         group = math.gcd(planes.dim, 128)
         run = 64 if planes.dim % 64 == 0 else 16
-    return Method(encode, decode, Kind(planes.dtype, bits=bits, group=group, run=run))
+    kind = Kind(planes.dtype, bits=bits, group=group, run=run)
+    return Method(encode, decode, kind, *_ORDERS.get(encode, (Order.PLANE, Order.PLANE)))

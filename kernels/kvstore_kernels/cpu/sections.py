@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from enum import Enum
 from typing import Any, Final
 
 import numpy as np
@@ -16,7 +17,7 @@ from kvstore_kernels.cpu.kinds import Kind
 from kvstore_kernels.layout import ELEMENT_BYTES, Planes
 from kvstore_kernels.paged import PagedKV, PagedPlanes
 
-__all__ = ["Dense", "Job", "Kernel", "Section", "row_offsets", "run_jobs"]
+__all__ = ["Dense", "Job", "Kernel", "Order", "Section", "row_offsets", "run_jobs"]
 
 Kernel = Callable[[Kind, int, int], Any]
 """A compiled function of a kind, the address of the work and that of a thread's place."""
@@ -26,6 +27,18 @@ _ITEM_BYTES: Final = 256 << 10
 _THREAD_BYTES: Final = 1 << 20
 """Fewer are not worth another thread, which takes a tenth of a millisecond to start."""
 _LINE_BYTES: Final = 64
+
+
+class Order(Enum):
+    """Which rows a kernel takes as those of one plane, and in which order.
+
+    ``PLANE``: those of one plane. ``PLACES``: those of all planes of a layer, in the order of a section. ``MEMORY``:
+    likewise, in the order of the engine's memory.
+    """
+
+    PLANE = "plane"
+    PLACES = "places"
+    MEMORY = "memory"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +84,7 @@ class Job:
         kernel: does it.
         kind: of the kernel; whether to store past the cache is decided here.
         section: what.
+        order: of rows.
         decoding: whether planes are written.
 
     Attributes:
@@ -78,13 +92,14 @@ class Job:
         plane_bytes: bytes of all its planes.
     """
 
-    def __init__(self, kernel: Kernel, kind: Kind, section: Section, *, decoding: bool) -> None:
+    def __init__(self, kernel: Kernel, kind: Kind, section: Section, *, order: Order, decoding: bool) -> None:
         planes, where = section.planes, section.where
         element_bytes = ELEMENT_BYTES[planes.dtype]
         row_bytes = planes.dim * element_bytes
         blocks, tokens = section.rows.shape
-        heads, dim = planes.num_heads, planes.dim
         staged = where.element_stride != element_bytes
+        by_row = order is not Order.PLANE and not staged
+        heads, dim = planes.num_heads, planes.dim
         if isinstance(section.form, Dense) and where.head_stride == row_bytes and not staged:
             # Rows of all heads lie side by side in both places: one copy a token.
             heads, dim = 1, heads * dim
@@ -93,9 +108,12 @@ class Job:
         self._kernel = kernel
         self._kind = replace(kind, streaming=decoding and not staged and _whole_lines(where, row_bytes))
         self._bases = np.ascontiguousarray(where.bases, np.int64)
-        self._rows = np.ascontiguousarray(section.rows, np.int64)
         self._sections = np.ascontiguousarray(section.sections, np.int64)
         self._staged_rows = np.arange(tokens, dtype=np.int64) * row_bytes
+        if by_row:
+            self._rows, self._places = _rows_of_layer(section, in_order_of_memory=order is Order.MEMORY)
+        else:
+            self._rows, self._places = np.ascontiguousarray(section.rows, np.int64), np.arange(tokens, dtype=np.int64)
         self.voids = np.zeros(blocks, np.int64)
         self.plane_bytes = blocks * planes.num_layers * layer_bytes
         self.place_bytes = work.STAGED + (tokens * row_bytes if staged else 0)
@@ -103,8 +121,8 @@ class Job:
             work.ITEMS: blocks * -(-planes.num_layers // item_layers),
             work.ITEM_LAYERS: item_layers,
             work.LAYERS: planes.num_layers,
-            work.HEADS: heads,
-            work.TOKENS: tokens,
+            work.HEADS: 1 if by_row else heads,
+            work.ROW_COUNT: self._rows.shape[1],
             work.DIM: dim,
             work.BLOCK_ROWS: self._rows.ctypes.data,
             work.BASES: self._bases.ctypes.data,
@@ -115,7 +133,8 @@ class Job:
             work.VOIDS: self.voids.ctypes.data,
             work.STAGED_ROWS: self._staged_rows.ctypes.data if staged else 0,
             work.DECODING: int(decoding),
-            **_form_words(section),
+            work.PLACES: self._places.ctypes.data,
+            **_form_words(section, planes.num_layers * (1 if by_row else heads)),
         }
         self._table = np.zeros(work.WORK_BYTES // 8, np.int64)
         for offset, value in words.items():
@@ -155,7 +174,21 @@ def run_jobs(jobs: Sequence[Job], threads: int) -> None:
         raise errors[0]
 
 
-def _form_words(section: Section) -> dict[int, int]:
+def _rows_of_layer(
+    section: Section, *, in_order_of_memory: bool
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Rows of all planes of a layer, ``[blocks, rows]``, and the place of each in a section, ``[rows]``."""
+    heads, (blocks, tokens) = section.planes.num_heads, section.rows.shape
+    of_head = np.arange(heads, dtype=np.int64) * section.where.head_stride
+    rows = section.rows[:, None, :] + of_head[:, None]
+    places = np.arange(heads * tokens, dtype=np.int64).reshape(heads, tokens)
+    if in_order_of_memory and abs(section.where.head_stride) < abs(section.where.token_stride):
+        rows, places = rows.swapaxes(1, 2), places.T
+    return np.ascontiguousarray(rows.reshape(blocks, -1)), np.ascontiguousarray(places.reshape(-1))
+
+
+def _form_words(section: Section, planes: int) -> dict[int, int]:
+    """Words that tell where the parts of so many planes are in a section."""
     form = section.form
     if isinstance(form, Dense):
         return {
@@ -168,7 +201,7 @@ def _form_words(section: Section) -> dict[int, int]:
     for number, region in enumerate(form):
         entry = work.REGIONS + 16 * number
         words[entry] = at
-        words[entry + 8] = region.region_bytes // (section.planes.num_layers * section.planes.num_heads)
+        words[entry + 8] = region.region_bytes // planes
         at += region.region_bytes
     return words
 

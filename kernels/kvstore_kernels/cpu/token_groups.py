@@ -1,6 +1,6 @@
 """``int4`` and the values of ``kivi2`` (``docs/codecs.md``): groups of channels of one token.
 
-Over tiles of 32 groups in three passes: least and greatest numbers, parameters, codes. A division and a horizontal
+Over tiles of 16 groups in three passes: least and greatest numbers, parameters, codes. A division and a horizontal
 reduction a group, between its loads and its codes, would stall them; the second and third pass find everything in the
 nearest cache.
 
@@ -15,47 +15,70 @@ from typing import Final
 from kvstore_kernels.cpu.code import inlined, kernel
 from kvstore_kernels.cpu.kinds import Kind, code_bits, element_bytes, group_elements, run_elements
 from kvstore_kernels.cpu.lanes import F16, F32, I8, I16, I32, I64, LANES, VF32, VI32, Value, vector
-from kvstore_kernels.cpu.loads import STEP, keys, load_pair, reduced_key, store_pair, values_of_keys
-from kvstore_kernels.cpu.memory import copy, fill_zero, load, prefetch
+from kvstore_kernels.cpu.loads import STEP, load_pair, patterns, store_pair, values_of_patterns
+from kvstore_kernels.cpu.memory import fill_zero, load, prefetch
 from kvstore_kernels.cpu.rows import FETCH_AHEAD_BYTES
 from kvstore_kernels.cpu.vectors import Vectors, emitted
-from kvstore_kernels.cpu.work import DIM, FOLLOWING, PLANE, ROWS, SCRATCH, TOKENS, count_void, next_plane, region
+from kvstore_kernels.cpu.work import (
+    DIM,
+    PLACES,
+    PLANE,
+    ROW_COUNT,
+    ROWS,
+    SCRATCH,
+    count_void,
+    next_plane,
+    region,
+    row_ahead,
+)
 
-_TILE: Final = 32
+_TILE: Final = 16
 """Groups of a tile."""
+_FETCH_AHEAD_TILES: Final = 4
 _LANE_ORDER_RUN: Final = 64
 _PARAMETER_BYTES: Final = 4
 
-# Scratch memory: for each eight groups 32 bytes with the keys of their least numbers and as many of the greatest;
+# Scratch memory: for each eight groups 32 bytes with bits of their least numbers and as many with the greatest;
 # float32 minima; inverse scales; pairs of float16 scales and minima.
-_KEYS: Final = 0
-_MINIMA: Final = _KEYS + 8 * _TILE
+_ENDS: Final = 0
+_MINIMA: Final = _ENDS + 8 * _TILE
 _INVERSES: Final = _MINIMA + 4 * _TILE
 _PARAMETERS: Final = _INVERSES + 4 * _TILE
-_EIGHT_KEYS_BYTES: Final = 64
+_EIGHT_ENDS_BYTES: Final = 64
 _GREATEST: Final = 32
 
 
 @emitted
-def _extremes(v: Vectors, kind: Kind, run: Value, following: Value, scratch: Value, number: Value) -> None:
-    """Store the keys of the least and the greatest element of each group of a run; fetch half of another run ahead."""
-    v.prefetch_span(following, kind.row_bytes(kind.run) // 2)
+def _extremes(v: Vectors, kind: Kind, run: Value, ahead: Value, scratch: Value, number: Value) -> None:
+    """Store bits of the least and the greatest element of each group of a run; fetch half of another run ahead."""
+    v.prefetch_span(ahead, kind.row_bytes(kind.run) // 2)
     steps = kind.group // STEP
     for group in range(kind.run // kind.group):
-        vectors = [key for step in range(steps) for key in keys(v, kind, run, group * steps + step)]
+        vectors = [x for step in range(steps) for x in patterns(v, kind, run, group * steps + step)]
         of_tile = v.b.add(number, I64(group))
-        eight = v.b.mul(v.b.lshr(of_tile, I64(3)), I64(_EIGHT_KEYS_BYTES))
+        eight = v.b.mul(v.b.lshr(of_tile, I64(3)), I64(_EIGHT_ENDS_BYTES))
         one = v.b.mul(v.b.and_(of_tile, I64(LANES - 1)), I64(kind.element_bytes))
         at = v.at(v.at(scratch, eight), one)
-        v.store(reduced_key(v, "smin", vectors), at, _KEYS)
-        v.store(reduced_key(v, "smax", vectors), at, _KEYS + _GREATEST)
+        most, least = (
+            v.reduce("smax", v.tree(v.greatest, vectors)),
+            v.reduce("umax", v.tree(v.greatest_unsigned, vectors)),
+        )
+        v.store(least, at, _ENDS)
+        v.store(most, at, _ENDS + _GREATEST)
+        zero = v.constant(most.type, 0)
+        one_sign = v.b.or_(v.b.icmp_signed("<", most, zero), v.b.icmp_signed(">=", least, zero))
+        with v.b.if_then(one_sign, likely=False):
+            next_to_zero = v.reduce("umin", v.tree(v.least_unsigned, vectors))
+            least, most = v.extremes(most, least, next_to_zero)
+            v.store(least, at, _ENDS)
+            v.store(most, at, _ENDS + _GREATEST)
 
 
 @emitted
 def _parameters(v: Vectors, kind: Kind, scratch: Value, first: Value) -> Value:
     """Minima, inverse scales and parameters of eight groups; how many of them are void."""
-    eight = v.at(scratch, v.b.mul(first, I64(_EIGHT_KEYS_BYTES // LANES)))
-    low, high = (values_of_keys(v, kind, v.at(eight, at)) for at in (_KEYS, _KEYS + _GREATEST))
+    eight = v.at(scratch, v.b.mul(first, I64(_EIGHT_ENDS_BYTES // LANES)))
+    low, high = (values_of_patterns(v, kind, v.at(eight, at)) for at in (_ENDS, _ENDS + _GREATEST))
     parameters = v.asymmetric(low, high, kind.bits)
     at = v.at(scratch, v.b.mul(first, I64(4)))
     v.store(parameters.minimum, at, _MINIMA)
@@ -67,12 +90,21 @@ def _parameters(v: Vectors, kind: Kind, scratch: Value, first: Value) -> Value:
 
 @emitted
 def _encode_run(
-    v: Vectors, kind: Kind, run: Value, following: Value, codes: Value, scratch: Value, number: Value
+    v: Vectors,
+    kind: Kind,
+    run: Value,
+    ahead: Value,
+    codes: Value,
+    parameters: Value,
+    scratch: Value,
+    number: Value,
 ) -> None:
-    """Encode a run; fetch the other half of another run ahead."""
+    """Encode a run and store its parameters; fetch the other half of another run ahead."""
     half_bytes = kind.row_bytes(kind.run) // 2
-    v.prefetch_span(v.at(following, half_bytes), half_bytes)
+    v.prefetch_span(v.at(ahead, half_bytes), half_bytes)
     at = v.at(scratch, v.b.mul(number, I64(4)))
+    for group in range(kind.run // kind.group):
+        v.store(v.load(at, I32, 4 * group + _PARAMETERS), parameters, _PARAMETER_BYTES * group)
     numbers = []
     for group in range(kind.run // kind.group):
         minimum, inverse = (v.splat(v.load(at, F32, 4 * group + table)) for table in (_MINIMA, _INVERSES))
@@ -125,9 +157,9 @@ def _of_natural(v: Vectors, codes: Value, bits: int, offset: int) -> Value:
 @inlined
 def _encode_plane(kind: Kind, work: int, place: int) -> int:
     """Encode a plane; how many groups are void."""
-    tokens, rows = load(work + TOKENS), load(place + ROWS)
-    plane, following = load(place + PLANE), load(place + FOLLOWING)
-    codes, parameters, scratch = region(work, place, 0), region(work, place, 1), place + SCRATCH
+    row_count, rows, plane = load(work + ROW_COUNT), load(place + ROWS), load(place + PLANE)
+    places, scratch = load(work + PLACES), place + SCRATCH
+    codes, parameters = region(work, place, 0), region(work, place, 1)
     run_groups = run_elements(kind) // group_elements(kind)
     run_bytes = run_elements(kind) * element_bytes(kind)
     code_bytes = run_elements(kind) * code_bits(kind) // 8
@@ -135,27 +167,28 @@ def _encode_plane(kind: Kind, work: int, place: int) -> int:
     row_groups = row_runs * run_groups
     tile_rows = max(1, _TILE // row_groups)
     void = 0
-    for first in range(0, tokens, tile_rows):
-        end = min(first + tile_rows, tokens)
+    for first in range(0, row_count, tile_rows):
+        end = min(first + tile_rows, row_count)
         count = (end - first) * row_groups
         if count % 8 != 0:
-            fill_zero(scratch + _KEYS, _MINIMA - _KEYS)
+            fill_zero(scratch + _ENDS, _MINIMA - _ENDS)
         group = 0
-        for token in range(first, end):
-            row = load(rows + 8 * token)
+        for i in range(first, end):
+            row, ahead = plane + load(rows + 8 * i), row_ahead(work, place, i + _FETCH_AHEAD_TILES * tile_rows)
             for run in range(0, row_runs * run_bytes, run_bytes):
-                _extremes(kind, plane + row + run, following + row + run, scratch, group)
+                _extremes(kind, row + run, ahead + run, scratch, group)
                 group += run_groups
         for group in range(0, count, 8):
             void += _parameters(kind, scratch, group)
-        copy(parameters, scratch + _PARAMETERS, count * _PARAMETER_BYTES)
-        parameters += count * _PARAMETER_BYTES
         group = 0
-        for token in range(first, end):
-            row = load(rows + 8 * token)
+        for i in range(first, end):
+            row, ahead = plane + load(rows + 8 * i), row_ahead(work, place, i + _FETCH_AHEAD_TILES * tile_rows)
+            number = load(places + 8 * i)
+            row_codes, row_parameters = codes + number * row_runs * code_bytes, parameters + number * row_groups * 4
             for run in range(0, row_runs * run_bytes, run_bytes):
-                _encode_run(kind, plane + row + run, following + row + run, codes, scratch, group)
-                codes += code_bytes
+                _encode_run(kind, row + run, ahead + run, row_codes, row_parameters, scratch, group)
+                row_codes += code_bytes
+                row_parameters += run_groups * 4
                 group += run_groups
     return void
 
@@ -170,15 +203,16 @@ def encode_token_groups(kind: Kind, work: int, place: int) -> None:
 @kernel
 def decode_token_groups(kind: Kind, work: int, place: int) -> None:
     """Decode planes (``work``)."""
-    tokens, row_runs = load(work + TOKENS), load(work + DIM) // run_elements(kind)
+    row_count, row_runs, places = load(work + ROW_COUNT), load(work + DIM) // run_elements(kind), load(work + PLACES)
     run_bytes = run_elements(kind) * element_bytes(kind)
     code_bytes = run_elements(kind) * code_bits(kind) // 8
     parameter_bytes = run_elements(kind) // group_elements(kind) * _PARAMETER_BYTES
     while next_plane(work, place) != 0:
         plane, rows = load(place + PLANE), load(place + ROWS)
-        codes, parameters = region(work, place, 0), region(work, place, 1)
-        for token in range(tokens):
-            row = plane + load(rows + 8 * token)
+        all_codes, all_parameters = region(work, place, 0), region(work, place, 1)
+        for i in range(row_count):
+            row, runs = plane + load(rows + 8 * i), load(places + 8 * i) * row_runs
+            codes, parameters = all_codes + runs * code_bytes, all_parameters + runs * parameter_bytes
             prefetch(parameters + FETCH_AHEAD_BYTES // 4)
             for run in range(0, row_runs * run_bytes, run_bytes):
                 prefetch(codes + FETCH_AHEAD_BYTES)

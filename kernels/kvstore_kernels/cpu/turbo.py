@@ -20,7 +20,7 @@ from kvstore_kernels.cpu.loads import STEP, load_pair, store_pair
 from kvstore_kernels.cpu.memory import copy, load, prefetch, store
 from kvstore_kernels.cpu.rows import FETCH_AHEAD_BYTES
 from kvstore_kernels.cpu.vectors import Vectors, emitted
-from kvstore_kernels.cpu.work import DIM, FOLLOWING, PLANE, ROWS, SCRATCH, TOKENS, count_void, next_plane, region
+from kvstore_kernels.cpu.work import DIM, FOLLOWING, PLANE, ROW_COUNT, ROWS, SCRATCH, count_void, next_plane, region
 
 _STEPS: Final = ROW // STEP
 _TILE: Final = 16
@@ -266,7 +266,7 @@ def _encode_plane(kind: Kind, work: int, place: int) -> int:
         scales = region(work, place, 2)
     code_bytes = 64 if code_bits(kind) == 4 else 32
     row_pieces, row_vectors = ROW // run_elements(kind), ROW // group_elements(kind)
-    row_count = load(work + TOKENS) * dim // ROW
+    row_count = load(work + ROW_COUNT) * dim // ROW
     scratch = place + SCRATCH
     void = 0
     for first in range(0, row_count, _TILE):
@@ -307,7 +307,7 @@ def encode_turbo(kind: Kind, work: int, place: int) -> None:
 def decode_turbo(kind: Kind, work: int, place: int) -> None:
     """Decode planes (``work``)."""
     dim, pieces = load(work + DIM), place + SCRATCH + _PIECES
-    row_count, row_pieces = load(work + TOKENS) * dim // ROW, ROW // run_elements(kind)
+    row_count, row_pieces = load(work + ROW_COUNT) * dim // ROW, ROW // run_elements(kind)
     code_bytes = 64 if code_bits(kind) == 4 else 32
     while next_plane(work, place) != 0:
         plane, rows = load(place + PLANE), load(place + ROWS)

@@ -72,6 +72,19 @@ class Vectors(Lanes):
             self.b.select(void, self.constant(kind, 0.0), inverse),
         )
 
+    def extremes(self, greatest: Value, greatest_unsigned: Value, least_unsigned: Value) -> tuple[Value, Value]:
+        """The least and the greatest of floats, by bits, out of three reductions of their bits as integers.
+
+        Reductions of integers are one instruction a vector, those of floats a chain of scalars. Positive floats have
+        the order of signed integers, so that the signed maximum is the greatest if any is positive; negative ones have
+        the reverse, so that the unsigned maximum is the least if any is negative. Where all have one sign, the other
+        end is the one next to zero, the unsigned minimum. A NaN is beyond all others at the end of its sign.
+        """
+        zero = self.constant(greatest.type, 0)
+        least = self.b.select(self.b.icmp_signed("<", greatest_unsigned, zero), greatest_unsigned, least_unsigned)
+        most = self.b.select(self.b.icmp_signed(">=", greatest, zero), greatest, least_unsigned)
+        return least, most
+
     def asymmetric(self, low: Value, high: Value, bits: int) -> Parameters:
         """Parameters of groups by their least and greatest numbers, float32."""
         void = self.b.or_(*(self.beyond_limit(self.bits(self.as_ints(end), 0, 0x7FFFFFFF)) for end in (low, high)))

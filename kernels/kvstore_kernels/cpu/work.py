@@ -1,5 +1,8 @@
 """The work on one section of many blocks, as compiled functions see it, and the walk over its planes.
 
+To a codec whose groups are within a row, all planes of a layer are one plane, whose rows it takes in the order in which
+they lie in memory.
+
 Python fills a table of words once a call. Threads share it and take items, a few layers of a block each, by an atomic
 counter, so that a thread enters compiled code once a section and needs the interpreter's lock no more often. Where a
 thread is, is in words at the start of its scratch memory.
@@ -10,7 +13,7 @@ from __future__ import annotations
 from typing import Final
 
 from kvstore_kernels.cpu.code import inlined
-from kvstore_kernels.cpu.memory import add_atomic, copy_bytes, load, store
+from kvstore_kernels.cpu.memory import add_atomic, copy_bytes, fence_streams, load, store
 
 # Words of the table.
 NEXT: Final = 0
@@ -20,10 +23,11 @@ ITEM_LAYERS: Final = 16
 """Layers of an item; the last item of a block may have fewer."""
 LAYERS: Final = 24
 HEADS: Final = 32
-TOKENS: Final = 40
+ROW_COUNT: Final = 40
+"""Rows of a plane: its tokens."""
 DIM: Final = 48
 BLOCK_ROWS: Final = 56
-"""Address of int64 ``[blocks, tokens]``: bytes from the start of a plane to a token's row."""
+"""Address of int64 ``[blocks, rows]``: bytes from the start of a plane to each row."""
 BASES: Final = 64
 """Address of int64 ``[layers]``: where the plane of the first head starts."""
 HEAD_STRIDE: Final = 72
@@ -34,7 +38,7 @@ SECTIONS: Final = 96
 VOIDS: Final = 104
 """Address of int64 ``[blocks]``: counts of void groups, added to."""
 STAGED_ROWS: Final = 112
-"""Address of int64 ``[tokens]``: rows of a plane in contiguous memory. 0 where planes are used in place."""
+"""Address of int64 ``[rows]``: rows of a plane in contiguous memory. 0 where planes are used in place."""
 DECODING: Final = 120
 """1 where planes are written."""
 REGIONS: Final = 128
@@ -46,7 +50,11 @@ TARGET_LAYER_STRIDE: Final = 136
 TARGET_TOKEN_STRIDE: Final = 144
 TARGET_HEAD_STRIDE: Final = 152
 
-WORK_BYTES: Final = 176
+PLACES: Final = 176
+"""Address of int64 ``[rows]``: the place of each row in a section. Rows that are in no order of places are in an order
+of memory.
+"""
+WORK_BYTES: Final = 184
 
 # Words of a thread's place.
 PLANE: Final = 0
@@ -86,6 +94,7 @@ def next_plane(work: int, place: int) -> int:
         item, layers, item_layers = add_atomic(work + NEXT, 1), load(work + LAYERS), load(work + ITEM_LAYERS)
         if item >= load(work + ITEMS):
             store(place + _BEGUN, 0)
+            fence_streams()
             return 0
         block_items = (layers + item_layers - 1) // item_layers
         block = item // block_items
@@ -97,7 +106,7 @@ def next_plane(work: int, place: int) -> int:
     store(place + _LAYER, layer)
     store(place + _HEAD, head)
     store(place + INDEX, layer * load(work + HEADS) + head)
-    rows = load(work + BLOCK_ROWS) + 8 * load(place + _BLOCK) * load(work + TOKENS)
+    rows = load(work + BLOCK_ROWS) + 8 * load(place + _BLOCK) * load(work + ROW_COUNT)
     origin = load(load(work + BASES) + 8 * layer) + head * load(work + HEAD_STRIDE)
     store(place + _ORIGIN, origin)
     store(place + ROWS, rows)
@@ -112,7 +121,7 @@ def next_plane(work: int, place: int) -> int:
     if head + 1 < load(work + HEADS):
         store(place + FOLLOWING, origin + load(work + HEAD_STRIDE))
     else:
-        following = min(layer + 1, load(place + _END_LAYER) - 1)
+        following = min(layer + 1, load(work + LAYERS) - 1)
         store(place + FOLLOWING, load(load(work + BASES) + 8 * following))
     return 1
 
@@ -141,17 +150,28 @@ def copied_plane(work: int, place: int) -> int:
 
 
 @inlined
+def row_ahead(work: int, place: int, row: int) -> int:
+    """Address of a row of the place's plane, or behind its last one of the plane that follows: for fetching ahead."""
+    count = load(work + ROW_COUNT)
+    plane = load(place + PLANE)
+    if row >= count:
+        plane, row = load(place + FOLLOWING), min(row - count, count - 1)
+    address: int = plane + load(load(place + ROWS) + 8 * row)
+    return address
+
+
+@inlined
 def _stage(work: int, place: int, back: int) -> None:
     """Copy a plane whose elements lie apart into contiguous memory, or back."""
     stride, size = load(work + ELEMENT_STRIDE), load(work + ELEMENT_BYTES)
-    tokens, dim = load(work + TOKENS), load(work + DIM)
+    count, dim = load(work + ROW_COUNT), load(work + DIM)
     origin, staged = load(place + _ORIGIN), place + STAGED
-    rows = load(work + BLOCK_ROWS) + 8 * load(place + _BLOCK) * tokens
+    rows = load(work + BLOCK_ROWS) + 8 * load(place + _BLOCK) * count
     # Sixteen channels of all tokens at a time: where tokens lie side by side, lines are used up while they are near.
     for channel in range(0, dim, 16):
-        for token in range(tokens):
-            apart = origin + load(rows + 8 * token) + channel * stride
-            dense = staged + (token * dim + channel) * size
+        for row in range(count):
+            apart = origin + load(rows + 8 * row) + channel * stride
+            dense = staged + (row * dim + channel) * size
             for i in range(16):
                 if back == 0:
                     copy_bytes(size, dense + i * size, apart + i * stride)
