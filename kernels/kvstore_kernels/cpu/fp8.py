@@ -9,7 +9,7 @@ from kvstore_kernels.cpu.code import inlined, kernel
 from kvstore_kernels.cpu.kinds import Kind
 from kvstore_kernels.cpu.lanes import F16, F32, I64, VF32, VI16, VI32, WI8, Value
 from kvstore_kernels.cpu.loads import STEP, load_pair, magnitude_bits, magnitudes, store_pair
-from kvstore_kernels.cpu.memory import fill_zero, load, prefetch
+from kvstore_kernels.cpu.memory import fill_zero, load
 from kvstore_kernels.cpu.rows import FETCH_AHEAD_BYTES, for_each_run
 from kvstore_kernels.cpu.vectors import Vectors, emitted
 from kvstore_kernels.cpu.work import DIM, FOLLOWING, PLANE, ROW_COUNT, ROWS, SCRATCH, count_void, next_plane, region
@@ -100,6 +100,7 @@ def _decode_row(v: Vectors, kind: Kind, codes: Value, scale: Value, row: Value, 
     def take(offset: Value, steps: int) -> None:
         address = v.at(row, offset)
         source = v.at(codes, v.b.udiv(offset, I64(kind.row_bytes(1))))
+        v.prefetch(source, FETCH_AHEAD_BYTES)
         for step in range(steps):
             loaded = v.load(source, WI8, STEP * step)
             values = []
@@ -151,8 +152,5 @@ def decode_fp8(kind: Kind, work: int, place: int) -> None:
         plane, rows = load(place + PLANE), load(place + ROWS)
         codes, scales = region(work, place, 0), region(work, place, 1)
         for token in range(tokens):
-            source = codes + token * dim
-            for line in range(FETCH_AHEAD_BYTES, FETCH_AHEAD_BYTES + dim, 64):
-                prefetch(source + line)
             scale = scales + token // GROUP_TOKENS * 2
-            _decode_row(kind, source, scale, plane + load(rows + 8 * token), dim)
+            _decode_row(kind, codes + token * dim, scale, plane + load(rows + 8 * token), dim)

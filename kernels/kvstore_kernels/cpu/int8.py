@@ -9,9 +9,9 @@ from typing import Final
 
 from kvstore_kernels.cpu.code import kernel
 from kvstore_kernels.cpu.kinds import Kind
-from kvstore_kernels.cpu.lanes import F16, F32, I64, VF32, VI16, VI32, WI16, WI32, Value
+from kvstore_kernels.cpu.lanes import F16, F32, I64, LANES, VF32, VI16, VI32, Value
 from kvstore_kernels.cpu.loads import STEP, load_pair, magnitude_bits, magnitudes, store_pair
-from kvstore_kernels.cpu.memory import fill_zero, load, prefetch
+from kvstore_kernels.cpu.memory import fill_zero, load
 from kvstore_kernels.cpu.rows import FETCH_AHEAD_BYTES, for_each_run
 from kvstore_kernels.cpu.vectors import Vectors, emitted
 from kvstore_kernels.cpu.work import (
@@ -51,14 +51,15 @@ def _encode_row(v: Vectors, kind: Kind, row: Value, ahead: Value, codes: Value, 
     def encode(offset: Value, steps: int) -> None:
         address = v.at(row, offset)
         target = v.at(codes, v.b.udiv(offset, I64(kind.row_bytes(1))))
-        words = []
+        numbers = []
         for step in range(steps):
-            even, odd = (v.rounded(v.b.fmul(x, factor)) for x in load_pair(v, kind, address, step))
-            words.append(v.b.or_(v.bits(even, 0, 255), v.shifted(odd, 8)))
+            even, odd = (v.b.fmul(x, factor) for x in load_pair(v, kind, address, step))
+            numbers.append((even, odd))
         if steps == 1:
-            v.store(v.b.trunc(words[0], VI16), target)
+            both = v.whole_8(numbers[0], numbers[0])
+            v.store(v.pick(both, both, range(LANES)), target)
         for i in range(0, steps - 1, 2):
-            v.store(v.low_halves(words[i], words[i + 1]), target, STEP * i)
+            v.store(v.whole_8(numbers[i], numbers[i + 1]), target, STEP * i)
 
     for_each_run(v, kind, dim, encode)
     return v.b.zext(void, I64)
@@ -71,14 +72,11 @@ def _decode_row(v: Vectors, kind: Kind, codes: Value, scale: Value, row: Value, 
     def take(offset: Value, steps: int) -> None:
         address = v.at(row, offset)
         source = v.at(codes, v.b.udiv(offset, I64(kind.row_bytes(1))))
-        words = []
-        if steps == 1:
-            words.append(v.b.zext(v.load(source, VI16), VI32))
-        for i in range(0, steps - 1, 2):
-            words += v.halves(v.b.zext(v.load(source, WI16, STEP * i), WI32))
-        for step, word in enumerate(words):
-            codes_of = (v.b.ashr(v.shifted(word, left), v.constant(VI32, 24)) for left in (24, 16))
-            even, odd = (v.b.fmul(v.b.sitofp(code, VF32), factor) for code in codes_of)
+        v.prefetch(source, FETCH_AHEAD_BYTES)
+        for step in range(steps):
+            word = v.b.sext(v.load(source, VI16, STEP * step), VI32)
+            pair = v.b.ashr(v.shifted(word, 24), v.constant(VI32, 24)), v.b.ashr(word, v.constant(VI32, 8))
+            even, odd = (v.b.fmul(v.b.sitofp(code, VF32), factor) for code in pair)
             store_pair(v, kind, (even, odd), address, step)
 
     for_each_run(v, kind, dim, take)
@@ -110,7 +108,4 @@ def decode_int8(kind: Kind, work: int, place: int) -> None:
         codes, scales = region(work, place, 0), region(work, place, 1)
         for i in range(count):
             number = load(places + 8 * i)
-            source = codes + number * dim
-            for line in range(FETCH_AHEAD_BYTES, FETCH_AHEAD_BYTES + dim, 64):
-                prefetch(source + line)
-            _decode_row(kind, source, scales + 2 * number, plane + load(rows + 8 * i), dim)
+            _decode_row(kind, codes + number * dim, scales + 2 * number, plane + load(rows + 8 * i), dim)

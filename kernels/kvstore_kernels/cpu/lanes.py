@@ -20,6 +20,14 @@ I64: Final = ir.IntType(64)
 F16: Final = ir.HalfType()
 F32: Final = ir.FloatType()
 
+
+class _BFloat16(ir.types.Type):  # type: ignore[misc]
+    """LLVM's type of bfloat16, which llvmlite lacks; only what an instruction gives has it."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+
 LANES: Final = 8
 VI32: Final = ir.VectorType(I32, LANES)
 VI16: Final = ir.VectorType(I16, LANES)
@@ -27,6 +35,7 @@ VF16: Final = ir.VectorType(F16, LANES)
 VF32: Final = ir.VectorType(F32, LANES)
 WI8: Final = ir.VectorType(I8, 2 * LANES)
 WI16: Final = ir.VectorType(I16, 2 * LANES)
+WBF16: Final = ir.VectorType(_BFloat16(), 2 * LANES)
 WI32: Final = ir.VectorType(I32, 2 * LANES)
 
 _MAGIC: Final = 12582912.0
@@ -117,15 +126,6 @@ class Lanes:
         """Lanes by number out of two vectors side by side."""
         return self.b.shuffle_vector(first, second, self.lanes(numbers))
 
-    def joined(self, first: Value, second: Value) -> Value:
-        """Two vectors as one."""
-        return self.pick(first, second, range(2 * first.type.count))
-
-    def halves(self, value: Value) -> tuple[Value, Value]:
-        """A vector as two."""
-        half = value.type.count // 2
-        return self.pick(value, value, range(half)), self.pick(value, value, range(half, 2 * half))
-
     def lane(self, value: Value, number: int) -> Value:
         """One lane."""
         return self.b.extract_element(value, I32(number))
@@ -182,7 +182,7 @@ class Lanes:
 
     def low_halves(self, first: Value, second: Value) -> Value:
         """The low 16 bits of two vectors of eight as one of sixteen."""
-        return self.b.trunc(self.joined(first, second), WI16)
+        return self.b.trunc(self.pick(first, second, range(2 * LANES)), WI16)
 
     # Floats
 

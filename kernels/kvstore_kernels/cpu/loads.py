@@ -57,12 +57,11 @@ def store_pair(v: Vectors, kind: Kind, pair: Pair, address: Value, step: int = 0
 
 
 def rounded_pair(v: Vectors, kind: Kind, pair: Pair) -> Value:
-    """Sixteen elements of bfloat16 or float16 in their order, rounded to nearest even: int16. Not for NaN."""
+    """Sixteen elements of 16 bits in their order, rounded to nearest even: int16. Neither NaN nor denormal."""
     if kind.dtype == "float16":
         low, high = (v.b.zext(v.b.bitcast(v.float16(value), VI16), VI32) for value in pair)
         return v.b.bitcast(v.b.or_(low, v.shifted(high, 16)), WI16)
-    low, high = (_bfloat16_above(v, value) for value in pair)
-    return v.b.bitcast(v.b.or_(v.shifted(low, -16), v.b.and_(high, v.constant(VI32, -1 << 16))), WI16)
+    return v.bfloat16(*pair)
 
 
 def magnitudes(v: Vectors, kind: Kind, address: Value, step: int = 0) -> Value:
@@ -118,10 +117,3 @@ def _of_bfloat16(v: Vectors, words: Value) -> Pair:
 
 def _of_float16(v: Vectors, elements: Value) -> Pair:
     return v.from_float16(v.pick(elements, elements, _EVEN)), v.from_float16(v.pick(elements, elements, _ODD))
-
-
-def _bfloat16_above(v: Vectors, value: Value) -> Value:
-    """Rounded to bfloat16, which is in the upper half of each lane; the lower half is garbage. Not for NaN."""
-    bits = v.as_ints(value)
-    odd = v.bits(bits, 16, 1)
-    return v.b.add(bits, v.b.add(odd, v.constant(VI32, 0x7FFF)))

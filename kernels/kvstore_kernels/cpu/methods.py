@@ -52,7 +52,7 @@ _KERNELS: Final[dict[str, tuple[Kernel, Kernel]]] = {
 }
 _BITS: Final = {"int4": 4, "kivi4v": 4, "kivi2v": 2, "kivi4k": 4, "kivi2k": 2, "turbo4": 4, "turbo3": 3, "turbo2": 2}
 
-_ORDERS: Final = {
+_ORDERS: Final[dict[Kernel, tuple[Order, Order]]] = {
     encode_int8: (Order.MEMORY, Order.PLACES),
     encode_token_groups: (Order.PLACES, Order.PLACES),
 }
