@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -11,9 +13,9 @@ from kvstore_kernels.codecs import EXACT, Codec, Region
 from kvstore_kernels.codecs.lossless import Lossless
 from kvstore_kernels.cpu.lossless import compress_block, decompress_block, spread
 from kvstore_kernels.cpu.methods import method_of
-from kvstore_kernels.cpu.sections import Dense, Job, Section, row_offsets, run_jobs
+from kvstore_kernels.cpu.sections import Dense, Job, Method, Section, row_offsets, run_jobs
 from kvstore_kernels.encoded import EncodedBlocks, check_blocks, check_lengths
-from kvstore_kernels.layout import Layout, MLALayout
+from kvstore_kernels.layout import Layout, MLALayout, Planes
 from kvstore_kernels.paged import PagedKV
 
 __all__ = ["EncodedBlocks", "decode", "encode"]
@@ -39,16 +41,16 @@ def encode(
     Raises:
         ValueError: the codec cannot store the layout, or an argument is out of range.
     """
-    pages, addresses = _check(codec, kv, pages, payloads, threads)
-    voids = np.zeros(len(pages), np.int64)
+    pages, addresses = _check(kv, pages, payloads, threads)
     if isinstance(codec, Lossless):
-        return EncodedBlocks(_compress(codec, kv, pages, addresses, threads), voids)
-    lengths = _fixed_lengths(codec, kv.layout)
-    jobs = _jobs(_sections(codec, kv, pages, addresses, lengths), decoding=False)
+        lengths = _compress(codec, kv, pages, addresses, threads)
+        return EncodedBlocks(lengths, np.zeros(len(pages), np.int64))
+    jobs = _jobs(_parts(codec, kv.layout), kv, pages, addresses, decoding=False)
     run_jobs(jobs, threads)
+    voids = np.zeros(len(pages), np.int64)
     for job in jobs:
         voids += job.voids
-    return EncodedBlocks(np.tile(np.array(lengths, np.int64), (len(pages), 1)), voids)
+    return EncodedBlocks(np.repeat(_lengths(codec, kv.layout), len(pages), 0), voids)
 
 
 def decode(
@@ -74,21 +76,12 @@ def decode(
         ValueError: the codec cannot store the layout, an argument is out of range, or a block is not well formed; then
             pages of this block and of others may have been written.
     """
-    pages, addresses = _check(codec, kv, pages, payloads, threads)
+    pages, addresses = _check(kv, pages, payloads, threads)
     given = check_lengths(codec, kv, len(pages), section_bytes)
     if isinstance(codec, Lossless):
         _decompress(codec, kv, pages, addresses, given, threads)
         return
-    lengths = _fixed_lengths(codec, kv.layout)
-    run_jobs(_jobs(_sections(codec, kv, pages, addresses, lengths), decoding=True), threads)
-
-
-def _fixed_lengths(codec: Codec, layout: Layout) -> tuple[int, ...]:
-    """Section lengths of a codec whose sections have always the same."""
-    lengths = codec.section_bytes(layout)
-    if lengths is None:
-        raise ValueError(f"codec {codec.name} is not known here: its sections vary in length")
-    return lengths
+    run_jobs(_jobs(_parts(codec, kv.layout), kv, pages, addresses, decoding=True), threads)
 
 
 def _compress(
@@ -127,55 +120,94 @@ def _copy_block(
 ) -> None:
     """One block between its pages and memory in the layout's order."""
     address = np.array([block.ctypes.data], np.int64)
-    sections = ((section, EXACT) for section in _whole_sections(kv, pages, address))
-    run_jobs(_jobs(sections, decoding=decoding), threads)
+    run_jobs(_jobs(_whole_parts(kv.layout), kv, pages, address, decoding=decoding), threads)
 
 
-def _jobs(sections: Iterable[tuple[Section, str]], *, decoding: bool) -> list[Job]:
+class _Part(NamedTuple):
+    """One section of encoded blocks, or what one role is of a whole block.
+
+    Attributes:
+        number: of the role.
+        planes: of the role.
+        method: encodes and decodes it.
+        form: what is in it.
+        offset: bytes from the payload's start.
+    """
+
+    number: int
+    planes: Planes
+    method: Method
+    form: Dense | tuple[Region, ...]
+    offset: int
+
+
+@functools.lru_cache(maxsize=64)
+def _parts(codec: Codec, layout: Layout) -> tuple[_Part, ...]:
+    """What a block of a codec of fixed size consists of.
+
+    Raises:
+        ValueError: the codec cannot store the layout.
+    """
+    codec.check(layout)
+    if codec.whole:
+        return _whole_parts(layout)
+    lengths = codec.section_bytes(layout)
+    if lengths is None:
+        raise ValueError(f"codec {codec.name} is not known here: its sections vary in length")
+    parts, offset = [], 0
+    for number, (planes, length) in enumerate(zip(layout.planes, lengths, strict=True)):
+        form: Dense | tuple[Region, ...] = codec.regions(planes, layout.block_tokens)
+        name = codec.plane_codec(planes)
+        if name == EXACT:
+            row_bytes = planes.dim * layout.element_bytes
+            form = Dense(0, row_bytes * layout.block_tokens, row_bytes, 0)
+        parts.append(_Part(number, planes, method_of(name, planes), form, offset))
+        offset += length
+    return tuple(parts)
+
+
+@functools.lru_cache(maxsize=64)
+def _lengths(codec: Codec, layout: Layout) -> npt.NDArray[np.int64]:
+    """Lengths of the sections of a codec of fixed size, ``[1, sections]``."""
+    return np.array([codec.max_section_bytes(layout)], np.int64)
+
+
+@functools.lru_cache(maxsize=64)
+def _whole_parts(layout: Layout) -> tuple[_Part, ...]:
+    """The roles of a block in the layout's own order."""
+    planes = layout.planes
+    return tuple(
+        _Part(number, planes[number], method_of(EXACT, planes[number]), dense, 0)
+        for number, dense in enumerate(_whole_block(layout))
+    )
+
+
+def _jobs(
+    parts: Iterable[_Part],
+    kv: PagedKV,
+    pages: npt.NDArray[np.int32],
+    addresses: npt.NDArray[np.int64],
+    *,
+    decoding: bool,
+) -> list[Job]:
     jobs = []
-    for section, name in sections:
-        method = method_of(name, section.planes)
-        kernel = method.decode if decoding else method.encode
-        order = method.decode_order if decoding else method.encode_order
-        jobs.append(Job(kernel, method.kind, section, order=order, decoding=decoding))
+    for part in parts:
+        rows = row_offsets(kv, part.number, pages)
+        section = Section(part.planes, kv.sections[part.number], rows, addresses + part.offset, part.form)
+        jobs.append(Job(part.method, section, decoding=decoding))
     return jobs
 
 
 def _check(
-    codec: Codec, kv: PagedKV, pages: npt.NDArray[np.int32], payloads: npt.NDArray[np.uint64], threads: int
+    kv: PagedKV, pages: npt.NDArray[np.int32], payloads: npt.NDArray[np.uint64], threads: int
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
     """Arguments checked, and addresses as compiled functions take them."""
-    codec.check(kv.layout)
     if kv.device != "cpu":
         raise ValueError(f"the pages are on the device {kv.device!r}: use kvstore_kernels.cuda")
     if threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
     pages, addresses = check_blocks(kv, pages, payloads)
     return pages, addresses.astype(np.int64)
-
-
-def _sections(
-    codec: Codec, kv: PagedKV, pages: npt.NDArray[np.int32], addresses: npt.NDArray[np.int64], lengths: tuple[int, ...]
-) -> Iterator[tuple[Section, str]]:
-    """Sections of codecs of fixed size, and the method of each."""
-    if codec.whole:
-        for section in _whole_sections(kv, pages, addresses):
-            yield section, EXACT
-        return
-    for number, planes in enumerate(kv.layout.planes):
-        form: Dense | tuple[Region, ...] = codec.regions(planes, kv.layout.block_tokens)
-        name = codec.plane_codec(planes)
-        if name == EXACT:
-            row_bytes = planes.dim * kv.layout.element_bytes
-            form = Dense(0, row_bytes * kv.layout.block_tokens, row_bytes, 0)
-        yield Section(planes, kv.sections[number], row_offsets(kv, number, pages), addresses, form), name
-        addresses = addresses + lengths[number]
-
-
-def _whole_sections(kv: PagedKV, pages: npt.NDArray[np.int32], addresses: npt.NDArray[np.int64]) -> Iterator[Section]:
-    """The planes of each role as parts of blocks in the layout's order."""
-    for number, dense in enumerate(_whole_block(kv.layout)):
-        yield Section(kv.layout.planes[number], kv.sections[number], row_offsets(kv, number, pages), addresses, dense)
 
 
 def _whole_block(layout: Layout) -> tuple[Dense, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Final, NamedTuple
+from typing import Final
 
 from kvstore_kernels.codecs import EXACT
 from kvstore_kernels.cpu.channel_groups import decode_channel_groups, encode_channel_groups
@@ -11,30 +11,12 @@ from kvstore_kernels.cpu.exact import decode_exact, encode_exact
 from kvstore_kernels.cpu.fp8 import decode_fp8, encode_fp8
 from kvstore_kernels.cpu.int8 import decode_int8, encode_int8
 from kvstore_kernels.cpu.kinds import Kind
-from kvstore_kernels.cpu.sections import Kernel, Order
+from kvstore_kernels.cpu.sections import Kernel, Method, Order
 from kvstore_kernels.cpu.token_groups import decode_token_groups, encode_token_groups
 from kvstore_kernels.cpu.turbo import decode_turbo, encode_turbo
 from kvstore_kernels.layout import Planes
 
-__all__ = ["Method", "method_of"]
-
-
-class Method(NamedTuple):
-    """How to encode and decode planes.
-
-    Attributes:
-        encode: compiled function.
-        decode: compiled function.
-        kind: that both are compiled for.
-        encode_order: of the rows that ``encode`` takes.
-        decode_order: of the rows that ``decode`` takes.
-    """
-
-    encode: Kernel
-    decode: Kernel
-    kind: Kind
-    encode_order: Order
-    decode_order: Order
+__all__ = ["method_of"]
 
 
 _KERNELS: Final[dict[str, tuple[Kernel, Kernel]]] = {

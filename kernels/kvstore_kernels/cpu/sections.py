@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ from kvstore_kernels.cpu.kinds import Kind
 from kvstore_kernels.layout import ELEMENT_BYTES, Planes
 from kvstore_kernels.paged import PagedKV, PagedPlanes
 
-__all__ = ["Dense", "Job", "Kernel", "Order", "Section", "row_offsets", "run_jobs"]
+__all__ = ["Dense", "Job", "Kernel", "Method", "Order", "Section", "row_offsets", "run_jobs"]
 
 Kernel = Callable[[Kind, int, int], Any]
 """A compiled function of a kind, the address of the work and that of a thread's place."""
@@ -39,6 +39,24 @@ class Order(Enum):
     PLANE = "plane"
     PLACES = "places"
     MEMORY = "memory"
+
+
+class Method(NamedTuple):
+    """How to encode and decode planes.
+
+    Attributes:
+        encode: compiled function.
+        decode: compiled function.
+        kind: that both are compiled for; whether to store past the cache is decided here.
+        encode_order: of the rows that ``encode`` takes.
+        decode_order: of the rows that ``decode`` takes.
+    """
+
+    encode: Kernel
+    decode: Kernel
+    kind: Kind
+    encode_order: Order
+    decode_order: Order
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +99,8 @@ class Job:
     """The encoding or decoding of one section of many blocks, ready to be run by any number of threads.
 
     Args:
-        kernel: does it.
-        kind: of the kernel; whether to store past the cache is decided here.
+        method: does it.
         section: what.
-        order: of rows.
         decoding: whether planes are written.
 
     Attributes:
@@ -92,8 +108,9 @@ class Job:
         plane_bytes: bytes of all its planes.
     """
 
-    def __init__(self, kernel: Kernel, kind: Kind, section: Section, *, order: Order, decoding: bool) -> None:
+    def __init__(self, method: Method, section: Section, *, decoding: bool) -> None:
         planes, where = section.planes, section.where
+        order = method.decode_order if decoding else method.encode_order
         element_bytes = ELEMENT_BYTES[planes.dtype]
         row_bytes = planes.dim * element_bytes
         blocks, tokens = section.rows.shape
@@ -105,8 +122,8 @@ class Job:
             heads, dim = 1, heads * dim
         layer_bytes = planes.num_heads * tokens * row_bytes
         item_layers = min(max(1, _ITEM_BYTES // layer_bytes), planes.num_layers)
-        self._kernel = kernel
-        self._kind = replace(kind, streaming=decoding and not staged and _whole_lines(where, row_bytes))
+        self._kernel = method.decode if decoding else method.encode
+        self._kind = replace(method.kind, streaming=decoding and not staged and _whole_lines(where, row_bytes))
         self._bases = np.ascontiguousarray(where.bases, np.int64)
         self._sections = np.ascontiguousarray(section.sections, np.int64)
         self._staged_rows = np.arange(tokens, dtype=np.int64) * row_bytes
@@ -184,7 +201,7 @@ def _rows_of_layer(
     places = np.arange(heads * tokens, dtype=np.int64).reshape(heads, tokens)
     if in_order_of_memory and abs(section.where.head_stride) < abs(section.where.token_stride):
         rows, places = rows.swapaxes(1, 2), places.T
-    return np.ascontiguousarray(rows.reshape(blocks, -1)), np.ascontiguousarray(places.reshape(-1))
+    return np.ascontiguousarray(rows.reshape(blocks, heads * tokens)), np.ascontiguousarray(places.reshape(-1))
 
 
 def _form_words(section: Section, planes: int) -> dict[int, int]:
