@@ -1,8 +1,8 @@
 """Keys and latents of ``kivi4`` and ``kivi2`` (``docs/codecs.md``): groups of tokens of one channel.
 
 Thirty-two channels at a time, or the sixteen that are left of a row: their least and greatest numbers so far stay in
-registers while tokens go by, and 32 bfloat16 are a line. A kind's ``run`` is the channels of such a tile; the plane's
-are any multiple of 16.
+registers while tokens go by, and 32 bfloat16 are a line. A plane may have any multiple of 16 channels; where it is one
+of 128, the kind's ``run`` says so.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Final
 
 from kvstore_kernels.cpu.code import inlined, kernel
-from kvstore_kernels.cpu.kinds import Kind, code_bits, element_bytes
+from kvstore_kernels.cpu.kinds import Kind, code_bits, element_bytes, run_elements
 from kvstore_kernels.cpu.lanes import I64, VF32, VI16, VI32, Value
 from kvstore_kernels.cpu.loads import STEP, load_pair, pair_of_patterns, patterns, store_pair
 from kvstore_kernels.cpu.memory import load
@@ -20,6 +20,9 @@ from kvstore_kernels.cpu.work import DIM, FOLLOWING, PLANE, ROW_COUNT, ROWS, cou
 _WIDE: Final = 32
 _NARROW: Final = 16
 """Channels of a tile."""
+
+_ROWS_AHEAD: Final = 128
+"""A kind's run of so many channels: a multiple of them is a row."""
 
 _FETCH_AHEAD_ROWS: Final = 8
 """Rows of words: decoding a tile reads one line of each."""
@@ -36,6 +39,7 @@ def _emit_encode(
     channels: int,
     plane: Value,
     following: Value,
+    ahead_rows: Value,
     rows: Value,
     codes: Value,
     parameters: Value,
@@ -48,8 +52,9 @@ def _emit_encode(
         kind: of the kernel.
         channels: of the tile.
         plane: address of the tile's first channel of a plane.
-        following: the same of the plane after it, to fetch ahead: rows of even tokens in the first pass, of odd ones
-            in the second, so that memory is busy in both.
+        following: where to fetch ahead, in the plane after it: half in each pass, so that memory is busy in both.
+        ahead_rows: offsets of the tokens to fetch. If the kind's run is 128, of a quarter of the group's, and four
+            lines of each: four tiles fetch what they need by whole rows of 256 bytes, not each its own lines.
         rows: offsets of the group's tokens.
         codes: address of the tile's first word.
         parameters: address of the tile's first scale.
@@ -61,12 +66,19 @@ def _emit_encode(
     combine = (v.greatest, v.greatest_unsigned, v.least_unsigned)
     so_far = [[[v.variable(x) for _ in combine] for x in patterns(v, kind, first, step)] for step in range(steps)]
 
-    def fetch_ahead(token: Value) -> None:
-        v.prefetch_span(_token_row(v, following, rows, token), kind.row_bytes(channels))
+    def fetch_ahead(first_line: Value, count: int) -> None:
+        """What the tile has to fetch of the plane that follows: a tile's row at a time."""
+        for i in range(count):
+            line = v.b.add(first_line, I64(i)) if i else first_line
+            token, tile = line, I64(0)
+            if kind.run == _ROWS_AHEAD:
+                token, tile = v.b.lshr(line, I64(2)), v.b.and_(line, I64(3))
+            at = v.at(_token_row(v, following, ahead_rows, token), v.b.mul(tile, I64(kind.row_bytes(channels))))
+            v.prefetch_span(at, kind.row_bytes(channels))
 
     def compare(pair: Value) -> None:
         token = v.b.mul(pair, I64(2))
-        fetch_ahead(token)
+        fetch_ahead(pair, 1)
         pair_rows = [_token_row(v, plane, rows, v.b.add(token, I64(i))) for i in (0, 1)]
         for step in range(steps):
             first, second = (patterns(v, kind, row, step) for row in pair_rows)
@@ -91,8 +103,7 @@ def _emit_encode(
         target = v.at(codes, v.b.mul(word, v.b.mul(dim, I64(2))))
         token = v.b.mul(word, I64(word_tokens))
         token_rows = [_token_row(v, plane, rows, v.b.add(token, I64(i))) for i in range(word_tokens)]
-        for i in range(1, word_tokens, 2):
-            fetch_ahead(v.b.add(token, I64(i)))
+        fetch_ahead(v.b.add(I64(8 * bits), v.b.mul(word, I64(word_tokens // 2))), word_tokens // 2)
         for step, pair in enumerate(groups):
             numbers = []
             for row in token_rows:
@@ -146,16 +157,24 @@ def _load_halves(v: Vectors, address: Value, step: int) -> tuple[Value, Value]:
 
 @emitted
 def _encode_wide(
-    v: Vectors, kind: Kind, plane: Value, following: Value, rows: Value, codes: Value, parameters: Value, dim: Value
+    v: Vectors,
+    kind: Kind,
+    plane: Value,
+    following: Value,
+    ahead_rows: Value,
+    rows: Value,
+    codes: Value,
+    parameters: Value,
+    dim: Value,
 ) -> Value:
-    return _emit_encode(v, kind, _WIDE, plane, following, rows, codes, parameters, dim)
+    return _emit_encode(v, kind, _WIDE, plane, following, ahead_rows, rows, codes, parameters, dim)
 
 
 @emitted
 def _encode_narrow(
     v: Vectors, kind: Kind, plane: Value, following: Value, rows: Value, codes: Value, parameters: Value, dim: Value
 ) -> Value:
-    return _emit_encode(v, kind, _NARROW, plane, following, rows, codes, parameters, dim)
+    return _emit_encode(v, kind, _NARROW, plane, following, rows, rows, codes, parameters, dim)
 
 
 @emitted
@@ -181,8 +200,10 @@ def _encode_plane(kind: Kind, work: int, place: int) -> int:
     void = 0
     for _ in range(0, load(work + ROW_COUNT), 16 * bits):
         for c in range(0, dim - _NARROW, _WIDE):
-            at, to = plane + c * size, following + c * size
-            void += _encode_wide(kind, at, to, rows, codes + 2 * c, parameters + 2 * c, dim)
+            to, ahead_rows = following + c * size, rows
+            if run_elements(kind) == _ROWS_AHEAD:
+                to, ahead_rows = following + c // _ROWS_AHEAD * _ROWS_AHEAD * size, rows + c % _ROWS_AHEAD * bits
+            void += _encode_wide(kind, plane + c * size, to, ahead_rows, rows, codes + 2 * c, parameters + 2 * c, dim)
         if dim % _WIDE != 0:
             c = dim - _NARROW
             at, to = plane + c * size, following + c * size

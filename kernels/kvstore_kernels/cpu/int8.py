@@ -16,14 +16,13 @@ from kvstore_kernels.cpu.rows import FETCH_AHEAD_BYTES, for_each_run
 from kvstore_kernels.cpu.vectors import Vectors, emitted
 from kvstore_kernels.cpu.work import (
     DIM,
-    PLACES,
-    PLANE,
     ROW_COUNT,
-    ROWS,
     count_void,
     next_plane,
     region,
+    row_address,
     row_ahead,
+    row_place,
 )
 
 GREATEST: Final = 127
@@ -85,15 +84,14 @@ def _decode_row(v: Vectors, kind: Kind, codes: Value, scale: Value, row: Value, 
 @kernel
 def encode_int8(kind: Kind, work: int, place: int) -> None:
     """Encode planes (``work``)."""
-    count, dim, places = load(work + ROW_COUNT), load(work + DIM), load(work + PLACES)
+    count, dim = load(work + ROW_COUNT), load(work + DIM)
     while next_plane(work, place) != 0:
-        plane, rows = load(place + PLANE), load(place + ROWS)
         codes, scales = region(work, place, 0), region(work, place, 1)
         void = 0
         for i in range(count):
-            number = load(places + 8 * i)
+            number, row = row_place(work, i), row_address(work, place, i)
             target, ahead = codes + number * dim, row_ahead(work, place, i + _FETCH_AHEAD_ROWS)
-            if _encode_row(kind, plane + load(rows + 8 * i), ahead, target, scales + 2 * number, dim) != 0:
+            if _encode_row(kind, row, ahead, target, scales + 2 * number, dim) != 0:
                 fill_zero(target, dim)
                 void += 1
         count_void(work, place, void)
@@ -102,10 +100,9 @@ def encode_int8(kind: Kind, work: int, place: int) -> None:
 @kernel
 def decode_int8(kind: Kind, work: int, place: int) -> None:
     """Decode planes (``work``)."""
-    count, dim, places = load(work + ROW_COUNT), load(work + DIM), load(work + PLACES)
+    count, dim = load(work + ROW_COUNT), load(work + DIM)
     while next_plane(work, place) != 0:
-        plane, rows = load(place + PLANE), load(place + ROWS)
         codes, scales = region(work, place, 0), region(work, place, 1)
         for i in range(count):
-            number = load(places + 8 * i)
-            _decode_row(kind, codes + number * dim, scales + 2 * number, plane + load(rows + 8 * i), dim)
+            number, row = row_place(work, i), row_address(work, place, i)
+            _decode_row(kind, codes + number * dim, scales + 2 * number, row, dim)

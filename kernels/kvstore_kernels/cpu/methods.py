@@ -51,6 +51,8 @@ def method_of(name: str, planes: Planes) -> Method:
     if encode is encode_token_groups:
         group = next(size for size in ((64, 32, 16) if bits == 4 else (32, 16)) if planes.dim % size == 0)
         run = 64 if planes.dim % 64 == 0 else group
+    if encode is encode_channel_groups and planes.dim % 128 == 0:
+        run = 128
     if encode is encode_turbo:
         group = math.gcd(planes.dim, 128)
         run = 64 if planes.dim % 64 == 0 else 16

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -127,10 +128,9 @@ class Job:
         self._bases = np.ascontiguousarray(where.bases, np.int64)
         self._sections = np.ascontiguousarray(section.sections, np.int64)
         self._staged_rows = np.arange(tokens, dtype=np.int64) * row_bytes
-        if by_row:
-            self._rows, self._places = _rows_of_layer(section, in_order_of_memory=order is Order.MEMORY)
-        else:
-            self._rows, self._places = np.ascontiguousarray(section.rows, np.int64), np.arange(tokens, dtype=np.int64)
+        self._rows = np.ascontiguousarray(section.rows, np.int64)
+        order, row_heads = (order, heads) if by_row else (Order.PLANE, 1)
+        self._row_table = _row_table(tokens, row_heads, where.head_stride, where.token_stride, order)
         self.voids = np.zeros(blocks, np.int64)
         self.plane_bytes = blocks * planes.num_layers * layer_bytes
         self.place_bytes = work.STAGED + (tokens * row_bytes if staged else 0)
@@ -139,7 +139,7 @@ class Job:
             work.ITEM_LAYERS: item_layers,
             work.LAYERS: planes.num_layers,
             work.HEADS: 1 if by_row else heads,
-            work.ROW_COUNT: self._rows.shape[1],
+            work.ROW_COUNT: tokens * row_heads,
             work.DIM: dim,
             work.BLOCK_ROWS: self._rows.ctypes.data,
             work.BASES: self._bases.ctypes.data,
@@ -150,7 +150,8 @@ class Job:
             work.VOIDS: self.voids.ctypes.data,
             work.STAGED_ROWS: self._staged_rows.ctypes.data if staged else 0,
             work.DECODING: int(decoding),
-            work.PLACES: self._places.ctypes.data,
+            work.BLOCK_TOKENS: tokens,
+            work.ROW_TABLE: self._row_table.ctypes.data,
             **_form_words(section, planes.num_layers * (1 if by_row else heads)),
         }
         self._table = np.zeros(work.WORK_BYTES // 8, np.int64)
@@ -191,17 +192,14 @@ def run_jobs(jobs: Sequence[Job], threads: int) -> None:
         raise errors[0]
 
 
-def _rows_of_layer(
-    section: Section, *, in_order_of_memory: bool
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Rows of all planes of a layer, ``[blocks, rows]``, and the place of each in a section, ``[rows]``."""
-    heads, (blocks, tokens) = section.planes.num_heads, section.rows.shape
-    of_head = np.arange(heads, dtype=np.int64) * section.where.head_stride
-    rows = section.rows[:, None, :] + of_head[:, None]
-    places = np.arange(heads * tokens, dtype=np.int64).reshape(heads, tokens)
-    if in_order_of_memory and abs(section.where.head_stride) < abs(section.where.token_stride):
-        rows, places = rows.swapaxes(1, 2), places.T
-    return np.ascontiguousarray(rows.reshape(blocks, heads * tokens)), np.ascontiguousarray(places.reshape(-1))
+@functools.lru_cache(maxsize=64)
+def _row_table(tokens: int, heads: int, head_stride: int, token_stride: int, order: Order) -> npt.NDArray[np.int64]:
+    """``work.ROW_TABLE`` for so many planes."""
+    token, head = np.meshgrid(np.arange(tokens, dtype=np.int64), np.arange(heads, dtype=np.int64))
+    table = np.stack([8 * token, head_stride * head, tokens * head + token], axis=-1)
+    if order is Order.MEMORY and abs(head_stride) < abs(token_stride):
+        table = table.swapaxes(0, 1)
+    return np.ascontiguousarray(table.reshape(-1, 3))
 
 
 def _form_words(section: Section, planes: int) -> dict[int, int]:

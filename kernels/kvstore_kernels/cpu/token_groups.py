@@ -21,15 +21,14 @@ from kvstore_kernels.cpu.rows import FETCH_AHEAD_BYTES
 from kvstore_kernels.cpu.vectors import Vectors, emitted
 from kvstore_kernels.cpu.work import (
     DIM,
-    PLACES,
-    PLANE,
     ROW_COUNT,
-    ROWS,
     SCRATCH,
     count_void,
     next_plane,
     region,
+    row_address,
     row_ahead,
+    row_place,
 )
 
 _TILE: Final = 16
@@ -157,8 +156,7 @@ def _of_natural(v: Vectors, codes: Value, bits: int, offset: int) -> Value:
 @inlined
 def _encode_plane(kind: Kind, work: int, place: int) -> int:
     """Encode a plane; how many groups are void."""
-    row_count, rows, plane = load(work + ROW_COUNT), load(place + ROWS), load(place + PLANE)
-    places, scratch = load(work + PLACES), place + SCRATCH
+    row_count, scratch = load(work + ROW_COUNT), place + SCRATCH
     codes, parameters = region(work, place, 0), region(work, place, 1)
     run_groups = run_elements(kind) // group_elements(kind)
     run_bytes = run_elements(kind) * element_bytes(kind)
@@ -174,7 +172,7 @@ def _encode_plane(kind: Kind, work: int, place: int) -> int:
             fill_zero(scratch + _ENDS, _MINIMA - _ENDS)
         group = 0
         for i in range(first, end):
-            row, ahead = plane + load(rows + 8 * i), row_ahead(work, place, i + _FETCH_AHEAD_TILES * tile_rows)
+            row, ahead = row_address(work, place, i), row_ahead(work, place, i + _FETCH_AHEAD_TILES * tile_rows)
             for run in range(0, row_runs * run_bytes, run_bytes):
                 _extremes(kind, row + run, ahead + run, scratch, group)
                 group += run_groups
@@ -182,8 +180,8 @@ def _encode_plane(kind: Kind, work: int, place: int) -> int:
             void += _parameters(kind, scratch, group)
         group = 0
         for i in range(first, end):
-            row, ahead = plane + load(rows + 8 * i), row_ahead(work, place, i + _FETCH_AHEAD_TILES * tile_rows)
-            number = load(places + 8 * i)
+            row, ahead = row_address(work, place, i), row_ahead(work, place, i + _FETCH_AHEAD_TILES * tile_rows)
+            number = row_place(work, i)
             row_codes, row_parameters = codes + number * row_runs * code_bytes, parameters + number * row_groups * 4
             for run in range(0, row_runs * run_bytes, run_bytes):
                 _encode_run(kind, row + run, ahead + run, row_codes, row_parameters, scratch, group)
@@ -203,15 +201,14 @@ def encode_token_groups(kind: Kind, work: int, place: int) -> None:
 @kernel
 def decode_token_groups(kind: Kind, work: int, place: int) -> None:
     """Decode planes (``work``)."""
-    row_count, row_runs, places = load(work + ROW_COUNT), load(work + DIM) // run_elements(kind), load(work + PLACES)
+    row_count, row_runs = load(work + ROW_COUNT), load(work + DIM) // run_elements(kind)
     run_bytes = run_elements(kind) * element_bytes(kind)
     code_bytes = run_elements(kind) * code_bits(kind) // 8
     parameter_bytes = run_elements(kind) // group_elements(kind) * _PARAMETER_BYTES
     while next_plane(work, place) != 0:
-        plane, rows = load(place + PLANE), load(place + ROWS)
         all_codes, all_parameters = region(work, place, 0), region(work, place, 1)
         for i in range(row_count):
-            row, runs = plane + load(rows + 8 * i), load(places + 8 * i) * row_runs
+            row, runs = row_address(work, place, i), row_place(work, i) * row_runs
             codes, parameters = all_codes + runs * code_bytes, all_parameters + runs * parameter_bytes
             prefetch(parameters + FETCH_AHEAD_BYTES // 4)
             for run in range(0, row_runs * run_bytes, run_bytes):

@@ -24,10 +24,10 @@ ITEM_LAYERS: Final = 16
 LAYERS: Final = 24
 HEADS: Final = 32
 ROW_COUNT: Final = 40
-"""Rows of a plane: its tokens."""
+"""Rows of a plane: its tokens; with ``ROW_TABLE`` those of all planes of a layer."""
 DIM: Final = 48
 BLOCK_ROWS: Final = 56
-"""Address of int64 ``[blocks, rows]``: bytes from the start of a plane to each row."""
+"""Address of int64 ``[blocks, tokens]``: bytes from the start of a plane to each token's row."""
 BASES: Final = 64
 """Address of int64 ``[layers]``: where the plane of the first head starts."""
 HEAD_STRIDE: Final = 72
@@ -50,11 +50,13 @@ TARGET_LAYER_STRIDE: Final = 136
 TARGET_TOKEN_STRIDE: Final = 144
 TARGET_HEAD_STRIDE: Final = 152
 
-PLACES: Final = 176
-"""Address of int64 ``[rows]``: the place of each row in a section. Rows that are in no order of places are in an order
-of memory.
+BLOCK_TOKENS: Final = 176
+"""Tokens of a block: rows of its part of ``BLOCK_ROWS``."""
+ROW_TABLE: Final = 184
+"""Address of int64 ``[rows, 3]`` for kernels that take all planes of a layer as one: of each row eight times its token,
+bytes from the first plane to its own, and its place in a section.
 """
-WORK_BYTES: Final = 184
+WORK_BYTES: Final = 192
 
 # Words of a thread's place.
 PLANE: Final = 0
@@ -106,7 +108,7 @@ def next_plane(work: int, place: int) -> int:
     store(place + _LAYER, layer)
     store(place + _HEAD, head)
     store(place + INDEX, layer * load(work + HEADS) + head)
-    rows = load(work + BLOCK_ROWS) + 8 * load(place + _BLOCK) * load(work + ROW_COUNT)
+    rows = load(work + BLOCK_ROWS) + 8 * load(place + _BLOCK) * load(work + BLOCK_TOKENS)
     origin = load(load(work + BASES) + 8 * layer) + head * load(work + HEAD_STRIDE)
     store(place + _ORIGIN, origin)
     store(place + ROWS, rows)
@@ -151,12 +153,31 @@ def copied_plane(work: int, place: int) -> int:
 
 @inlined
 def row_ahead(work: int, place: int, row: int) -> int:
-    """Address of a row of the place's plane, or behind its last one of the plane that follows: for fetching ahead."""
+    """As ``row_address``, and behind the last row one of the plane that follows: for fetching ahead."""
     count = load(work + ROW_COUNT)
     plane = load(place + PLANE)
     if row >= count:
         plane, row = load(place + FOLLOWING), min(row - count, count - 1)
-    address: int = plane + load(load(place + ROWS) + 8 * row)
+    return _row_at(work, place, plane, row)
+
+
+@inlined
+def row_address(work: int, place: int, row: int) -> int:
+    """Address of a row of the place's plane, by ``ROW_TABLE``."""
+    return _row_at(work, place, load(place + PLANE), row)
+
+
+@inlined
+def row_place(work: int, row: int) -> int:
+    """Place of a row in its section, by ``ROW_TABLE``."""
+    number: int = load(load(work + ROW_TABLE) + 24 * row + 16)
+    return number
+
+
+@inlined
+def _row_at(work: int, place: int, plane: int, row: int) -> int:
+    entry = load(work + ROW_TABLE) + 24 * row
+    address: int = plane + load(load(place + ROWS) + load(entry)) + load(entry + 8)
     return address
 
 
