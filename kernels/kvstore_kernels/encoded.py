@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from kvstore_kernels.codecs import Codec
+from kvstore_kernels.layout import Layout
 from kvstore_kernels.paged import PagedKV
 
 __all__ = ["EncodedBlocks", "check_blocks", "check_lengths"]
@@ -38,8 +40,9 @@ def check_blocks(
         raise ValueError(
             f"pages must be whole numbers [blocks, {kv.block_pages}], got {pages.dtype.name} {list(pages.shape)}"
         )
-    if pages.size and not 0 <= int(pages.min()) <= int(pages.max()) < kv.num_pages:
-        raise ValueError(f"pages must be 0 to {kv.num_pages - 1}, got {pages.min()} to {pages.max()}")
+    numbers = pages.ravel().tolist()  # Where few are cold, faster than numpy's extremes.
+    if numbers and not 0 <= min(numbers) <= max(numbers) < kv.num_pages:
+        raise ValueError(f"pages must be 0 to {kv.num_pages - 1}, got {min(numbers)} to {max(numbers)}")
     addresses = np.asarray(payloads)
     if addresses.shape != (len(pages),) or addresses.dtype.kind not in "iu":
         raise ValueError(f"expected {len(pages)} addresses of payloads, got {addresses.dtype.name} {addresses.shape}")
@@ -55,16 +58,23 @@ def check_lengths(
         ValueError: a wrong shape or type, or a wrong length; names the block.
     """
     given = np.asarray(section_bytes)
-    sections = len(codec.max_section_bytes(kv.layout))
+    expected = _fixed_lengths(codec, kv.layout)
+    sections = len(codec.max_section_bytes(kv.layout)) if expected is None else expected.size
     if given.shape != (blocks, sections) or given.dtype.kind not in "iu":
         raise ValueError(
             f"section_bytes must be whole numbers [{blocks}, {sections}], got {given.dtype.name} {given.shape}"
         )
-    lengths = codec.section_bytes(kv.layout)
-    if lengths is not None:
-        for block in np.nonzero((given != lengths).any(1))[0]:
-            raise ValueError(
-                f"block {block}: codec {codec.name} has sections of {list(lengths)} bytes here, "
-                f"got {given[block].tolist()}"
-            )
+    if expected is not None and not (given == expected).all():
+        block = int(np.argmax((given != expected).any(1)))
+        raise ValueError(
+            f"block {block}: codec {codec.name} has sections of {expected.tolist()} bytes here, "
+            f"got {given[block].tolist()}"
+        )
     return given
+
+
+@functools.lru_cache(maxsize=64)
+def _fixed_lengths(codec: Codec, layout: Layout) -> npt.NDArray[np.int64] | None:
+    """Lengths of the sections that a codec makes, where they are fixed."""
+    lengths = codec.section_bytes(layout)
+    return None if lengths is None else np.array(lengths, np.int64)

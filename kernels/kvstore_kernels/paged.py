@@ -45,9 +45,12 @@ class PagedPlanes:
     element_stride: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class PagedKV:
     """KV in pages of ``page_tokens`` tokens; the pages of a block are given with each call.
+
+    Each is equal only to itself. Backends keep what they worked out about it as long as it lives, so an engine's
+    should be made once.
 
     Attributes:
         layout: of the blocks.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Final, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -13,10 +13,11 @@ from kvstore_kernels.codecs import EXACT, Codec, Region
 from kvstore_kernels.codecs.lossless import Lossless
 from kvstore_kernels.cpu.lossless import compress_block, decompress_block, spread
 from kvstore_kernels.cpu.methods import method_of
-from kvstore_kernels.cpu.sections import Dense, Job, Method, Section, row_offsets, run_jobs
+from kvstore_kernels.cpu.sections import Dense, Job, Method, Plan, row_offsets
+from kvstore_kernels.cpu.threads import run_jobs
 from kvstore_kernels.encoded import EncodedBlocks, check_blocks, check_lengths
 from kvstore_kernels.layout import Layout, MLALayout, Planes
-from kvstore_kernels.paged import PagedKV
+from kvstore_kernels.paged import PagedKV, PagedPlanes
 
 __all__ = ["EncodedBlocks", "decode", "encode"]
 
@@ -45,7 +46,7 @@ def encode(
     if isinstance(codec, Lossless):
         lengths = _compress(codec, kv, pages, addresses, threads)
         return EncodedBlocks(lengths, np.zeros(len(pages), np.int64))
-    jobs = _jobs(_parts(codec, kv.layout), kv, pages, addresses, decoding=False)
+    jobs = _jobs(codec, kv, pages, addresses, decoding=False)
     run_jobs(jobs, threads)
     voids = np.zeros(len(pages), np.int64)
     for job in jobs:
@@ -81,7 +82,7 @@ def decode(
     if isinstance(codec, Lossless):
         _decompress(codec, kv, pages, addresses, given, threads)
         return
-    run_jobs(_jobs(_parts(codec, kv.layout), kv, pages, addresses, decoding=True), threads)
+    run_jobs(_jobs(codec, kv, pages, addresses, decoding=True), threads)
 
 
 def _compress(
@@ -120,7 +121,7 @@ def _copy_block(
 ) -> None:
     """One block between its pages and memory in the layout's order."""
     address = np.array([block.ctypes.data], np.int64)
-    run_jobs(_jobs(_whole_parts(kv.layout), kv, pages, address, decoding=decoding), threads)
+    run_jobs(_jobs(None, kv, pages, address, decoding=decoding), threads)
 
 
 class _Part(NamedTuple):
@@ -182,19 +183,61 @@ def _whole_parts(layout: Layout) -> tuple[_Part, ...]:
     )
 
 
+class _PlannedPart(NamedTuple):
+    """How one part of a block is worked on in an engine's pages.
+
+    Attributes:
+        plan: does it.
+        where: its planes in the pages.
+        offset: bytes from the payload's start.
+    """
+
+    plan: Plan
+    where: PagedPlanes
+    offset: int
+
+
+_PlannedParts = tuple[_PlannedPart, ...]
+_planned: Final[WeakKeyDictionary[PagedKV, dict[tuple[Codec | None, bool], _PlannedParts]]] = WeakKeyDictionary()
+"""What takes longest before the compiled functions start, of each engine's pages, by codec and direction."""
+
+
+def _planned_parts(codec: Codec | None, kv: PagedKV, *, decoding: bool) -> _PlannedParts:
+    plans = _planned.get(kv)
+    if plans is None:
+        plans = _planned[kv] = {}
+    planned = plans.get((codec, decoding))
+    if planned is None:
+        parts = _whole_parts(kv.layout) if codec is None else _parts(codec, kv.layout)
+        planned = plans[codec, decoding] = tuple(
+            _PlannedPart(
+                Plan(part.method, part.planes, where, kv.layout.block_tokens, part.form, decoding=decoding),
+                where,
+                part.offset,
+            )
+            for part in parts
+            for where in (kv.sections[part.number],)
+        )
+    return planned
+
+
 def _jobs(
-    parts: Iterable[_Part],
+    codec: Codec | None,
     kv: PagedKV,
     pages: npt.NDArray[np.int32],
     addresses: npt.NDArray[np.int64],
     *,
     decoding: bool,
 ) -> list[Job]:
-    jobs = []
-    for part in parts:
-        rows = row_offsets(kv, part.number, pages)
-        section = Section(part.planes, kv.sections[part.number], rows, addresses + part.offset, part.form)
-        jobs.append(Job(part.method, section, decoding=decoding))
+    """Jobs for blocks; without a codec as they are, in the layout's own order."""
+    jobs: list[Job] = []
+    offsets: dict[tuple[int, int], npt.NDArray[np.int64]] = {}
+    for plan, where, offset in _planned_parts(codec, kv, decoding=decoding):
+        strides = where.page_stride, where.token_stride
+        rows = offsets.get(strides)
+        if rows is None:
+            rows = offsets[strides] = row_offsets(where, pages, kv.page_tokens)
+        jobs.append(Job(plan, rows, addresses + offset))
     return jobs
 
 
@@ -207,7 +250,7 @@ def _check(
     if threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
     pages, addresses = check_blocks(kv, pages, payloads)
-    return pages, addresses.astype(np.int64)
+    return pages, addresses.view(np.int64)
 
 
 def _whole_block(layout: Layout) -> tuple[Dense, ...]:

@@ -1,0 +1,179 @@
+"""Threads that run jobs beside the caller's.
+
+They are kept for a while: starting one takes as long as encoding a small block. Each call gives its jobs to those that
+are idle and starts what is missing; a thread that wakes up when the work is done is not waited for.
+
+A thread that is woken often wakes on the processor of the one that woke it, and Linux leaves the two there, by turns,
+for milliseconds. So a thread that finds itself on the processor of another one of the same call steps aside once.
+"""
+
+from __future__ import annotations
+
+import _thread
+import contextlib
+import ctypes
+import os
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from kvstore_kernels.cpu.sections import LINE_BYTES, Job, address_of
+
+__all__ = ["run_jobs"]
+
+_THREAD_BYTES: Final = 1 << 20
+"""Fewer are not worth another thread, which takes a twentieth of a millisecond to wake."""
+_IDLE_S: Final = 10.0
+"""Threads without work end after so long."""
+_CALLER: Final = object()
+
+_current_cpu = ctypes.CDLL(None).sched_getcpu
+
+
+class _Call:
+    """What the threads of one call share.
+
+    Attributes:
+        jobs: to be run, one after another.
+        allowed: processors of the caller, which are those of all.
+        taken: processors on which one of them has begun.
+        errors: what went wrong.
+    """
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self.jobs = jobs
+        self.allowed = os.sched_getaffinity(0)
+        self.taken = {_current_cpu()}
+        self.errors: list[BaseException] = []
+
+
+class _Share:
+    """One thread's part in a call.
+
+    Attributes:
+        call: which.
+        done: free when the thread has done its part.
+    """
+
+    def __init__(self, call: _Call, place_bytes: int) -> None:
+        self.call = call
+        self.done = _thread.allocate_lock()
+        self.done.acquire()
+        self._memory = _place(place_bytes)
+        self._owner: dict[str, object] = {}
+
+    def belongs_to(self, who: object) -> bool:
+        """Whether it does; it belongs to who asks first, for good."""
+        return self._owner.setdefault("owner", who) is who
+
+    def run(self) -> None:
+        """Run the jobs, beside other threads."""
+        try:
+            _run(self.call.jobs, self._memory)
+        except BaseException as error:
+            self.call.errors.append(error)
+
+
+class _Worker:
+    """A thread that is kept."""
+
+    def __init__(self) -> None:
+        self._wake = _thread.allocate_lock()
+        self._wake.acquire()
+        self._share: _Share | None = None
+        self._allowed = os.sched_getaffinity(0)
+        _thread.start_new_thread(self._live, ())
+
+    def begin(self, share: _Share) -> None:
+        """Run a share. Only for who took the worker out of ``_idle``."""
+        self._share = share
+        self._wake.release()
+
+    def _live(self) -> None:
+        while True:
+            if not self._wake.acquire(timeout=_IDLE_S):
+                with contextlib.suppress(ValueError):  # It was taken just now.
+                    _idle.remove(self)
+                    return
+                continue
+            share, self._share = self._share, None
+            if share is not None and share.belongs_to(self):
+                self._step_aside(share.call)
+                share.run()
+                _idle.append(self)
+                share.done.release()
+            else:
+                _idle.append(self)
+            del share  # It keeps the call's memory.
+
+    def _step_aside(self, call: _Call) -> None:
+        """Go to a processor where none of the call's threads is, if there is one; it may be left later."""
+        with contextlib.suppress(OSError):  # The processors have changed; it stays where it is.
+            cpu = _current_cpu()
+            free = call.allowed - call.taken
+            if cpu in call.taken and free:
+                self._allowed = free
+                os.sched_setaffinity(0, free)
+                cpu = _current_cpu()
+            if self._allowed != call.allowed:
+                os.sched_setaffinity(0, call.allowed)
+                self._allowed = call.allowed
+            call.taken.add(cpu)
+
+
+_idle: Final[list[_Worker]] = []
+os.register_at_fork(after_in_child=_idle.clear)
+
+
+def run_jobs(jobs: Sequence[Job], threads: int) -> None:
+    """Run jobs one after another.
+
+    Args:
+        jobs: to run.
+        threads: at most so many run them, the caller's among them; fewer where there is little to do.
+    """
+    threads = max(1, min(threads, sum(job.plane_bytes for job in jobs) // _THREAD_BYTES))
+    place_bytes = max(job.plan.place_bytes for job in jobs)
+    if threads == 1:
+        _run(jobs, _place(place_bytes))
+        return
+    call = _Call(jobs)
+    shares = [_Share(call, place_bytes) for _ in range(threads)]
+    own, others = shares[0], shares[1:]
+    try:
+        for share in others:
+            _worker().begin(share)
+        own.run()
+    finally:
+        # Whoever has begun reads and writes memory that the caller owns.
+        while others:
+            try:
+                if not others[-1].belongs_to(_CALLER):
+                    others[-1].done.acquire()
+                    others[-1].done.release()
+                others.pop()
+            except KeyboardInterrupt as error:
+                call.errors.append(error)
+    if call.errors:
+        raise call.errors[0]
+
+
+def _worker() -> _Worker:
+    """One that is idle, or a new one."""
+    try:
+        return _idle.pop()
+    except IndexError:
+        return _Worker()
+
+
+def _place(place_bytes: int) -> npt.NDArray[np.uint8]:
+    """Memory for a thread's place, wherever in it a line of the cache begins."""
+    return np.zeros(place_bytes + LINE_BYTES, np.uint8)
+
+
+def _run(jobs: Sequence[Job], place: npt.NDArray[np.uint8]) -> None:
+    begin = -(-address_of(place) // LINE_BYTES) * LINE_BYTES
+    for job in jobs:
+        job.run(begin)
