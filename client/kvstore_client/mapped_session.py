@@ -325,9 +325,13 @@ class MappedSession(SharedMemory):
         self._wanted.pop(number, None)
         return answer
 
+    def answered(self, first: int, count: int) -> bool:
+        """Whether so many commits have been answered."""
+        return consumed(self._file_at) >= first + count
+
     def answers(self, first: int, count: int) -> Words | None:
         """The answers of so many commits, the first of which was wanted; None until all are there."""
-        if consumed(self._file_at) < first + count:
+        if not self.answered(first, count):
             return None
         answers: Words = self._answers[np.arange(first, first + count) & (RING_RECORDS - 1)].astype(np.int64)
         self._wanted.pop(first, None)

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from time import monotonic_ns, sleep
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -40,6 +41,9 @@ _TRIES: Final = 4
 """How often slots or ring places are asked for before blocks are sent instead."""
 _ROUNDS: Final = 3
 """How often blocks are stored anew that a daemon that went away did not answer for."""
+_PATIENCE_NS: Final = 1_000_000
+"""So long are answers looked for before the daemon is asked for them."""
+_LOOK_S: Final = 20e-6
 _STEPS: Final = 32
 """Into so many slot sizes the records of a codec without a fixed size are sorted."""
 _ALIGNED: Final = 64
@@ -294,11 +298,21 @@ class Saving:
     def _take_last_answers(self) -> Work[None]:
         self._take_answers()
         if self._waiting:
+            yield self._wait_for_answers
+            self._take_answers()
+        if self._waiting:
             # The daemon deals with what was written into the ring before it answers a later request.
             yield self._operations.ping()
             self._take_answers()
         # What a daemon that is gone did not answer for is stored again: a repeated put changes nothing.
         self._forget_answers()
+
+    def _wait_for_answers(self) -> None:
+        """Look for the last answers for a moment: to ask for them takes longer than publishing some blocks does."""
+        mapped, first, indices = self._waiting[-1]
+        until = monotonic_ns() + _PATIENCE_NS
+        while not (mapped.answered(first, indices.size) or mapped.over) and monotonic_ns() < until:
+            sleep(_LOOK_S)
 
     def _forget_answers(self) -> None:
         while self._waiting:
