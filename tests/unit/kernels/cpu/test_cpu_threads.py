@@ -170,18 +170,18 @@ def test_two_threads_begin_on_two_processors(monkeypatch: pytest.MonkeyPatch) ->
     caller = threading.get_ident()
     for _ in range(50):
         home, places, together = cpu_of(), {}, threading.Barrier(2)
-        os.sched_setaffinity(0, {home})  # So that the caller stays; the others get its processors only in their call.
-        monkeypatch.setattr(os, "sched_getaffinity", lambda who: allowed)
 
         def call(places: dict[bool, int] = places, together: threading.Barrier = together) -> None:
             places[threading.get_ident() == caller] = cpu_of()
             together.wait(_SOON_S)
 
+        os.sched_setaffinity(0, {home})  # The caller stays, and a new thread is where it is.
         try:
-            run(call, 2)
+            with monkeypatch.context() as patched:
+                patched.setattr(os, "sched_getaffinity", lambda who: allowed)
+                run(call, 2)
         finally:
             os.sched_setaffinity(0, allowed)
-            monkeypatch.undo()
         assert places[True] == home != places[False]
 
 
@@ -209,9 +209,10 @@ def test_processors_that_went_away_are_no_error(monkeypatch: pytest.MonkeyPatch)
     assert len(run(lambda: together.wait(_SOON_S), 2).places) == 2
 
 
-def test_a_forked_child_has_threads_of_its_own() -> None:
+def test_a_forked_child_has_threads_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "_IDLE_S", 1.0)
     codec, layout = get_codec("int8"), KVLayout(4, 2, 64, "bfloat16", 64)
-    blocks = 16
+    blocks = 64
     numbers = np.random.default_rng(3).standard_normal((4, 2, blocks * 64, 2, 64), np.float32)
     kv = (numbers.view(np.uint32) >> 16).astype(np.uint16)
     pages = np.arange(blocks, dtype=np.int32)[:, None]
@@ -224,9 +225,14 @@ def test_a_forked_child_has_threads_of_its_own() -> None:
         return memory.tobytes()
 
     expected = encoded()
-    assert threads._idle
+    wait_for(lambda: bool(threads._idle))
     child = os.fork()
     if child == 0:
-        os._exit(0 if not threads._idle and encoded() == expected and threads._idle else 1)
+        passed = False
+        try:
+            alone = len(os.listdir("/proc/self/task")) == 1
+            passed = alone and encoded() == expected and len(os.listdir("/proc/self/task")) > 1
+        finally:
+            os._exit(not passed)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert encoded() == expected
