@@ -11,10 +11,10 @@ import numpy.typing as npt
 
 from kvstore_kernels.codecs import EXACT, Codec, Region
 from kvstore_kernels.codecs.lossless import Lossless
-from kvstore_kernels.cpu.lossless import compress_block, decompress_block, spread
+from kvstore_kernels.cpu.lossless import compress_block, decompress_block
 from kvstore_kernels.cpu.methods import method_of
 from kvstore_kernels.cpu.sections import Dense, Job, Method, Plan, row_offsets
-from kvstore_kernels.cpu.threads import run_jobs
+from kvstore_kernels.cpu.threads import run_jobs, work_together
 from kvstore_kernels.encoded import EncodedBlocks, check_blocks, check_lengths
 from kvstore_kernels.layout import Layout, MLALayout, Planes
 from kvstore_kernels.paged import PagedKV, PagedPlanes
@@ -88,13 +88,17 @@ def decode(
 def _compress(
     codec: Lossless, kv: PagedKV, pages: npt.NDArray[np.int32], addresses: npt.NDArray[np.int64], threads: int
 ) -> npt.NDArray[np.int64]:
-    """Section lengths of blocks that are compressed as a whole."""
-    block = np.empty(kv.layout.block_bytes, np.uint8)
+    """Section lengths of blocks that are compressed as a whole; a thread takes one block after another."""
     lengths = np.zeros((len(pages), 1), np.int64)
-    with spread(threads) as over:
-        for number, address in enumerate(addresses.tolist()):
-            _copy_block(kv, pages[number : number + 1], block, decoding=False, threads=threads)
-            lengths[number, 0] = compress_block(codec.compressor, kv.layout, block, address, over)
+    places = iter(enumerate(addresses.tolist()))
+
+    def work() -> None:
+        block = np.empty(kv.layout.block_bytes, np.uint8)
+        for number, address in places:
+            _copy_block(kv, pages[number : number + 1], block, decoding=False)
+            lengths[number, 0] = compress_block(codec.compressor, kv.layout, block, address)
+
+    work_together(work, max(1, min(threads, len(pages))))
     return lengths
 
 
@@ -106,22 +110,24 @@ def _decompress(
     lengths: npt.NDArray[np.int64],
     threads: int,
 ) -> None:
-    block = np.empty(kv.layout.block_bytes, np.uint8)
-    with spread(threads) as over:
-        for number, address in enumerate(addresses.tolist()):
+    places = iter(enumerate(addresses.tolist()))
+
+    def work() -> None:
+        block = np.empty(kv.layout.block_bytes, np.uint8)
+        for number, address in places:
             try:
-                decompress_block(codec.compressor, kv.layout, address, int(lengths[number, 0]), block, over)
+                decompress_block(codec.compressor, kv.layout, address, int(lengths[number, 0]), block)
             except ValueError as error:
                 raise ValueError(f"block {number}: {error}") from None
-            _copy_block(kv, pages[number : number + 1], block, decoding=True, threads=threads)
+            _copy_block(kv, pages[number : number + 1], block, decoding=True)
+
+    work_together(work, max(1, min(threads, len(pages))))
 
 
-def _copy_block(
-    kv: PagedKV, pages: npt.NDArray[np.int32], block: npt.NDArray[np.uint8], *, decoding: bool, threads: int
-) -> None:
+def _copy_block(kv: PagedKV, pages: npt.NDArray[np.int32], block: npt.NDArray[np.uint8], *, decoding: bool) -> None:
     """One block between its pages and memory in the layout's order."""
     address = np.array([block.ctypes.data], np.int64)
-    run_jobs(_jobs(None, kv, pages, address, decoding=decoding), threads)
+    run_jobs(_jobs(None, kv, pages, address, decoding=decoding), 1)
 
 
 class _Part(NamedTuple):

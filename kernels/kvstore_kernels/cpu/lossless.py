@@ -8,10 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,25 +17,10 @@ from kvstore_kernels.cpu.byte_planes import join_planes, split_planes
 from kvstore_kernels.cpu.kinds import Kind
 from kvstore_kernels.layout import Layout
 
-__all__ = ["compress_block", "decompress_block", "spread"]
-
-Spread = Callable[[Callable[[int], Any], Iterable[int]], Iterable[Any]]
-"""``map``, over threads or not."""
+__all__ = ["compress_block", "decompress_block"]
 
 
-@contextmanager
-def spread(threads: int) -> Iterator[Spread]:
-    """``map`` over so many threads."""
-    if threads == 1:
-        yield map
-        return
-    with ThreadPoolExecutor(threads, thread_name_prefix="kvstore-codec") as pool:
-        yield pool.map
-
-
-def compress_block(
-    compressor: Compressor, layout: Layout, block: npt.NDArray[np.uint8], target: int, over: Spread
-) -> int:
+def compress_block(compressor: Compressor, layout: Layout, block: npt.NDArray[np.uint8], target: int) -> int:
     """Compress a block.
 
     Args:
@@ -47,25 +28,20 @@ def compress_block(
         layout: of the block.
         block: its bytes.
         target: address of the section.
-        over: runs the chunks.
 
     Returns:
         Bytes of the section.
     """
     width, values = layout.element_bytes, layout.block_bytes // layout.element_bytes
 
-    def compress(chunk: int) -> list[tuple[int, bytes | npt.NDArray[np.uint8]]]:
-        first = chunk * CHUNK_VALUES
+    entries: list[tuple[int, bytes | npt.NDArray[np.uint8]]] = []
+    for first in range(0, values, CHUNK_VALUES):
         count = min(CHUNK_VALUES, values - first)
         planes = np.empty((width, count), np.uint8)
         split_planes(Kind(layout.dtype), block.ctypes.data + first * width, planes.ctypes.data, count)
-        entries: list[tuple[int, bytes | npt.NDArray[np.uint8]]] = []
         for plane in planes:
-            data = compressor.compress(plane.data)
-            entries.append((len(data), data) if len(data) < count else (count | STORED, plane))
-        return entries
-
-    entries = [entry for chunk in over(compress, range(chunk_count(layout))) for entry in chunk]
+            compressed = compressor.compress(plane.data)
+            entries.append((len(compressed), compressed) if len(compressed) < count else (count | STORED, plane))
     table = struct.pack(f"<{len(entries)}I", *(entry for entry, _ in entries))
     section_bytes = 0
     for data in (table, *(data for _, data in entries)):
@@ -76,7 +52,7 @@ def compress_block(
 
 
 def decompress_block(
-    compressor: Compressor, layout: Layout, section: int, section_bytes: int, block: npt.NDArray[np.uint8], over: Spread
+    compressor: Compressor, layout: Layout, section: int, section_bytes: int, block: npt.NDArray[np.uint8]
 ) -> None:
     """Inverse of ``compress_block``.
 
@@ -86,7 +62,6 @@ def decompress_block(
         section: address of the section.
         section_bytes: its length; nothing is read behind it.
         block: memory for the block's bytes.
-        over: runs the chunks.
 
     Raises:
         ValueError: the section is not well formed.
@@ -95,7 +70,7 @@ def decompress_block(
     view = memoryview((ctypes.c_ubyte * section_bytes).from_address(section)).cast("B")
     stored = list(stored_planes(view, layout))
 
-    def decompress(chunk: int) -> None:
+    for chunk in range(chunk_count(layout)):
         planes = []
         for data, as_it_is, plane_bytes in stored[chunk * width : (chunk + 1) * width]:
             plane = data if as_it_is else compressor.decompress(data, plane_bytes)
@@ -103,6 +78,3 @@ def decompress_block(
         addresses = np.array([plane.ctypes.data for plane in planes], np.int64)
         target = block.ctypes.data + chunk * CHUNK_VALUES * width
         join_planes(Kind(layout.dtype), target, addresses.ctypes.data, planes[0].size)
-
-    for _ in over(decompress, range(chunk_count(layout))):
-        pass

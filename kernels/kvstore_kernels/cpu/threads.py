@@ -1,7 +1,7 @@
-"""Threads that run jobs beside the caller's.
+"""Threads that work beside the caller's.
 
-They are kept for a while: starting one takes as long as encoding a small block. Each call gives its jobs to those that
-are idle and starts what is missing; a thread that wakes up when the work is done is not waited for.
+They are kept for a while: starting one takes as long as encoding a small block. Each call wakes those that are idle and
+starts what is missing; a thread that wakes up when the work is done is not waited for.
 
 A thread that is woken often wakes on the processor of the one that woke it, and Linux leaves the two there, by turns,
 for milliseconds. So a thread that finds itself on the processor of another one of the same call steps aside once.
@@ -13,15 +13,14 @@ import _thread
 import contextlib
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
 from kvstore_kernels.cpu.sections import LINE_BYTES, Job, address_of
 
-__all__ = ["run_jobs"]
+__all__ = ["run_jobs", "work_together"]
 
 _THREAD_BYTES: Final = 1 << 20
 """Fewer are not worth another thread, which takes a twentieth of a millisecond to wake."""
@@ -36,14 +35,14 @@ class _Call:
     """What the threads of one call share.
 
     Attributes:
-        jobs: to be run, one after another.
+        work: that each of them does once.
         allowed: processors of the caller, which are those of all.
         taken: processors on which one of them has begun.
         errors: what went wrong.
     """
 
-    def __init__(self, jobs: Sequence[Job]) -> None:
-        self.jobs = jobs
+    def __init__(self, work: Callable[[], None]) -> None:
+        self.work = work
         self.allowed = os.sched_getaffinity(0)
         self.taken = {_current_cpu()}
         self.errors: list[BaseException] = []
@@ -57,11 +56,10 @@ class _Share:
         done: free when the thread has done its part.
     """
 
-    def __init__(self, call: _Call, place_bytes: int) -> None:
+    def __init__(self, call: _Call) -> None:
         self.call = call
         self.done = _thread.allocate_lock()
         self.done.acquire()
-        self._memory = _place(place_bytes)
         self._owner: dict[str, object] = {}
 
     def belongs_to(self, who: object) -> bool:
@@ -69,9 +67,9 @@ class _Share:
         return self._owner.setdefault("owner", who) is who
 
     def run(self) -> None:
-        """Run the jobs, beside other threads."""
+        """Do the work, beside other threads."""
         try:
-            _run(self.call.jobs, self._memory)
+            self.call.work()
         except BaseException as error:
             self.call.errors.append(error)
 
@@ -134,18 +132,33 @@ def run_jobs(jobs: Sequence[Job], threads: int) -> None:
         jobs: to run.
         threads: at most so many run them, the caller's among them; fewer where there is little to do.
     """
-    threads = max(1, min(threads, sum(job.plane_bytes for job in jobs) // _THREAD_BYTES))
     place_bytes = max(job.plan.place_bytes for job in jobs)
+
+    def work() -> None:
+        place = np.zeros(place_bytes + LINE_BYTES, np.uint8)
+        begin = -(-address_of(place) // LINE_BYTES) * LINE_BYTES
+        for job in jobs:
+            job.run(begin)
+
+    work_together(work, max(1, min(threads, sum(job.plane_bytes for job in jobs) // _THREAD_BYTES)))
+
+
+def work_together(work: Callable[[], None], threads: int) -> None:
+    """Have work done by several threads.
+
+    Args:
+        work: takes what is left to do until nothing is; the caller's thread calls it, and others beside it.
+        threads: at most so many, the caller's among them.
+    """
     if threads == 1:
-        _run(jobs, _place(place_bytes))
+        work()
         return
-    call = _Call(jobs)
-    shares = [_Share(call, place_bytes) for _ in range(threads)]
-    own, others = shares[0], shares[1:]
+    call = _Call(work)
+    others = [_Share(call) for _ in range(threads - 1)]
     try:
         for share in others:
             _worker().begin(share)
-        own.run()
+        work()
     finally:
         # Whoever has begun reads and writes memory that the caller owns.
         while others:
@@ -166,14 +179,3 @@ def _worker() -> _Worker:
         return _idle.pop()
     except IndexError:
         return _Worker()
-
-
-def _place(place_bytes: int) -> npt.NDArray[np.uint8]:
-    """Memory for a thread's place, wherever in it a line of the cache begins."""
-    return np.zeros(place_bytes + LINE_BYTES, np.uint8)
-
-
-def _run(jobs: Sequence[Job], place: npt.NDArray[np.uint8]) -> None:
-    begin = -(-address_of(place) // LINE_BYTES) * LINE_BYTES
-    for job in jobs:
-        job.run(begin)

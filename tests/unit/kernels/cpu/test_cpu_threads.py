@@ -125,8 +125,8 @@ def test_an_interrupt_while_others_are_waited_for_is_raised_in_the_end(monkeypat
     class Share(threads._Share):
         """Whose lock is interrupted when it is waited for."""
 
-        def __init__(self, call: Any, place_bytes: int) -> None:
-            super().__init__(call, place_bytes)
+        def __init__(self, call: Any) -> None:
+            super().__init__(call)
             real = self.done
 
             def acquire() -> bool:
