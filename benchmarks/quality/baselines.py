@@ -20,11 +20,9 @@ import msgspec
 import numpy as np
 import torch
 
-from kvstore.cli.quality.command import codec_round_trip
 from kvstore.cli.quality.evaluation import Evaluation, RoundTrip, measure
 from kvstore.cli.quality.measured import QualityReport
 from kvstore.cli.quality.model import SmallModel, load_arrays
-from kvstore_kernels.codecs.centred import CENTRED
 from kvstore_kernels.codecs.turbo import DEVIATION, LEVELS, THRESHOLDS, flip_signs, hadamard
 from kvstore_kernels.layout import KVLayout
 
@@ -196,7 +194,6 @@ def main() -> None:
     torch.set_num_threads(1)
     usual, outliers = Evaluation(options.sequences), Evaluation(options.sequences, outliers=True)
     candidates: dict[str, RoundTrip] = {baseline.name: baseline.round_trip for baseline in baselines()}
-    candidates |= {name: codec_round_trip(codec) for name, codec in CENTRED.items()}
     rows = []
     for name, round_trip in candidates.items():
         if options.only in name:
