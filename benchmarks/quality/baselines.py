@@ -1,4 +1,4 @@
-"""What others' formats for KV, and codecs that are not in records yet, cost the small model of ``kvstore quality``.
+"""What others' formats for KV cost the small model of ``kvstore quality``.
 
     python benchmarks/quality/baselines.py > benchmarks/results/quality-baselines-2026-01-31.json
 
@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 import msgspec
 import numpy as np
 import torch
+from calibrated import calibrated
 
 from kvstore.cli.quality.evaluation import Evaluation, RoundTrip, measure
 from kvstore.cli.quality.measured import QualityReport
@@ -183,6 +184,7 @@ def baselines() -> list[Baseline]:
         Baseline("KVQuant-like, calibrated, 4 bits", four.keys, four.values),
         Baseline("KVQuant-like, calibrated, 3 bits", three.keys, three.values),
         Baseline("KVQuant-like, calibrated, 2 bits", two.keys, two.values),
+        *(Baseline(name, keys, values) for name, (keys, values) in calibrated(training).items()),
     ]
 
 
