@@ -41,6 +41,14 @@ def extreme_block(layout: Layout, seed: int) -> torch.Tensor:
     return block.to(dtype)
 
 
+def one_sign_block(layout: Layout, seed: int) -> torch.Tensor:
+    """Planes of positive numbers beside planes of negative ones: the extremes of a group are at its own end of zero."""
+    block = normal_block(layout, seed=seed).abs()
+    for section in layout.split(block):
+        section[:, ::2] *= -1
+    return block
+
+
 def few_void_bits(layout: Layout, seed: int) -> torch.Tensor:
     """Random bits of numbers that groups can hold, denormals among them."""
     return any_bits(layout, seed).nan_to_num(0.0, 0.0, 0.0).clamp(-61440, 61440)
@@ -66,6 +74,7 @@ def test_any_numbers_give_the_bytes_and_values_of_the_reference(codec: str, layo
         extreme_block(layout, seed=2),
         few_void_bits(layout, seed=3),
         any_bits(layout, seed=4),
+        one_sign_block(layout, seed=5),
     ):
         check_like_reference(codec, block, layout)
 
