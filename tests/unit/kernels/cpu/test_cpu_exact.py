@@ -101,12 +101,14 @@ def test_decoding_to_unaligned_memory_gives_the_same(codec: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "int8", "uint8"])
 @pytest.mark.parametrize("codec", ["raw", "lossless", "lossless-zstd"])
-def test_quantised_caches_are_stored_exactly(codec: str, dtype: str) -> None:
-    layout = KVLayout(2, 3, 64, dtype, 7)
-    block = any_bits(layout, seed=5)
-    assert same_bits(
-        decoded_by_cpu(get_codec(codec), encoded_by_cpu(get_codec(codec), block, layout).sections, layout), block
-    )
+@pytest.mark.parametrize("dim", [64, 9])
+def test_quantised_caches_are_stored_exactly(codec: str, dtype: str, dim: int) -> None:
+    layout = KVLayout(2, 3, dim, dtype, 7)
+    blocks = [any_bits(layout, seed) for seed in (5, 6)]
+    encoded = [encoded_by_cpu(get_codec(codec), block, layout) for block in blocks]
+    # In this order memory that is used again holds the other block's bytes.
+    for block, one in zip(blocks, encoded, strict=True):
+        assert same_bits(decoded_by_cpu(get_codec(codec), one.sections, layout), block)
 
 
 @settings(max_examples=40)
