@@ -20,7 +20,7 @@ import numpy as np
 
 from kvstore_kernels.cpu.sections import LINE_BYTES, Job, address_of
 
-__all__ = ["run_jobs", "work_together"]
+__all__ = ["run_jobs", "share_out", "work_together"]
 
 _THREAD_BYTES: Final = 1 << 20
 """Fewer are not worth another thread, which takes a twentieth of a millisecond to wake."""
@@ -141,6 +141,24 @@ def run_jobs(jobs: Sequence[Job], threads: int) -> None:
             job.run(begin)
 
     work_together(work, max(1, min(threads, sum(job.plane_bytes for job in jobs) // _THREAD_BYTES)))
+
+
+def share_out(work: Callable[[int, int], None], count: int, threads: int) -> None:
+    """Have work on things that do not depend on each other done by several threads, each with a stretch of them.
+
+    Args:
+        work: does it, given the number of the first thing and how many.
+        count: of things.
+        threads: at most so many work, the caller's among them.
+    """
+    each = max(1, -(-count // threads))
+    stretches = iter(range(0, count, each))
+
+    def take() -> None:
+        for first in stretches:
+            work(first, min(each, count - first))
+
+    work_together(take, -(-count // each))
 
 
 def work_together(work: Callable[[], None], threads: int) -> None:

@@ -236,3 +236,19 @@ def test_a_forked_child_has_threads_of_its_own(monkeypatch: pytest.MonkeyPatch) 
             os._exit(not passed)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert encoded() == expected
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 64])
+@pytest.mark.parametrize("most", [1, 2, 3, 8])
+def test_stretches_are_each_done_once(count: int, most: int) -> None:
+    done: list[int] = []
+    stretches: list[int] = []
+
+    def work(first: int, number: int) -> None:
+        stretches.append(number)
+        done.extend(range(first, first + number))
+
+    threads.share_out(work, count, most)
+    assert sorted(done) == list(range(count))
+    assert len(stretches) <= most
+    assert all(stretches)
