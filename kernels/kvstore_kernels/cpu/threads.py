@@ -181,10 +181,12 @@ def work_together(work: Callable[[], None], threads: int) -> None:
         # Whoever has begun reads and writes memory that the caller owns.
         while others:
             try:
-                if not others[-1].belongs_to(_CALLER):
-                    others[-1].done.acquire()
-                    others[-1].done.release()
-                others.pop()
+                if others[-1].belongs_to(_CALLER):
+                    others.pop()
+                else:
+                    # A ``with``: an interrupt between two calls would leave the lock taken, and it is asked for again.
+                    with others[-1].done:
+                        others.pop()
             except KeyboardInterrupt as error:
                 call.errors.append(error)
     if call.errors:
