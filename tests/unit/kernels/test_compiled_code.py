@@ -95,7 +95,8 @@ def test_old_versions_of_a_package_are_removed_and_those_of_others_kept(
 def test_interrupt_while_something_is_compiled_is_raised_afterwards(tmp_path: Path) -> None:
     """Within the compiler it would leave its lock taken, or memory freed twice."""
     script = """
-import os, signal
+import logging, os, signal
+from pathlib import Path
 import numba
 import kvstore_kernels.compiled as compiled
 
@@ -108,7 +109,7 @@ class Pass(numba.core.compiler.CompilerBase):
         finished.append(True)
         return [made]
 
-code = compiled.CodeCache(__import__("pathlib").Path(compiled.__file__).parent, "is tried", __import__("logging").getLogger())
+code = compiled.CodeCache(Path(compiled.__file__).parent, "is tried", logging.getLogger())
 function = code.compiled_when_called(lambda x: x + 1)
 function._compiler.pipeline_class = Pass
 try:
