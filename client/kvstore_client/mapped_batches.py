@@ -102,14 +102,15 @@ class SlotBatch:
         items[:, _SECTIONS : _SECTIONS + section_bytes.shape[1]] = section_bytes
         items[:, _PAYLOAD_BYTES] = section_bytes.sum(axis=1)
 
-    def seal(self) -> None:
-        """Checksum what was encoded into the slots, and zero what is behind it. Without the interpreter lock."""
-        writes.seal_slots(self.mapped.address, self._address, self.count)
+    def seal(self, first: int, count: int) -> None:
+        """Checksum what was encoded into some slots, and zero what is behind it. Without the interpreter lock."""
+        writes.seal_slots(self.mapped.address, self._address + first * writes.ITEM_BYTES, count)
 
-    def fill(self, sources: Addresses) -> None:
-        """Copy payloads that were encoded elsewhere into the slots, instead of ``seal``."""
-        self._items[: self.count, _SOURCE] = sources.view(np.int64)
-        writes.fill_slots(self.mapped.address, self._address, self.count)
+    def fill(self, sources: Addresses, first: int, count: int) -> None:
+        """Copy payloads that were encoded elsewhere into some slots, instead of ``seal``."""
+        end = first + count
+        self._items[first:end, _SOURCE] = sources[first:end].view(np.int64)
+        writes.fill_slots(self.mapped.address, self._address + first * writes.ITEM_BYTES, count)
 
     def keep(self, kept: npt.NDArray[np.intp]) -> None:
         """Give back all slots but those at these positions, which move up."""

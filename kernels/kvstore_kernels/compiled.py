@@ -18,11 +18,15 @@ import hashlib
 import logging
 import os
 import shutil
+import signal
 import stat
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, Final, Protocol, TypeVar
 
 import numba
@@ -38,6 +42,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 class _Dispatcher(Protocol):
     _cache: Any
+
+    _compile_for_args: Callable[..., Any]
 
     def compile(self, signature: str) -> Any: ...
 
@@ -104,7 +110,8 @@ class CodeCache:
 
         def compile_function(function: F) -> F:
             dispatcher: _Dispatcher = self.compiled_when_called(function, nogil=nogil)  # type: ignore[assignment]
-            dispatcher.compile(signature)
+            with _interrupts_later():
+                dispatcher.compile(signature)
             dispatcher.disable_compile()
             return dispatcher  # type: ignore[return-value]
 
@@ -114,7 +121,35 @@ class CodeCache:
         """Compile a function at its first call with arguments of some types, and keep the code on disk."""
         dispatcher: _Dispatcher = numba.njit(nogil=nogil, error_model="numpy")(function)
         dispatcher._cache = NullCache() if self.directory is None else _make_cache(self, function)
+        compile_for = dispatcher._compile_for_args
+
+        def compile_undisturbed(*args: object, **options: object) -> object:
+            with _interrupts_later():
+                return compile_for(*args, **options)
+
+        dispatcher._compile_for_args = compile_undisturbed
         return dispatcher  # type: ignore[return-value]
+
+
+@contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Interrupts are handled at the end.
+
+    Inside of numba or LLVM an exception from a signal's handler leaves the compiler's lock taken, or memory that is
+    freed twice. Compiling in another thread, where no handler runs, is not possible during an import: it imports too.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    interrupts: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: interrupts.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if interrupts:
+            handler(*interrupts[-1])
 
 
 def inlined(function: F) -> F:

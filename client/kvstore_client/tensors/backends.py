@@ -89,6 +89,15 @@ class Backend:
         """Whether the kernels can read and write these payloads in slots; where they cannot, they are copied."""
         return True
 
+    def share_out(self, work: Callable[[int, int], None], count: int) -> None:
+        """Have the host's work on ``count`` payloads done by as many threads as one call may use.
+
+        ``work`` is given the number of the first payload and how many; without the interpreter lock, on any device.
+        """
+        from kvstore_kernels.cpu import share_out
+
+        share_out(work, count, self._threads)
+
     def _allocate(self, least_bytes: int) -> Bytes:
         whole = np.empty(least_bytes + _ALIGNED, np.uint8)
         begin = -int(whole.ctypes.data) % _ALIGNED

@@ -179,13 +179,16 @@ class Saving:
         if self._backend.reaches(slots.mapped, payloads):
             lengths, good = self._encode(indices, records, payloads)
             indices = self._describe(slots, indices, lengths, good)
-            slots.seal()
+            self._backend.share_out(slots.seal, slots.count)
             return indices
         with self._memory(indices.size, records) as payloads:
             lengths, good = self._encode(indices, records, payloads)
             indices = self._describe(slots, indices, lengths, good)
-            slots.fill(payloads[good])
+            self._fill(slots, payloads[good])
         return indices
+
+    def _fill(self, slots: SlotBatch, payloads: Addresses) -> None:
+        self._backend.share_out(partial(slots.fill, payloads), slots.count)
 
     def _describe(self, slots: SlotBatch, indices: Indices, lengths: Words, good: Indices) -> Indices:
         """Say what stands in the slots, and keep those of the blocks that the codec could hold."""
@@ -236,7 +239,7 @@ class Saving:
                         return todo[at:]
                     some, indices = slice(at, at + claimed), group[at : at + claimed]
                     slots.describe(self._blocks.key_words[indices], self._blocks.parent_words[indices], lengths[some])
-                    yield partial(slots.fill, payloads[some])
+                    yield partial(self._fill, slots, payloads[some])
                     if not (yield from self._commit(mapped, slots, indices, header)):
                         return todo[at:]
                     at += claimed

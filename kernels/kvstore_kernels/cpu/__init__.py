@@ -7,5 +7,6 @@ its first use and kept on disk (``kvstore_kernels.compiled``); importing this pa
 from __future__ import annotations
 
 from kvstore_kernels.cpu.blocks import EncodedBlocks, decode, encode
+from kvstore_kernels.cpu.threads import share_out
 
-__all__ = ["EncodedBlocks", "decode", "encode"]
+__all__ = ["EncodedBlocks", "decode", "encode", "share_out"]

@@ -20,7 +20,7 @@ import numpy as np
 
 from kvstore_kernels.cpu.sections import LINE_BYTES, Job, address_of
 
-__all__ = ["run_jobs", "work_together"]
+__all__ = ["run_jobs", "share_out", "work_together"]
 
 _THREAD_BYTES: Final = 1 << 20
 """Fewer are not worth another thread, which takes a twentieth of a millisecond to wake."""
@@ -143,6 +143,24 @@ def run_jobs(jobs: Sequence[Job], threads: int) -> None:
     work_together(work, max(1, min(threads, sum(job.plane_bytes for job in jobs) // _THREAD_BYTES)))
 
 
+def share_out(work: Callable[[int, int], None], count: int, threads: int) -> None:
+    """Have work on things that do not depend on each other done by several threads, each with a stretch of them.
+
+    Args:
+        work: does it, given the number of the first thing and how many.
+        count: of things.
+        threads: at most so many work, the caller's among them.
+    """
+    each = max(1, -(-count // threads))
+    stretches = iter(range(0, count, each))
+
+    def take() -> None:
+        for first in stretches:
+            work(first, min(each, count - first))
+
+    work_together(take, -(-count // each))
+
+
 def work_together(work: Callable[[], None], threads: int) -> None:
     """Have work done by several threads.
 
@@ -163,10 +181,12 @@ def work_together(work: Callable[[], None], threads: int) -> None:
         # Whoever has begun reads and writes memory that the caller owns.
         while others:
             try:
-                if not others[-1].belongs_to(_CALLER):
-                    others[-1].done.acquire()
-                    others[-1].done.release()
-                others.pop()
+                if others[-1].belongs_to(_CALLER):
+                    others.pop()
+                else:
+                    # A ``with``: an interrupt between two calls would leave the lock taken, and it is asked for again.
+                    with others[-1].done:
+                        others.pop()
             except KeyboardInterrupt as error:
                 call.errors.append(error)
     if call.errors:

@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from kvstore.cli import render
 from kvstore.cli.bench.machine import MachineFacts
 
-__all__ = ["Report", "Row", "facts_of", "percentile", "table_of", "us", "verdict"]
+__all__ = ["Report", "Row", "facts_of", "outcome", "percentile", "table_of", "us", "verdict"]
 
 
 class Row(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -103,20 +103,18 @@ def percentile(sorted_values: Sequence[int | float], fraction: float) -> float:
 
 def table_of(report: Report, title: str) -> RenderableType:
     """A report for people."""
-    columns = ["operation", "keys", "depth", "daemon", "p99", "echo", "ratio", "aim", ""]
-    made = render.table(title, [*columns[:-1], render.text_column(columns[-1])])
+    made = render.table(title, ["request", "daemon", "p99", "echo", "ratio", render.text_column("aim")])
     for row in report.rows:
         if row.core_share is not None:
             continue
         latency_row = row.median_us is not None
+        keys = f" {row.batch:,} key{'s' if row.batch > 1 else ''}" if row.batch else ""
         made.add_row(
-            row.op,
-            render.count(row.batch),
-            str(row.depth or 1),
+            row.op + keys + (f", {row.depth} at once" if row.depth else ""),
             us(row.median_us) if latency_row else _per_second(row.ops_per_s),
             us(row.p99_us),
             us(row.baseline_median_us) if latency_row else _per_second(row.baseline_ops_per_s),
-            *verdict(row),
+            *outcome(row),
         )
     return Group(made, "", facts_of(report))
 
@@ -128,6 +126,12 @@ def verdict(row: Row) -> tuple[str, str, str]:
         render.NOTHING if row.limit is None else f">= {row.limit:.2f}",
         "met" if row.within_limit else "MISSED",
     )
+
+
+def outcome(row: Row) -> tuple[str, str]:
+    """A row's ratio, and what is aimed at with whether that was reached, in one cell."""
+    ratio, _, reached = verdict(row)
+    return ratio, "" if row.limit is None else f"{row.limit:.2f} {reached}"
 
 
 def facts_of(report: Report, more: Sequence[tuple[str, str]] = ()) -> RenderableType:

@@ -78,7 +78,7 @@ def test_percentile_is_the_nearest_rank() -> None:
 def test_table_shows_rows_limits_and_the_machine(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("COLUMNS", "80")
     rows = [
         Row(
             op="ping",
@@ -96,6 +96,8 @@ def test_table_shows_rows_limits_and_the_machine(
     render.console().print(table_of(Report(machine=MACHINE, baseline="an echo", rows=rows), "Control path"))
     shown = capsys.readouterr().out
     assert "150 us" in shown
+    assert "match 1 key, 32 at once" in shown
+    assert "…" not in shown
     assert "80,000" in shown
     assert "MISSED" in shown
     assert "0.4 % of a core, 16 clients and the daemon over" in shown

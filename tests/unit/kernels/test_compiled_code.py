@@ -90,3 +90,36 @@ def test_old_versions_of_a_package_are_removed_and_those_of_others_kept(
     assert other is not None
     assert {other.name, newest.name} <= names
     assert len(names) == 6
+
+
+def test_interrupt_while_something_is_compiled_is_raised_afterwards(tmp_path: Path) -> None:
+    """Within the compiler it would leave its lock taken, or memory freed twice."""
+    script = """
+import logging, os, signal
+from pathlib import Path
+import numba
+import kvstore_kernels.compiled as compiled
+
+finished = []
+
+class Pass(numba.core.compiler.CompilerBase):
+    def define_pipelines(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        made = numba.core.compiler.DefaultPassBuilder.define_nopython_pipeline(self.state)
+        finished.append(True)
+        return [made]
+
+code = compiled.CodeCache(Path(compiled.__file__).parent, "is tried", logging.getLogger())
+function = code.compiled_when_called(lambda x: x + 1)
+function._compiler.pipeline_class = Pass
+try:
+    function(1)
+except KeyboardInterrupt:
+    assert finished
+else:
+    raise SystemExit("no interrupt")
+assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+assert function(1) == 2
+"""
+    run = subprocess.run([sys.executable, "-c", script], env={**os.environ, "KVSTORE_CACHE_DIR": str(tmp_path)})
+    assert run.returncode == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -42,12 +43,16 @@ def run(call: Callable[[], object], count: int, **options: Any) -> FakeJob:
     return job
 
 
+@pytest.fixture(scope="module", autouse=True)
+def short_idleness() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(threads, "_IDLE_S", 0.05)
+        yield
+
+
 @pytest.fixture(autouse=True)
-def no_threads_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Each test begins without idle threads, and its own end soon."""
-    monkeypatch.setattr(threads, "_IDLE_S", 0.05)
-    wait_for(lambda: not threads._idle)
-    yield
+def no_threads_left(short_idleness: None) -> None:
+    """Each test begins without idle threads."""
     wait_for(lambda: not threads._idle)
 
 
@@ -129,13 +134,16 @@ def test_an_interrupt_while_others_are_waited_for_is_raised_in_the_end(monkeypat
             super().__init__(call)
             real = self.done
 
-            def acquire() -> bool:
+            def enter(lock: object) -> None:
                 waits.append("wait")
                 if len(waits) == 1:
                     raise KeyboardInterrupt
-                return real.acquire()
+                real.acquire()
 
-            self.done = SimpleNamespace(acquire=acquire, release=real.release)  # type: ignore[assignment]
+            lock = type(
+                "Lock", (), {"__enter__": enter, "__exit__": lambda *_: real.release(), "release": real.release}
+            )
+            self.done = lock()
 
     monkeypatch.setattr(threads, "_Share", Share)
     together, done, caller = threading.Barrier(2), [], threading.get_ident()
@@ -150,6 +158,46 @@ def test_an_interrupt_while_others_are_waited_for_is_raised_in_the_end(monkeypat
         run(call, 2)
     assert done
     assert len(waits) == 2
+
+
+def test_interrupts_at_any_moment_leave_nothing_locked_and_nobody_at_work() -> None:
+    caller, working = threading.get_ident(), []
+    interrupted = finished = 0
+
+    def call() -> None:
+        if threading.get_ident() == caller:
+            time.sleep(0.0002)
+            return
+        working.append(1)
+        time.sleep(0.0003)
+        working.pop()
+
+    armed = False
+
+    def interrupt(*_: object) -> None:
+        if armed:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    until = time.monotonic() + 2
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.001, 0.0007)
+        while time.monotonic() < until:
+            try:
+                armed = True
+                run(call, 3)
+                armed = False
+                finished += 1
+            except KeyboardInterrupt:
+                armed = False
+                interrupted += 1
+            assert not working
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert interrupted > 50
+    assert finished > 50
+    run(lambda: None, 3)
 
 
 def test_callers_at_the_same_time_have_threads_of_their_own() -> None:
@@ -236,3 +284,19 @@ def test_a_forked_child_has_threads_of_its_own(monkeypatch: pytest.MonkeyPatch) 
             os._exit(not passed)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert encoded() == expected
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 64])
+@pytest.mark.parametrize("most", [1, 2, 3, 8])
+def test_stretches_are_each_done_once(count: int, most: int) -> None:
+    done: list[int] = []
+    stretches: list[int] = []
+
+    def work(first: int, number: int) -> None:
+        stretches.append(number)
+        done.extend(range(first, first + number))
+
+    threads.share_out(work, count, most)
+    assert sorted(done) == list(range(count))
+    assert len(stretches) <= most
+    assert all(stretches)
