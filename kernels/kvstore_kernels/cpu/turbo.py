@@ -257,36 +257,69 @@ def _find_pieces(kind: Kind, plane: int, rows: int, dim: int, piece: int, count:
 
 
 @inlined
-def _encode_plane(kind: Kind, work: int, place: int) -> int:
-    """Encode a plane; how many vectors are void."""
-    dim, rows = load(work + DIM), load(place + ROWS)
-    plane, ahead = load(place + PLANE), load(place + FOLLOWING) - load(place + PLANE)
-    codes, signs, scales = region(work, place, 0), region(work, place, 1), region(work, place, 1)
-    if code_bits(kind) == 3:
-        scales = region(work, place, 2)
+def encode_rows(
+    kind: Kind,
+    plane: int,
+    rows: int,
+    ahead: int,
+    dim: int,
+    row_count: int,
+    codes: int,
+    signs: int,
+    scales: int,
+    at: int,
+) -> int:
+    """Encode rows of 128 elements, from a plane's first token on; how many vectors are void.
+
+    Args:
+        kind: of the elements.
+        plane: address of the plane.
+        rows: offsets of the tokens.
+        ahead: bytes to what is fetched.
+        dim: channels.
+        row_count: rows of 128 elements.
+        codes: address of their codes.
+        signs: likewise, with three bits.
+        scales: likewise.
+        at: scratch memory.
+    """
     code_bytes = 64 if code_bits(kind) == 4 else 32
     row_pieces, row_vectors = ROW // run_elements(kind), ROW // group_elements(kind)
-    row_count = load(work + ROW_COUNT) * dim // ROW
-    scratch = place + SCRATCH
     void = 0
     for first in range(0, row_count, _TILE):
         count = min(_TILE, row_count - first)
-        _find_pieces(kind, plane, rows, dim, first * row_pieces, count * row_pieces, scratch + _PIECES)
+        _find_pieces(kind, plane, rows, dim, first * row_pieces, count * row_pieces, at + _PIECES)
         for i in range(0, count * row_vectors, 8):
-            _clear_eight(scratch, i)
+            _clear_eight(at, i)
         for i in range(count):
-            pieces = scratch + _PIECES + 8 * i * row_pieces
-            _sum_squares(kind, pieces, ahead, scratch + _SQUARES + 4 * i * row_vectors)
+            _sum_squares(kind, at + _PIECES + 8 * i * row_pieces, ahead, at + _SQUARES + 4 * i * row_vectors)
         for i in range(0, count * row_vectors, 8):
-            void += _normalise(scratch, i)
+            void += _normalise(at, i)
         for i in range(count):
-            pieces, vectors = scratch + _PIECES + 8 * i * row_pieces, scratch + 4 * i * row_vectors
+            pieces, vectors = at + _PIECES + 8 * i * row_pieces, at + 4 * i * row_vectors
             _encode_row(kind, pieces, ahead, vectors, codes, signs)
             codes += code_bytes
             signs += 16
         for i in range(0, count * row_vectors, 8):
-            _scale(kind, scratch, i)
-        copy(scales + 2 * first * row_vectors, scratch + _SCALES, 2 * count * row_vectors)
+            _scale(kind, at, i)
+        copy(scales + 2 * first * row_vectors, at + _SCALES, 2 * count * row_vectors)
+    return void
+
+
+@inlined
+def scales_region(kind: Kind, work: int, place: int) -> int:
+    """Address of the plane's scales."""
+    scales: int = region(work, place, 2) if code_bits(kind) == 3 else region(work, place, 1)
+    return scales
+
+
+@inlined
+def _encode_plane(kind: Kind, work: int, place: int) -> int:
+    """Encode a plane; how many vectors are void."""
+    dim, plane, rows = load(work + DIM), load(place + PLANE), load(place + ROWS)
+    ahead, row_count = load(place + FOLLOWING) - plane, load(work + ROW_COUNT) * dim // ROW
+    codes, signs, scales = region(work, place, 0), region(work, place, 1), scales_region(kind, work, place)
+    void: int = encode_rows(kind, plane, rows, ahead, dim, row_count, codes, signs, scales, place + SCRATCH)
     return void
 
 
@@ -303,22 +336,28 @@ def encode_turbo(kind: Kind, work: int, place: int) -> None:
         count_void(work, place, _encode_plane(kind, work, place))
 
 
+@inlined
+def decode_rows(
+    kind: Kind, plane: int, rows: int, dim: int, row_count: int, codes: int, signs: int, scales: int, at: int
+) -> None:
+    """Inverse of ``encode_rows``."""
+    row_pieces, pieces = ROW // run_elements(kind), at + _PIECES
+    code_bytes = 64 if code_bits(kind) == 4 else 32
+    for row in range(row_count):
+        _find_pieces(kind, plane, rows, dim, row * row_pieces, row_pieces, pieces)
+        prefetch(codes + FETCH_AHEAD_BYTES)
+        prefetch(signs + FETCH_AHEAD_BYTES // 2)
+        _decode_row(kind, codes, signs, scales, pieces)
+        codes += code_bytes
+        signs += 16
+        scales += 2 * ROW // group_elements(kind)
+
+
 @kernel
 def decode_turbo(kind: Kind, work: int, place: int) -> None:
     """Decode planes (``work``)."""
-    dim, pieces = load(work + DIM), place + SCRATCH + _PIECES
-    row_count, row_pieces = load(work + ROW_COUNT) * dim // ROW, ROW // run_elements(kind)
-    code_bytes = 64 if code_bits(kind) == 4 else 32
+    dim, at = load(work + DIM), place + SCRATCH
+    row_count = load(work + ROW_COUNT) * dim // ROW
     while next_plane(work, place) != 0:
-        plane, rows = load(place + PLANE), load(place + ROWS)
-        codes, signs, scales = region(work, place, 0), region(work, place, 1), region(work, place, 1)
-        if code_bits(kind) == 3:
-            scales = region(work, place, 2)
-        for row in range(row_count):
-            _find_pieces(kind, plane, rows, dim, row * row_pieces, row_pieces, pieces)
-            prefetch(codes + FETCH_AHEAD_BYTES)
-            prefetch(signs + FETCH_AHEAD_BYTES // 2)
-            _decode_row(kind, codes, signs, scales, pieces)
-            codes += code_bytes
-            signs += 16
-            scales += 2 * ROW // group_elements(kind)
+        codes, signs, scales = region(work, place, 0), region(work, place, 1), scales_region(kind, work, place)
+        decode_rows(kind, load(place + PLANE), load(place + ROWS), dim, row_count, codes, signs, scales, at)

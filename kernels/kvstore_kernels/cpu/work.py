@@ -42,7 +42,7 @@ STAGED_ROWS: Final = 112
 DECODING: Final = 120
 """1 where planes are written."""
 REGIONS: Final = 128
-"""Pairs for up to three regions: bytes from the section's start, and bytes a plane."""
+"""Pairs for up to six regions: bytes from the section's start, and bytes a plane."""
 
 # Where planes are copied as they are, these instead of regions: bytes from the section's start, and strides.
 TARGET: Final = REGIONS
@@ -50,13 +50,15 @@ TARGET_LAYER_STRIDE: Final = 136
 TARGET_TOKEN_STRIDE: Final = 144
 TARGET_HEAD_STRIDE: Final = 152
 
-BLOCK_TOKENS: Final = 176
+BLOCK_TOKENS: Final = REGIONS + 6 * 16
 """Tokens of a block: rows of its part of ``BLOCK_ROWS``."""
-ROW_TABLE: Final = 184
+ROW_TABLE: Final = BLOCK_TOKENS + 8
 """Address of int64 ``[rows, 3]`` for kernels that take all planes of a layer as one: of each row eight times its token,
 bytes from the first plane to its own, and its place in a section.
 """
-WORK_BYTES: Final = 192
+TILE: Final = ROW_TABLE + 8
+"""Bytes from a place to memory for a tile of a codec; a line of the cache begins there."""
+WORK_BYTES: Final = TILE + 8
 
 # Words of a thread's place.
 PLANE: Final = 0

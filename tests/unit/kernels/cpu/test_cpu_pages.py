@@ -17,7 +17,7 @@ from kvstore_kernels.codecs import get_codec
 from kvstore_kernels.layout import KVLayout, MLALayout
 from kvstore_kernels.paged import PagedKV
 
-CODECS = ("raw", "lossless", "fp8", "int8", "int4", "kivi4", "kivi2", "turbo4", "turbo3-2")
+CODECS = ("raw", "lossless", "fp8", "int8", "int4", "kivi4", "kivi2", "turbo4", "turbo3-2", "centred3")
 SPARE_PAGES = 3
 
 
@@ -150,7 +150,7 @@ def test_every_form_of_pages_gives_the_same(codec: str, axes: str) -> None:
     ("page_tokens", "block_tokens"), [(1, 64), (16, 128), (64, 64), (64, 256), (128, 128), (128, 256), (3, 21)]
 )
 def test_every_size_of_pages_gives_the_same(page_tokens: int, block_tokens: int, axes: str) -> None:
-    for codec in ("int8", "int4") if block_tokens % 64 else ("kivi4", "turbo4", "fp8"):
+    for codec in ("int8", "int4") if block_tokens % 64 else ("kivi4", "turbo4", "fp8", "centred2"):
         check_form(codec, KVLayout(1, 2, 128, "bfloat16", block_tokens), page_tokens, axes)
 
 
@@ -161,7 +161,7 @@ def test_pages_that_are_not_aligned_give_the_same(codec: str, offset: int) -> No
 
 
 @pytest.mark.parametrize("axes", ["kv page token head dim", "vllm cpu"])
-@pytest.mark.parametrize("codec", ["raw", "lossless", "int8", "kivi4", "turbo3-2"])
+@pytest.mark.parametrize("codec", ["raw", "lossless", "int8", "kivi4", "turbo3-2", "centred4-2"])
 def test_several_threads_give_the_same(codec: str, axes: str) -> None:
     check_form(codec, KVLayout(6, 8, 64, "bfloat16", 128), 16, axes, threads=3)
 
@@ -181,7 +181,7 @@ def test_separate_tensors_of_keys_and_values_in_pages_of_one_token() -> None:
         assert payload.data.tobytes() == b"".join(encoded_by_cpu(codec, block, layout).sections)
 
 
-@pytest.mark.parametrize("name", ["raw", "lossless", "int8", "kivi4", "turbo3"])
+@pytest.mark.parametrize("name", ["raw", "lossless", "int8", "kivi4", "turbo3", "centred3"])
 def test_latents_in_pages_give_the_same(name: str) -> None:
     codec = get_codec(name)
     layout = MLALayout(2, 128, 64, "bfloat16", 64)
