@@ -6,6 +6,8 @@ import math
 from typing import Final
 
 from kvstore_kernels.codecs import EXACT
+from kvstore_kernels.cpu import work
+from kvstore_kernels.cpu.centred import decode_centred, encode_centred, scratch_bytes
 from kvstore_kernels.cpu.channel_groups import decode_channel_groups, encode_channel_groups
 from kvstore_kernels.cpu.exact import decode_exact, encode_exact
 from kvstore_kernels.cpu.fp8 import decode_fp8, encode_fp8
@@ -31,8 +33,23 @@ _KERNELS: Final[dict[str, tuple[Kernel, Kernel]]] = {
     "turbo4": (encode_turbo, decode_turbo),
     "turbo3": (encode_turbo, decode_turbo),
     "turbo2": (encode_turbo, decode_turbo),
+    "centred4k": (encode_centred, decode_centred),
+    "centred3k": (encode_centred, decode_centred),
+    "centred2k": (encode_centred, decode_centred),
 }
-_BITS: Final = {"int4": 4, "kivi4v": 4, "kivi2v": 2, "kivi4k": 4, "kivi2k": 2, "turbo4": 4, "turbo3": 3, "turbo2": 2}
+_BITS: Final = {
+    "int4": 4,
+    "kivi4v": 4,
+    "kivi2v": 2,
+    "kivi4k": 4,
+    "kivi2k": 2,
+    "turbo4": 4,
+    "turbo3": 3,
+    "turbo2": 2,
+    "centred4k": 4,
+    "centred3k": 3,
+    "centred2k": 2,
+}
 
 _ORDERS: Final[dict[Kernel, tuple[Order, Order]]] = {
     encode_int8: (Order.MEMORY, Order.PLACES),
@@ -53,8 +70,9 @@ def method_of(name: str, planes: Planes) -> Method:
         run = 64 if planes.dim % 64 == 0 else group
     if encode is encode_channel_groups and planes.dim % 128 == 0:
         run = 128
-    if encode is encode_turbo:
+    if encode in (encode_turbo, encode_centred):
         group = math.gcd(planes.dim, 128)
         run = 64 if planes.dim % 64 == 0 else 16
     kind = Kind(planes.dtype, bits=bits, group=group, run=run)
-    return Method(encode, decode, kind, *_ORDERS.get(encode, (Order.PLANE, Order.PLANE)))
+    scratch = scratch_bytes(planes.dim) if encode is encode_centred else work.SCRATCH_BYTES
+    return Method(encode, decode, kind, *_ORDERS.get(encode, (Order.PLANE, Order.PLANE)), scratch)
