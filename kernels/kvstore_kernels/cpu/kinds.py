@@ -8,7 +8,7 @@ and float32, or 4, 3 and 2 bits, as if it had been written for each, and only wh
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from llvmlite import ir
@@ -17,7 +17,7 @@ from numba.extending import NativeValue, intrinsic, models, register_model, type
 
 from kvstore_kernels.layout import ELEMENT_BYTES
 
-__all__ = ["Kind", "KindType", "code_bits", "element_bytes", "group_elements", "of_float32", "run_elements"]
+__all__ = ["Kind", "KindType", "code_bits", "element_bytes", "group_elements", "run_elements"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,17 +87,6 @@ def _make_constant(name: str) -> Any:
         return types.int64(kind), generate
 
     return constant
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def of_float32(typing_context: Any, kind: Any) -> Any:
-    """The kind with which a kernel works on its own float32 numbers, for compiled functions."""
-    made = _type_of(replace(kind.kind, dtype="float32", streaming=False))
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return context.get_dummy_value()
-
-    return made(kind), generate
 
 
 element_bytes = _make_constant("element_bytes")

@@ -204,6 +204,10 @@ class Lanes:
         """To nearest even, in the low bits (two's complement) of 32; above them is what the magic number leaves."""
         return self.as_ints(self.b.fadd(value, self.constant(value.type, _MAGIC)))
 
+    def whole(self, value: Value) -> Value:
+        """To nearest even, as floats; of less than 2^22."""
+        return self.b.fsub(self.as_floats(self.rounded(value)), self.constant(value.type, _MAGIC))
+
     def float16(self, value: Value) -> Value:
         """Rounded to float16."""
         return self.b.fptrunc(value, VF16 if isinstance(value.type, ir.VectorType) else F16)

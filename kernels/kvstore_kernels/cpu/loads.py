@@ -14,6 +14,7 @@ from kvstore_kernels.cpu.vectors import Vectors
 
 __all__ = [
     "STEP",
+    "Pair",
     "load_pair",
     "magnitude_bits",
     "magnitudes",

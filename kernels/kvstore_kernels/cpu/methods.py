@@ -6,7 +6,8 @@ import math
 from typing import Final
 
 from kvstore_kernels.codecs import EXACT
-from kvstore_kernels.cpu.centred import decode_centred, encode_centred, tile_bytes
+from kvstore_kernels.cpu import work
+from kvstore_kernels.cpu.centred import decode_centred, encode_centred, scratch_bytes
 from kvstore_kernels.cpu.channel_groups import decode_channel_groups, encode_channel_groups
 from kvstore_kernels.cpu.exact import decode_exact, encode_exact
 from kvstore_kernels.cpu.fp8 import decode_fp8, encode_fp8
@@ -36,11 +37,19 @@ _KERNELS: Final[dict[str, tuple[Kernel, Kernel]]] = {
     "centred3k": (encode_centred, decode_centred),
     "centred2k": (encode_centred, decode_centred),
 }
-_BITS: Final = (
-    {"int4": 4, "kivi4v": 4, "kivi2v": 2, "kivi4k": 4, "kivi2k": 2}
-    | {"turbo4": 4, "turbo3": 3, "turbo2": 2}
-    | {"centred4k": 4, "centred3k": 3, "centred2k": 2}
-)
+_BITS: Final = {
+    "int4": 4,
+    "kivi4v": 4,
+    "kivi2v": 2,
+    "kivi4k": 4,
+    "kivi2k": 2,
+    "turbo4": 4,
+    "turbo3": 3,
+    "turbo2": 2,
+    "centred4k": 4,
+    "centred3k": 3,
+    "centred2k": 2,
+}
 
 _ORDERS: Final[dict[Kernel, tuple[Order, Order]]] = {
     encode_int8: (Order.MEMORY, Order.PLACES),
@@ -65,5 +74,5 @@ def method_of(name: str, planes: Planes) -> Method:
         group = math.gcd(planes.dim, 128)
         run = 64 if planes.dim % 64 == 0 else 16
     kind = Kind(planes.dtype, bits=bits, group=group, run=run)
-    orders = _ORDERS.get(encode, (Order.PLANE, Order.PLANE))
-    return Method(encode, decode, kind, *orders, tile_bytes(planes.dim) if encode is encode_centred else 0)
+    scratch = scratch_bytes(planes.dim) if encode is encode_centred else work.SCRATCH_BYTES
+    return Method(encode, decode, kind, *_ORDERS.get(encode, (Order.PLANE, Order.PLANE)), scratch)

@@ -50,7 +50,7 @@ class Method(NamedTuple):
         kind: that both are compiled for; whether to store past the cache is decided here.
         encode_order: of the rows that ``encode`` takes.
         decode_order: of the rows that ``decode`` takes.
-        tile_bytes: memory that both need, a thread.
+        scratch_bytes: of a thread's scratch memory, a multiple of a line.
     """
 
     encode: Kernel
@@ -58,7 +58,7 @@ class Method(NamedTuple):
     kind: Kind
     encode_order: Order
     decode_order: Order
-    tile_bytes: int = 0
+    scratch_bytes: int = work.SCRATCH_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,9 +129,8 @@ class Plan:
         order, row_heads = (order, heads) if by_row else (Order.PLANE, 1)
         self.kernel = method.decode if decoding else method.encode
         self.kind = replace(method.kind, streaming=True) if streaming else method.kind
-        staged_bytes = -(-block_tokens * row_bytes // LINE_BYTES) * LINE_BYTES if staged else 0
-        tile = work.STAGED + staged_bytes
-        self.place_bytes = tile + method.tile_bytes
+        staged_at = work.SCRATCH + method.scratch_bytes
+        self.place_bytes = staged_at + (block_tokens * row_bytes if staged else 0)
         self.block_items = -(-planes.num_layers // item_layers)
         self.block_plane_bytes = planes.num_layers * layer_bytes
         # The table has their addresses.
@@ -152,7 +151,7 @@ class Plan:
             work.DECODING: int(decoding),
             work.BLOCK_TOKENS: block_tokens,
             work.ROW_TABLE: address_of(self._row_table),
-            work.TILE: tile,
+            work.STAGED: staged_at,
             **_form_words(form, planes.num_layers * (1 if by_row else heads)),
         }
         self.table = np.array([words.get(offset, 0) for offset in range(0, work.WORK_BYTES, 8)], np.int64)

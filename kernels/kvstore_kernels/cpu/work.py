@@ -50,15 +50,15 @@ TARGET_LAYER_STRIDE: Final = 136
 TARGET_TOKEN_STRIDE: Final = 144
 TARGET_HEAD_STRIDE: Final = 152
 
-BLOCK_TOKENS: Final = REGIONS + 6 * 16
+BLOCK_TOKENS: Final = 224
 """Tokens of a block: rows of its part of ``BLOCK_ROWS``."""
-ROW_TABLE: Final = BLOCK_TOKENS + 8
+ROW_TABLE: Final = 232
 """Address of int64 ``[rows, 3]`` for kernels that take all planes of a layer as one: of each row eight times its token,
 bytes from the first plane to its own, and its place in a section.
 """
-TILE: Final = ROW_TABLE + 8
-"""Bytes from a place to memory for a tile of a codec; a line of the cache begins there."""
-WORK_BYTES: Final = TILE + 8
+STAGED: Final = 240
+"""Bytes from a thread's place to its staged plane."""
+WORK_BYTES: Final = 256
 
 # Words of a thread's place.
 PLANE: Final = 0
@@ -81,8 +81,9 @@ _BEGUN: Final = 80
 PLACE_BYTES: Final = 128
 
 SCRATCH: Final = PLACE_BYTES
-"""Behind the place: 8 KiB for tables of a codec, then a staged plane."""
-STAGED: Final = SCRATCH + 8192
+"""Behind the place: memory for tables of a codec, then a staged plane."""
+SCRATCH_BYTES: Final = 8192
+"""Of a codec that does not ask for more."""
 
 
 @inlined
@@ -115,8 +116,8 @@ def next_plane(work: int, place: int) -> int:
     store(place + _ORIGIN, origin)
     store(place + ROWS, rows)
     if staged:
-        store(place + PLANE, place + STAGED)
-        store(place + FOLLOWING, place + STAGED)
+        store(place + PLANE, place + load(work + STAGED))
+        store(place + FOLLOWING, load(place + PLANE))
         if decoding == 0:
             _stage(work, place, 0)
         store(place + ROWS, load(work + STAGED_ROWS))
@@ -188,7 +189,7 @@ def _stage(work: int, place: int, back: int) -> None:
     """Copy a plane whose elements lie apart into contiguous memory, or back."""
     stride, size = load(work + ELEMENT_STRIDE), load(work + ELEMENT_BYTES)
     count, dim = load(work + ROW_COUNT), load(work + DIM)
-    origin, staged = load(place + _ORIGIN), place + STAGED
+    origin, staged = load(place + _ORIGIN), place + load(work + STAGED)
     rows = load(work + BLOCK_ROWS) + 8 * load(place + _BLOCK) * count
     # Sixteen channels of all tokens at a time: where tokens lie side by side, lines are used up while they are near.
     for channel in range(0, dim, 16):

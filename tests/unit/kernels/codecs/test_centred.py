@@ -8,15 +8,14 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from codec_blocks import CENTRED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvstore_kernels.codecs import CODECS
 from kvstore_kernels.codecs.base import Codec
 from kvstore_kernels.codecs.turbo import Turbo, sum_of_squares
 from kvstore_kernels.layout import KVLayout, MLALayout
 
-CENTRED = {name: codec for name, codec in CODECS.items() if name.startswith("centred")}
 every_codec = pytest.mark.parametrize("codec", CENTRED.values(), ids=lambda codec: codec.name)
 each_width = pytest.mark.parametrize("codec", [CENTRED[f"centred{bits}"] for bits in (4, 3, 2)], ids=lambda c: c.name)
 few_examples = settings(max_examples=25)

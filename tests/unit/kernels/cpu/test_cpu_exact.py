@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
-import torch
 from codec_blocks import any_bits, layout_id, normal_block, same_bits
 from cpu_blocks import decoded_by_cpu, encoded_by_cpu
 from golden_codecs import golden, golden_block, golden_names, sha256_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from unit.kernels.cpu.codec_checks import check_like_reference, extreme_block, few_void_bits, one_sign_block
 
 from kvstore_kernels.codecs import CODECS, get_codec
 from kvstore_kernels.layout import KVLayout, Layout, MLALayout
@@ -25,48 +23,7 @@ LAYOUTS: tuple[Layout, ...] = (
 )
 
 
-def extreme_block(layout: Layout, seed: int) -> torch.Tensor:
-    """Numbers of every size, ties of every quantiser, and what no codec can hold, side by side."""
-    generator = torch.Generator().manual_seed(seed)
-    dtype = getattr(torch, layout.dtype)
-    block = torch.randn(layout.shape, generator=generator)
-    for section in layout.split(block):
-        section *= 10.0 ** torch.randint(-12, 5, (*section.shape[:3], 1), generator=generator)
-        section[:, :, 0::9] = torch.randint(-8, 9, section[:, :, 0::9].shape, generator=generator) / 2
-        section[:, :, 1::9, ::16] += 300
-        section[:, :, 5:6] = torch.finfo(dtype).tiny / 3
-    flat = block.view(-1)
-    for value in (math.inf, -math.inf, math.nan, -math.nan, 61440.0, -61440.0, 61696.0, 0.0, -0.0):
-        flat[torch.randint(0, flat.numel(), (3,), generator=generator)] = value
-    return block.to(dtype)
-
-
-def one_sign_block(layout: Layout, seed: int) -> torch.Tensor:
-    """Planes of positive numbers beside planes of negative ones: the extremes of a group are at its own end of zero."""
-    block = normal_block(layout, seed=seed).abs()
-    for section in layout.split(block):
-        section[:, ::2] *= -1
-    return block
-
-
-def few_void_bits(layout: Layout, seed: int) -> torch.Tensor:
-    """Random bits of numbers that groups can hold, denormals among them."""
-    return any_bits(layout, seed).nan_to_num(0.0, 0.0, 0.0).clamp(-61440, 61440)
-
-
-def check_like_reference(codec_name: str, block: torch.Tensor, layout: Layout) -> None:
-    codec = get_codec(codec_name)
-    reference = codec.encode(block, layout)
-    encoded = encoded_by_cpu(codec, block, layout)
-    if codec.section_bytes(layout) is not None:
-        assert encoded.sections == reference.sections
-    assert encoded.void_groups == reference.void_groups
-    expected = codec.decode(reference.sections, layout)
-    assert same_bits(codec.decode(encoded.sections, layout), expected)
-    assert same_bits(decoded_by_cpu(codec, reference.sections, layout), expected)
-
-
-@pytest.mark.parametrize("codec", [name for name in CODECS if "-" not in name or name == "lossless-zstd"])
+@pytest.mark.parametrize("codec", [name for name in CODECS if name not in ("turbo4-3", "turbo3-2")])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=layout_id)
 def test_any_numbers_give_the_bytes_and_values_of_the_reference(codec: str, layout: Layout) -> None:
     for block in (
@@ -76,7 +33,7 @@ def test_any_numbers_give_the_bytes_and_values_of_the_reference(codec: str, layo
         any_bits(layout, seed=4),
         one_sign_block(layout, seed=5),
     ):
-        check_like_reference(codec, block, layout)
+        check_like_reference(get_codec(codec), block, layout)
 
 
 @pytest.mark.parametrize(("block", "codec"), golden_names())
@@ -130,4 +87,4 @@ def test_any_shape_gives_the_bytes_of_the_reference(data: st.DataObject) -> None
             continue
         fitting.append(codec.name)
     codec, seed = data.draw(st.sampled_from(fitting)), data.draw(st.integers(0, 99))
-    check_like_reference(codec, extreme_block(layout, seed), layout)
+    check_like_reference(get_codec(codec), extreme_block(layout, seed), layout)
