@@ -155,7 +155,7 @@ def test_planes_one_after_another_leave_nothing_behind() -> None:
 
 
 _SCRIPT = """
-from codec_blocks import normal_block, same_bits
+from codec_blocks import CENTRED, normal_block, same_bits
 from cpu_blocks import decoded_by_cpu, encoded_by_cpu
 from kvstore_kernels.layout import MLALayout
 
