@@ -179,18 +179,27 @@ def work_together(work: Callable[[], None], threads: int) -> None:
         work()
     finally:
         # Whoever has begun reads and writes memory that the caller owns.
-        while others:
-            try:
-                if others[-1].belongs_to(_CALLER):
-                    others.pop()
-                else:
-                    # A ``with``: an interrupt between two calls would leave the lock taken, and it is asked for again.
-                    with others[-1].done:
-                        others.pop()
-            except KeyboardInterrupt as error:
-                call.errors.append(error)
+        try:
+            _wait_for(others, call.errors)
+        except KeyboardInterrupt as error:  # It struck between two steps of the waiting.
+            call.errors.append(error)
+            _wait_for(others, call.errors)
     if call.errors:
         raise call.errors[0]
+
+
+def _wait_for(others: list[_Share], errors: list[BaseException]) -> None:
+    """Wait until everybody who has begun is done; nobody begins any more."""
+    while others:
+        try:
+            if others[-1].belongs_to(_CALLER):
+                others.pop()
+            else:
+                # A ``with``: an interrupt between two calls would leave the lock taken, and it is asked for again.
+                with others[-1].done:
+                    others.pop()
+        except KeyboardInterrupt as error:
+            errors.append(error)
 
 
 def _worker() -> _Worker:
