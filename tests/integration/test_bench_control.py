@@ -96,5 +96,5 @@ def test_bench_control_command_prints_one_json_object() -> None:
 
 def test_bench_control_command_prints_a_table() -> None:
     shown = kvstore("bench", "control", "--rounds", "1")
-    for words in ("operation", "p99", "ratio", "aim", "baseline", "machine"):
+    for words in ("request", "p99", "ratio", "aim", "baseline", "machine"):
         assert words in shown

@@ -234,5 +234,5 @@ def test_bench_local_command_prints_one_json_object() -> None:
 
 def test_bench_local_command_prints_a_table() -> None:
     shown = kvstore(*TINY)
-    for words in ("operation", "p99", "GB/s", "ratio", "aim", "rotating", "baseline", "machine", "put_sustained"):
+    for words in ("operation", "beside", "GB/s", "ratio", "aim", "rotating", "baseline", "machine", "put_sustained"):
         assert words in shown

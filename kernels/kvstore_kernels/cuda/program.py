@@ -13,6 +13,7 @@ from importlib import resources
 from typing import Final
 
 from kvstore_kernels.codecs import EXACT, Codec
+from kvstore_kernels.codecs.centred import group_tokens
 from kvstore_kernels.cuda.tables import turbo_tables
 from kvstore_kernels.layout import Layout, Planes
 from kvstore_kernels.paged import PagedKV, PagedPlanes
@@ -26,6 +27,8 @@ _SEGMENT: Final = 64
 """Channels of a segment, what a warp takes 32 of."""
 _USUAL_THREADS: Final = 128
 _MAX_THREADS: Final = 1024
+_MOST_CENTRED_THREADS: Final = 256
+"""Of a block that encodes centred keys: two of 128 registers are on a multiprocessor."""
 _MAX_SHARED_BYTES: Final = 96 << 10
 """Of a block of threads; every device from compute capability 8.0 on has this much."""
 _MAX_STRIDE: Final = (1 << 31) - 1
@@ -56,7 +59,11 @@ _METHODS: Final = {
     "turbo4": _Method("Turbo<{element}, {shape}, 4>", ("turbo.cuh",), 128),
     "turbo3": _Method("Turbo<{element}, {shape}, 3>", ("turbo.cuh",), 128),
     "turbo2": _Method("Turbo<{element}, {shape}, 2>", ("turbo.cuh",), 128),
+    "centred4k": _Method("CentredKeys<{element}, {shape}, 4>", ("turbo.cuh", "columns.cuh", "centred.cuh"), 128),
+    "centred3k": _Method("CentredKeys<{element}, {shape}, 3>", ("turbo.cuh", "columns.cuh", "centred.cuh"), 128),
+    "centred2k": _Method("CentredKeys<{element}, {shape}, 2>", ("turbo.cuh", "columns.cuh", "centred.cuh"), 128),
 }
+_CENTRED: Final = ("centred4k", "centred3k", "centred2k")
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +235,7 @@ def _program(
         if method == EXACT:
             tiles.append(-(-tokens * (row_bytes // unit) // (threads * _COPIED_UNITS)))
             continue
-        tiles.append(-(-tokens * dim // (threads * _SEGMENT)))
+        tiles.append(tokens // group_tokens(tokens) if method in _CENTRED else -(-tokens * dim // (threads * _SEGMENT)))
         encode, decode = _shared_bytes(method, dim, tokens, threads, element_bytes)
         encode_shared, decode_shared = max(encode_shared, encode), max(decode_shared, decode)
     registers = max(_METHODS[method].registers for method, *_ in sections)
@@ -248,6 +255,12 @@ def _program(
 def _threads(method: str, dim: int, tokens: int) -> int | None:
     """Threads of a block that the method needs, 64 elements each; None where any number of warps serves."""
     segments = -(-tokens * dim // _SEGMENT)
+    if method in _CENTRED:
+        # A group, or as much of it as there are registers for, in whole tokens.
+        threads = group_tokens(tokens) * dim // _SEGMENT
+        while threads > _MOST_CENTRED_THREADS and threads // 2 % math.lcm(32, dim // _SEGMENT) == 0:
+            threads //= 2
+        return threads
     if method in ("kivi4k", "kivi2k"):
         return dim if tokens % 64 == 0 else dim // 2
     if method == "fp8":
@@ -265,6 +278,9 @@ def _shared_bytes(method: str, dim: int, tokens: int, threads: int, element_byte
     if method in ("kivi4k", "kivi2k"):
         groups = threads * _SEGMENT // dim // (64 if method == "kivi4k" else 32)
         return threads * _SEGMENT // 8 * 2 * element_bytes + groups * 16 * (dim // 2 + 16), 0
+    if method in _CENTRED:
+        parameters = 2 * 288 * (dim // _SEGMENT)
+        return threads * _SEGMENT * 4 + parameters + 4 * (dim // _SEGMENT), exchange + parameters
     if method == "fp8":
         return threads // 32 * 4, 0
     if method == "int8":

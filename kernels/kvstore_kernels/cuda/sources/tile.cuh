@@ -152,6 +152,16 @@ template <class Element, class S> struct Segments {
         const u32 place = own<PAIRED>(0) * PITCH + (vector ^ lane / 2 % 4 * Element::BYTES) * 16;
         return (place ^ i % 4 * Element::BYTES * 16) + i / 4 * (PAIRED ? PITCH : 16 * PITCH);
     }
+    // This thread's chunk i in halves, straight from memory; for few threads.
+    template <bool PAIRED> static KV_INLINE Chunk<Element> load_of_halves(const Section& s, const Tile& tile, int i) {
+        const u32 segment = first(tile) + own<PAIRED>(i / 4), chunk = i % 4 * 2 + (thread_index() & 1u);
+        return load_chunk<Element>(token_address<S::PAGE>(s, tile, segment / A_TOKEN) + segment % A_TOKEN * PITCH +
+                                   chunk * 8 * Element::BYTES);
+    }
+    // Of a byte of a segment, where in the segment it lies then; the same for all segments that are 8 apart.
+    template <bool PAIRED> static KV_INLINE u32 turned(u32 segment, u32 byte) {
+        return byte ^ (PAIRED ? segment / 2 : segment) % 4 * Element::BYTES * 16;
+    }
     static KV_INLINE void put(u8* shared, const Chunk<Element>& c) {
 #pragma unroll
         for (int v = 0; v < Element::BYTES / 2; v++) to_shared<vec16>(shared + 16 * v, c.get_vector(v));

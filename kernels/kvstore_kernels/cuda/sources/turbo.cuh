@@ -25,7 +25,11 @@ template <class Element, class S, int BITS> struct Turbo {
     static constexpr u32 CODES = ROWS * (BITS == 4 ? 64 : 32), SIGNS = BITS == 3 ? ROWS * 16 : 0, SCALES = ROWS * VECTORS * 2;
     static constexpr float DECODED = B == 128 ? 0x1.6a09e6p-4f : 0.125f;  // fl(1 / sqrt(B))
     static constexpr float ENCODED = B == 128 ? 0x1.6a09e6p+25f : 0x1p+25f;  // fl(sqrt(B) * 2^22)
+    static constexpr u32 SECTION = CODES + SIGNS + SCALES;  // bytes a plane
     static_assert(S::SEGMENTS % 2 == 0, "a plane has whole rows");
+
+    // This thread's row in the plane.
+    static KV_INLINE u32 own_row(const Tile& tile) { return (Data::first(tile) + Data::template own<true>(0)) / 2; }
 
     // The butterfly over x[4 * which + k][e]: element 64 * which + 16k + 8 * half + e of the row.
     static KV_INLINE void butterfly(float (&x)[8][8]) {
@@ -65,38 +69,57 @@ template <class Element, class S, int BITS> struct Turbo {
         }
     }
 
-    // Sums of squares of the row's vectors, in both lanes. Squares of two-byte elements are exact.
-    static KV_INLINE void sum_squares(const float (&x)[8][8], float (&sums)[VECTORS]) {
+    // Sums of squares of the row's vectors, in both lanes. Squares of two-byte elements are EXACT.
+    template <bool EXACT> static KV_INLINE void sum_squares(const float (&x)[8][8], float (&sums)[VECTORS]) {
+        SquareSums r;
 #pragma unroll
-        for (int v = 0; v < VECTORS; v++) {
-            constexpr int STEPS = B / 16;
-            float rows[STEPS][4];
+        for (int n = 0; n < 8; n++) {
+            const int j = SquareSums::order(n);
+            float pairs[4];
 #pragma unroll
-            for (int j = 0; j < STEPS; j++)
-#pragma unroll
-                for (int l = 0; l < 4; l++) {
-                    const float first = x[STEPS * v + j][2 * l], second = x[STEPS * v + j][2 * l + 1];
-                    if constexpr (Element::BYTES == 4)
-                        rows[j][l] = add(multiply(first, first), multiply(second, second));
-                    else
-                        rows[j][l] = fused(second, second, multiply(first, first));
-                }
-#pragma unroll
-            for (int step = STEPS / 2; step; step /= 2)
-#pragma unroll
-                for (int j = 0; j < step; j++)
-#pragma unroll
-                    for (int l = 0; l < 4; l++) rows[j][l] = add(rows[j][l], rows[j + step][l]);
-#pragma unroll
-            for (int l = 0; l < 4; l++) rows[0][l] = add(rows[0][l], float_of(from_lane_across(bits_of(rows[0][l]), 1)));
-            sums[v] = add(add(rows[0][0], rows[0][2]), add(rows[0][1], rows[0][3]));
+            for (int l = 0; l < 4; l++) {
+                const float first = x[j][2 * l], second = x[j][2 * l + 1];
+                if constexpr (EXACT)
+                    pairs[l] = fused(second, second, multiply(first, first));
+                else
+                    pairs[l] = add(multiply(first, first), multiply(second, second));
+            }
+            r.take(n, pairs);
         }
+        r.finish(sums);
     }
+    // The same from sums of two squares, those of x[j] for j in this order: then few of them wait for others.
+    struct SquareSums {
+        static constexpr int STEPS = B / 16;
+        float waiting[VECTORS][4][4];  // of 1, 2, 4, 8 of a vector's j
+
+        static KV_INLINE constexpr int order(int n) {
+            const int at = n % STEPS, reversed = STEPS == 8 ? at % 2 * 4 + at / 2 % 2 * 2 + at / 4 : at % 2 * 2 + at / 2;
+            return n - at + reversed;
+        }
+        KV_INLINE void take(int n, float (&pairs)[4]) {
+            float(&w)[4][4] = waiting[n / STEPS];
+            int level = 0;
+#pragma unroll
+            for (; n % STEPS >> level & 1; level++)
+#pragma unroll
+                for (int l = 0; l < 4; l++) pairs[l] = add(w[level][l], pairs[l]);
+#pragma unroll
+            for (int l = 0; l < 4; l++) w[level][l] = pairs[l];
+        }
+        KV_INLINE void finish(float (&sums)[VECTORS]) {
+#pragma unroll
+            for (int v = 0; v < VECTORS; v++) {
+                float(&w)[4] = waiting[v][STEPS == 8 ? 3 : 2];
+#pragma unroll
+                for (int l = 0; l < 4; l++) w[l] = add(w[l], float_of(from_lane_across(bits_of(w[l]), 1)));
+                sums[v] = add(add(w[0], w[2]), add(w[1], w[3]));
+            }
+        }
+    };
 
     static KV_INLINE void encode(const Section& s, const Tile& tile, u8* shared) {
-        const u32 lane = thread_index() & 31u, half = lane & 1u;
-        const u32 row = (Data::first(tile) + Data::template own<true>(0)) / 2;
-        const u32 cells = word_of_table(CELLS[4 - BITS], lane), levels = word_of_table(LEVELS[4 - BITS], lane);
+        const Tables tables = tables_of_lane();
         Chunk<Element> c[CHUNKS];
         Data::load(s, tile, c);
         Data::template to_halves<true>(shared, c);
@@ -106,10 +129,27 @@ template <class Element, class S, int BITS> struct Turbo {
             flip(c[j], j);
             for (int e = 0; e < 8; e++) x[j][e] = c[j].get(e);
         }
-        float sums[VECTORS], roots[VECTORS];
-        sum_squares(x, sums);
-        butterfly(x);
+        float sums[VECTORS];
+        sum_squares<Element::BYTES == 2>(x, sums);
+        const u32 flags[VECTORS] = {};
+        encode_row<true>(tile, tables, x, sums, flags);
+    }
 
+    // CELLS and LEVELS of this lane, loaded before they are needed.
+    struct Tables { u32 cells, levels; };
+    static KV_INLINE Tables tables_of_lane() {
+        const u32 lane = thread_index() & 31u;
+        return {word_of_table(CELLS[4 - BITS], lane), word_of_table(LEVELS[4 - BITS], lane)};
+    }
+
+    // Codes and scales of a row whose signs are flipped, from it and the sums of its squares. Flags are bits to be set in
+    // the scales; void vectors are counted if COUNTED.
+    template <bool COUNTED>
+    static KV_INLINE void encode_row(const Tile& tile, const Tables& tables, float (&x)[8][8], const float (&sums)[VECTORS],
+                                     const u32 (&flags)[VECTORS]) {
+        const u32 half = thread_index() & 1u, row = own_row(tile), cells = tables.cells, levels = tables.levels;
+        float roots[VECTORS];
+        butterfly(x);
         u32 codes[4][8], masks[VECTORS];  // codes[i][j]: codes 2i and 2i + 1 of x[j], in the two halves of a word
 #pragma unroll
         for (int v = 0; v < VECTORS; v++) {
@@ -132,8 +172,8 @@ template <class Element, class S, int BITS> struct Turbo {
             dot += from_lane_across(dot, 1);
             const u32 scale = float_to_half(divide(multiply(roots[v], ENCODED), int_to_float((i32)dot)));
             if (half == 0 && row < ROWS) {
-                store2(tile.region(CODES + SIGNS, SCALES) + 2 * (row * VECTORS + v), scale & masks[v]);
-                if (is_void) count(tile.void_groups, 1);
+                store2(tile.region(CODES + SIGNS, SCALES) + 2 * (row * VECTORS + v), (scale & masks[v]) | flags[v]);
+                if (COUNTED && is_void) count(tile.void_groups, 1);
             }
         }
         if (row < ROWS) store_codes(tile, row, codes, masks);
@@ -209,23 +249,9 @@ template <class Element, class S, int BITS> struct Turbo {
     }
 
     static KV_INLINE void decode(const Section& s, const Tile& tile, u8* shared) {
-        const u32 lane = thread_index() & 31u, half = lane & 1u;
-        const u32 row = (Data::first(tile) + Data::template own<true>(0)) / 2;
-        const u32 values = word_of_table(VALUES[4 - BITS], lane);
-        u32 words[2][4] = {}, signs[2] = {}, scales[VECTORS] = {};
-        if (row < ROWS) {
-            const u8* const at = tile.region(0, CODES) + row * (CODES / ROWS) + half * 16;
-            load_words<S::ALIGN>(at, words[0]);
-            if constexpr (BITS == 4) load_words<S::ALIGN>(at + 32, words[1]);
-            if constexpr (BITS == 3) load_words<S::ALIGN>(tile.region(CODES, SIGNS) + row * 16 + half * 8, signs);
-            for (int v = 0; v < VECTORS; v++) scales[v] = load2(tile.region(CODES + SIGNS, SCALES) + 2 * (row * VECTORS + v));
-        }
+        u32 scales[VECTORS] = {};
         float x[8][8];
-#pragma unroll
-        for (int j = 0; j < 8; j++)
-#pragma unroll
-            for (int e = 0; e < 8; e++) x[j][e] = float_of(stored_value(values, words, signs, j, e));
-        butterfly(x);
+        decode_row(tile, x, scales);
         Chunk<Element> c[CHUNKS];
 #pragma unroll
         for (int j = 0; j < 8; j++) {
@@ -236,6 +262,25 @@ template <class Element, class S, int BITS> struct Turbo {
         }
         Data::template from_halves<true>(shared, c);
         Data::store(s, tile, c);
+    }
+
+    // A row's levels, turned back, whose signs are flipped still; and the scales of its vectors, if it exists.
+    static KV_INLINE void decode_row(const Tile& tile, float (&x)[8][8], u32 (&scales)[VECTORS]) {
+        const u32 lane = thread_index() & 31u, half = lane & 1u, row = own_row(tile);
+        const u32 values = word_of_table(VALUES[4 - BITS], lane);
+        u32 words[2][4] = {}, signs[2] = {};
+        if (row < ROWS) {
+            const u8* const at = tile.region(0, CODES) + row * (CODES / ROWS) + half * 16;
+            load_words<S::ALIGN>(at, words[0]);
+            if constexpr (BITS == 4) load_words<S::ALIGN>(at + 32, words[1]);
+            if constexpr (BITS == 3) load_words<S::ALIGN>(tile.region(CODES, SIGNS) + row * 16 + half * 8, signs);
+            for (int v = 0; v < VECTORS; v++) scales[v] = load2(tile.region(CODES + SIGNS, SCALES) + 2 * (row * VECTORS + v));
+        }
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+#pragma unroll
+            for (int e = 0; e < 8; e++) x[j][e] = float_of(stored_value(values, words, signs, j, e));
+        butterfly(x);
     }
 
     // Lanes hold the values of the codes; what a word has above a code's bits selects among equal ones.

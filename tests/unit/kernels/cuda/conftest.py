@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cuda_centred import known
 from emulator.emulated import EmulatedRunner, compiler
 
 
@@ -22,7 +23,7 @@ def libraries(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     users = [item for item in request.session.items if "libraries" in getattr(item, "fixturenames", ())]
     parameters = [item.callspec.params for item in users if hasattr(item, "callspec")]
     cases = {each["case"] for each in parameters if "case" in each}
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as executor:
+    with known(), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as executor:
         list(executor.map(runner.prepare, cases))
     return folder
 

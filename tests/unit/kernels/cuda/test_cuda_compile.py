@@ -5,8 +5,8 @@ from __future__ import annotations
 import cuda_budgets
 import nvrtc
 import pytest
-from cuda_budgets import ARCHITECTURES, SLACK, fast_kv, fast_program, options
-from emulator.cases import CASES, FAST, Case, paged
+from cuda_budgets import ARCHITECTURES, NAMES, SLACK, fast_kv, fast_program, options
+from emulator.cases import CASES, Case, paged
 from gpu_cases import probe_source
 
 from kvstore_kernels.codecs import get_codec
@@ -20,7 +20,7 @@ RECORDED_WITH, BUDGETS = cuda_budgets.recorded()
 
 
 @pytest.mark.parametrize("sm", ARCHITECTURES)
-@pytest.mark.parametrize("codec", FAST)
+@pytest.mark.parametrize("codec", NAMES)
 def test_kernels_compile_without_spills_within_their_budget(codec: str, sm: int) -> None:
     facts, warnings = nvrtc.compile_kernels(fast_program(codec).source, options(sm))
     assert warnings == ""
@@ -34,7 +34,7 @@ def test_kernels_compile_without_spills_within_their_budget(codec: str, sm: int)
         assert fact.registers <= budget.registers + 8, kernel
 
 
-@pytest.mark.parametrize("codec", FAST)
+@pytest.mark.parametrize("codec", NAMES)
 def test_a_threads_way_stays_within_its_budget(codec: str) -> None:
     if nvrtc.compiler_version() != RECORDED_WITH:
         pytest.skip(f"budgets are of NVRTC {RECORDED_WITH}, this is {nvrtc.compiler_version()}")
@@ -44,7 +44,7 @@ def test_a_threads_way_stays_within_its_budget(codec: str) -> None:
         assert budget.second_path <= limit.second_path * SLACK, budget.kernel
 
 
-@pytest.mark.parametrize("codec", ["fp8", "kivi4", "kivi2", "turbo4-3"])
+@pytest.mark.parametrize("codec", ["fp8", "kivi4", "kivi2", "turbo4-3", "centred3"])
 def test_kernels_compile_with_flushed_denormals_as_cupy_forces_them(codec: str) -> None:
     facts, warnings = nvrtc.compile_kernels(fast_program(codec).source, options(90, "-ftz=true"))
     assert warnings == ""

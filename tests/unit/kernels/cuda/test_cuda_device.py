@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cuda_centred import known
 from emulator.cases import BLOCKS, CASES, Case, Paged, check_case, paged
 from fakes.fake_cupy import FakeCupy, FakeStream
 
@@ -89,9 +90,17 @@ def test_more_blocks_than_a_grid_has_room_for_take_several_launches(
     assert sum(line.startswith("kv_encode") for line in cupy.log) == BLOCKS
 
 
-def test_kernels_that_need_much_shared_memory_ask_for_it(cupy: FakeCupy) -> None:
-    case = Case("kivi4", KVLayout(1, 1, 256, "float32", 64), 16)
-    check_case(FaceRunner(), case, "normal")
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("kivi4", KVLayout(1, 1, 256, "float32", 64), 16),
+        Case("centred4", KVLayout(1, 2, 128, "bfloat16", 128), 16),
+    ],
+    ids=str,
+)
+def test_kernels_that_need_much_shared_memory_ask_for_it(cupy: FakeCupy, case: Case) -> None:
+    with known():
+        check_case(FaceRunner(), case, "normal")
 
 
 def test_payloads_that_a_device_cannot_use_are_refused(cupy: FakeCupy) -> None:

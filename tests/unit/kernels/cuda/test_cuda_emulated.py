@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cuda_budgets import fast_kv
+from cuda_centred import CENTRED_CASES, NAMES
 from emulator.cases import BLOCKS, CASES, FAST, KINDS, Case, check_case, compare_sections, paged
 from emulator.emulated import SANITIZE, Bytes, EmulatedRunner, KernelFault, Memory
 from golden_codecs import BLOCKS as BLOCKS_OF
@@ -26,7 +27,8 @@ SOME_KINDS = ("normal", "finite_bits", "offset", "holes", "wide")
 GOLDEN = [
     (block, codec)
     for block, codec in golden_names()
-    if codec in FAST and all(planes.dim % 64 == 0 or planes.rule is Rule.EXACT for planes in BLOCKS_OF[block].planes)
+    if codec in (*FAST, *NAMES)
+    and all(planes.dim % 64 == 0 or planes.rule is Rule.EXACT for planes in BLOCKS_OF[block].planes)
 ]
 """Golden blocks whose dimensions the kernels take."""
 ROOT = Path(__file__).parents[4]
@@ -38,7 +40,8 @@ def test_every_codec_that_has_kernels_has_a_case() -> None:
         with contextlib.suppress(ValueError):
             check(codec, fast_kv())
             taken.add(name)
-    assert taken == {case.codec for case in CASES} == set(FAST)
+    assert {case.codec for case in CASES} == set(FAST)
+    assert taken == {case.codec for case in (*CASES, *CENTRED_CASES)} & set(CODECS)
 
 
 @pytest.mark.parametrize(

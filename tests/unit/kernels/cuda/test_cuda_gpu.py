@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import cuda_budgets
 import numpy as np
 import pytest
 import torch
 from cuda_budgets import fast_program
+from cuda_centred import CENTRED_CASES, CENTRED_KINDS, MAIN, NAMES, known
 from emulator.cases import CASES, FAST, KINDS, Case, check_case, fill
 from emulator.probes import HostProbes
 from gpu_cases import GpuProbes, GpuRunner
 
 from kvstore_kernels import cpu, cuda
-from kvstore_kernels.codecs import get_codec
+from kvstore_kernels.codecs import CODECS, get_codec
 from kvstore_kernels.cuda.device import CudaUnavailable, _compiled, cupy_module
 from kvstore_kernels.layout import KVLayout
 from kvstore_kernels.paged import PagedKV
@@ -26,12 +29,19 @@ PAIRS = ("least_bfloats", "greatest_bfloats", "least_halves", "greatest_halves",
 OPERATIONS = ("reciprocal", "square_root", "divide", "add", "multiply", "int_to_float", "minimum", "maximum")
 
 
+RUNS = [(case, kind) for case in CASES for kind in KINDS]
+RUNS += [(case, kind) for case in CENTRED_CASES for kind in (*KINDS, *CENTRED_KINDS[:-2])]
+RUNS += [(case, kind) for case in CENTRED_CASES[5:10:4] for kind in CENTRED_KINDS[-2:]]
+
+
 @pytest.fixture(scope="module", autouse=True)
-def _gpu() -> None:
+def _gpu() -> Iterator[None]:
     try:
         cupy_module()
     except CudaUnavailable as error:
         pytest.skip(str(error))
+    with known():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -96,13 +106,12 @@ def test_turbo_cells_are_those_of_the_host(host: HostProbes, device: GpuProbes) 
     assert (host("fused_down", place) == device("fused_down", place)).all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "kind"), RUNS, ids=str)
 def test_kernels_on_a_gpu_give_the_reference_bytes_and_values(case: Case, kind: str) -> None:
     check_case(GpuRunner(), case, kind)
 
 
-@pytest.mark.parametrize("case", CASES[: len(FAST)], ids=str)
+@pytest.mark.parametrize("case", [*CASES[: len(FAST)], *MAIN], ids=str)
 def test_kernels_on_a_gpu_reach_pinned_memory(case: Case) -> None:
     check_case(GpuRunner(pinned=True), case, "wide")
 
@@ -124,7 +133,7 @@ def test_unpinned_memory_is_refused_before_it_is_touched() -> None:
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 3, 7, 64, 257])
-@pytest.mark.parametrize("codec", FAST)
+@pytest.mark.parametrize("codec", [name for name in (*FAST, *NAMES) if name in CODECS])
 def test_launches_of_many_blocks_give_the_bytes_of_the_cpu(codec: str, blocks: int) -> None:
     cupy = cupy_module()
     layout, method = KVLayout(2, 2, 128, "bfloat16", 64), get_codec(codec)
@@ -142,7 +151,7 @@ def test_launches_of_many_blocks_give_the_bytes_of_the_cpu(codec: str, blocks: i
     assert encoded.void_groups.tolist() == expected.void_groups.tolist()
 
 
-@pytest.mark.parametrize("codec", FAST)
+@pytest.mark.parametrize("codec", cuda_budgets.NAMES)
 def test_kernels_spill_nothing_on_this_device(codec: str) -> None:
     module = _compiled(fast_program(codec), 0)
     for kernel in ("kv_encode", "kv_decode"):

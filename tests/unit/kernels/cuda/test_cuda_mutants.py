@@ -5,41 +5,12 @@ They show that the tests of the kernels can fail: for barriers, exchanges betwee
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from emulator.cases import CASES, Case, check_case
-from emulator.emulated import EmulatedRunner, KernelFault
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """A change of the source, and what it must lead to.
-
-    Attributes:
-        name: what is wrong.
-        case: number of the case that finds it.
-        old, new: text of the source; every occurrence is changed.
-        finds: pattern of the report, of a fault or of a wrong byte.
-        kinds: numbers that find it.
-    """
-
-    name: str
-    case: int
-    old: str
-    new: str
-    finds: str
-    kinds: tuple[str, ...] = ("normal",)
-
-
-RACE = "no barrier after the write|without a barrier after the read"
-UNWRITTEN = "is read and was not written"
-WRONG = "wrong bytes"
-MEMORY = "outside of all memory|past the end"
+from cuda_mutants import MEMORY, RACE, UNWRITTEN, WRONG, Mutant, build_twins, check_mutant
+from emulator.cases import CASES
+from emulator.emulated import EmulatedRunner
 
 MUTANTS = (
     # Barriers.
@@ -234,14 +205,6 @@ MUTANTS = (
         ("ties", "wide", "finite_bits"),
     ),
     Mutant(
-        "turbo: squares in the order of elements",
-        27,
-        "step = STEPS / 2; step; step /= 2",
-        "step = 1; step < STEPS; step *= 2",
-        f"{WRONG}",
-        ("wide", "finite_bits", "normal"),
-    ),
-    Mutant(
         "turbo: coordinates are not rounded",
         6,
         "bits_of(add(multiply(x, factor), MAGIC))",
@@ -306,27 +269,9 @@ MUTANTS = (
 
 @pytest.fixture(scope="module")
 def twins(libraries: Path) -> dict[str, EmulatedRunner]:
-    """Runners of all mutants by name, built several at a time."""
-    runners = {mutant.name: EmulatedRunner(libraries, change=(mutant.old, mutant.new)) for mutant in MUTANTS}
-    with ThreadPoolExecutor(2) as executor:
-        list(executor.map(lambda mutant: runners[mutant.name].prepare(CASES[mutant.case]), MUTANTS))
-    return runners
+    return build_twins(libraries, MUTANTS, CASES)
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_faulty_twin_is_caught(twins: dict[str, EmulatedRunner], mutant: Mutant) -> None:
-    found = _findings(twins[mutant.name], CASES[mutant.case], mutant.kinds)
-    assert found, f"nothing was found with {', '.join(mutant.kinds)}"
-    assert any(re.search(mutant.finds, each) for each in found), found
-
-
-def _findings(runner: EmulatedRunner, case: Case, kinds: Sequence[str]) -> list[str]:
-    found = []
-    for kind in kinds:
-        try:
-            check_case(runner, case, kind)
-        except KernelFault as fault:
-            found.append(str(fault))
-        except AssertionError as wrong:
-            found.append(str(wrong))
-    return found
+    check_mutant(mutant, twins[mutant.name], CASES)
