@@ -16,6 +16,7 @@ LAYOUTS: Final[tuple[Layout, ...]] = (
     KVLayout(2, 3, 64, "bfloat16", 128),
     *(MLALayout(2, latent, 64, dtype, 64) for latent in (512, 192) for dtype in DTYPES),
 )
+CENTRED: Final = {name: codec for name, codec in CODECS.items() if name.startswith("centred")}
 LOSSY: Final = tuple(codec for codec in CODECS.values() if not codec.exact)
 STEP_SLACK: Final = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-23}
 """Relative error of rounding a value to a dtype, doubled."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -24,7 +25,8 @@ LEVELS: Final = {
     2: [927, 3093],
 }
 THRESHOLDS: Final = {4: [529, 1070, 1637, 2251, 2943, 3776, 4917], 3: [1025, 2150, 3580], 2: [2010]}
-WIDTHS: Final = {"turbo4": (4, 4), "turbo3": (3, 3), "turbo2": (2, 2), "turbo4-3": (4, 3), "turbo3-2": (3, 2)}
+WIDTHS: Final = {"4": (4, 4), "3": (3, 3), "2": (2, 2), "4-3": (4, 3), "4-2": (4, 2), "3-2": (3, 2)}
+"""Bits a key and a value of turbo and centred codecs, by what follows their names."""
 
 Array = NDArray[Any]
 
@@ -52,8 +54,9 @@ def encode(codec: str, layout: Layout, block: Array) -> tuple[list[bytes], int]:
 def encode_plane(codec: str, rule: Rule, x: Array) -> tuple[list[bytes], int]:
     """The regions of one plane ``[T, D]``, and its void groups."""
     with np.errstate(all="ignore"):
-        if codec in WIDTHS:
-            return _turbo(x, WIDTHS[codec][rule is Rule.TOKEN])
+        bits = rotated_bits(codec, rule)
+        if bits:
+            return _centred(x, bits) if is_centred(codec, rule) else _turbo(x, bits)
         if codec == "fp8":
             return _fp8(x)
         if codec == "int8":
@@ -61,6 +64,16 @@ def encode_plane(codec: str, rule: Rule, x: Array) -> tuple[list[bytes], int]:
         if codec in ("kivi4", "kivi2") and rule is Rule.CHANNEL:
             return _kivi_key(x, 4 if codec == "kivi4" else 2)
         return _kivi2_value(x) if codec == "kivi2" else _int4(x)
+
+
+def rotated_bits(codec: str, rule: Rule) -> int:
+    """Bits of a rotated code, 0 where codes are not rotated."""
+    match = re.fullmatch("(?:turbo|centred)(.*)", codec)
+    return WIDTHS[match[1]][rule is Rule.TOKEN] if match else 0
+
+
+def is_centred(codec: str, rule: Rule) -> bool:
+    return codec.startswith("centred") and rule is Rule.CHANNEL
 
 
 def f16(x: Any) -> Any:
@@ -209,7 +222,7 @@ def sum_of_squares(x: Array) -> Any:
 
 
 def _turbo(x: Array, bits: int) -> tuple[list[bytes], int]:
-    size = next(size for size in (128, 64, 32, 16) if x.shape[1] % size == 0)
+    size = _vector_size(x.shape[1])
     magnitudes: list[int] = []
     signs: list[int] = []
     scales, voids = b"", 0
@@ -237,6 +250,66 @@ def _turbo(x: Array, bits: int) -> tuple[list[bytes], int]:
             flags += bytes(sum(signs[row + 16 * j + i] << j for j in range(8)) for i in range(16))
         packed.append(bytes(flags))
     return [*packed, scales], voids
+
+
+def _vector_size(dim: int) -> int:
+    return next(size for size in (128, 64, 32, 16) if dim % size == 0)
+
+
+def _group_size(tokens: int) -> int:
+    return 64 if tokens % 128 else 128
+
+
+def power(k: int, *, down: bool) -> Any:
+    """2^(k/2), or its inverse, of k brought into its bounds."""
+    k = min(max(k, -20), 20)
+    return F32(2.0 ** (-k / 2 if down else k / 2))
+
+
+def _centred(x: Array, bits: int) -> tuple[list[bytes], int]:
+    size, voids = _vector_size(x.shape[1]), 0
+    x, w = x.copy(), np.zeros_like(x)
+    vectors = [slice(at, at + size) for at in range(0, x.shape[1], size)]
+    far: list[bool] = []
+    scales, codes, exponents = b"", b"", b""
+    for token in x:
+        for vector in vectors:
+            if not sum_of_squares(token[vector]) <= F32(2.0**26):
+                token[vector], voids = 0, voids + 1
+                token[vector.start] = np.nan  # Marks it until its group is centred.
+    for first in range(0, len(x), _group_size(len(x))):
+        group = x[first : first + _group_size(len(x))]
+        marked = np.isnan(group)
+        group[marked] = 0
+        mean = [_sum(column) * F32(1 / len(group)) for column in group.T]
+        quotients, scale, _ = _symmetric(np.array(mean, F32), 127)
+        code = np.rint(quotients)
+        centred = group - code * scale
+        chosen = group.copy()
+        for t in range(len(group)):
+            for vector in vectors:
+                beyond = bool(marked[t, vector].any())
+                beyond = beyond or bool(sum_of_squares(group[t, vector]) < sum_of_squares(centred[t, vector]))
+                far.append(beyond)
+                if not beyond:
+                    chosen[t, vector] = centred[t, vector]
+        for d, column in enumerate(chosen.T):
+            bits_of_sum = int(np.array(_sum(column * column), F32).view(np.uint32))
+            k = min(max(((bits_of_sum >> 23) - 127 + 1) >> 1, -20), 20)
+            exponents += k.to_bytes(1, "little", signed=True)
+            w[first : first + len(group), d] = column * power(k, down=True)
+        scales += _half(scale)
+        codes += code.astype(np.int8).tobytes()
+    *parts, turbo_scales = _turbo(w, bits)[0]
+    signed = [-value if beyond else value for value, beyond in zip(np.frombuffer(turbo_scales, "f2"), far, strict=True)]
+    return [*parts, _half(*signed), scales, codes, exponents], voids
+
+
+def _sum(numbers: Array) -> Any:
+    total = numbers[0]
+    for number in numbers[1:]:
+        total = total + number
+    return total
 
 
 def _pack_rows(magnitudes: list[int], signs: list[int], bits: int) -> bytes:
@@ -278,10 +351,12 @@ def decode(codec: str, layout: Layout, sections: list[bytes]) -> list[Array]:
 
 def _region_bytes(codec: str, rule: Rule, tokens: int, dim: int, planes: int) -> list[int]:
     values = tokens * dim
-    if codec in WIDTHS:
-        bits = WIDTHS[codec][rule is Rule.TOKEN]
-        scales = 2 * values // math.gcd(dim, 128)
-        return [values // 4, values // 8, scales] if bits == 3 else [values * bits // 8, scales]
+    rotated = rotated_bits(codec, rule)
+    if rotated:
+        codes = [values // 4, values // 8] if rotated == 3 else [values * rotated // 8]
+        groups = tokens // _group_size(tokens // planes) if is_centred(codec, rule) else 0
+        parameters = [2 * groups, dim * groups, dim * groups] if groups else []
+        return [*codes, 2 * values // math.gcd(dim, 128), *parameters]
     if codec == "fp8":
         return [values, 2 * planes * -(-tokens // planes // 64)]
     if codec == "int8":
@@ -295,8 +370,10 @@ def _region_bytes(codec: str, rule: Rule, tokens: int, dim: int, planes: int) ->
 
 def _values(codec: str, rule: Rule, parts: list[bytes], tokens: int, dim: int) -> Iterator[tuple[int, int, Any]]:
     """Token, channel and value of every element of a plane."""
-    if codec in WIDTHS:
-        yield from _turbo_values(parts, WIDTHS[codec][rule is Rule.TOKEN], tokens, dim)
+    bits = rotated_bits(codec, rule)
+    if bits:
+        turn = _centred_values if is_centred(codec, rule) else _turbo_values
+        yield from turn(parts, bits, tokens, dim)
         return
     numbers = [F32(v) for v in np.frombuffer(parts[-1], np.float16)]
     code = parts[0]
@@ -358,3 +435,17 @@ def _turbo_values(parts: list[bytes], bits: int, tokens: int, dim: int) -> Itera
             at = vector * size + i
             turned = value * factor
             yield at // dim, at % dim, -turned if sign(i) else turned
+
+
+def _centred_values(parts: list[bytes], bits: int, tokens: int, dim: int) -> Iterator[tuple[int, int, Any]]:
+    *turbo, mean_scales, mean_codes, exponents = parts
+    scales = np.frombuffer(turbo[-1], np.float16)
+    far = np.signbit(scales)
+    size, length = _vector_size(dim), _group_size(tokens)
+    for t, d, turned in _turbo_values([*turbo[:-1], np.abs(scales).tobytes()], bits, tokens, dim):
+        at = t // length * dim + d
+        value = turned * power(np.frombuffer(exponents, np.int8)[at].item(), down=False)
+        if not far[(t * dim + d) // size]:
+            scale = F32(np.frombuffer(mean_scales, np.float16)[t // length])
+            value = value + F32(np.frombuffer(mean_codes, np.int8)[at]) * scale
+        yield t, d, value

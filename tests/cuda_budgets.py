@@ -19,8 +19,7 @@ import numpy as np
 from emulator.cases import FAST
 from nvrtc import KernelFacts, compile_kernels, compiler_version
 
-from kvstore_kernels.codecs import CODECS, Codec
-from kvstore_kernels.codecs.centred import CENTRED
+from kvstore_kernels.codecs import get_codec
 from kvstore_kernels.cuda.program import COMPILER_OPTIONS, Program, program_for
 from kvstore_kernels.layout import KVLayout
 from kvstore_kernels.paged import PagedKV, PagedPlanes
@@ -65,13 +64,8 @@ def fast_kv(
     return PagedKV(layout, page, 1 << 10, (planes, planes), "cuda", None)
 
 
-def codec_of(name: str) -> Codec:
-    """As ``get_codec``; centred codecs need not be registered."""
-    return {**CODECS, **CENTRED}[name]
-
-
 def fast_program(codec: str) -> Program:
-    return program_for(codec_of(codec), fast_kv(), 256)[0]
+    return program_for(get_codec(codec), fast_kv(), 256)[0]
 
 
 def options(sm: int, *more: str) -> tuple[str, ...]:
@@ -98,7 +92,7 @@ def measure(codec: str, sm: int) -> list[Budget]:
     facts, _ = compile_kernels(program.source, options(sm))
     first, second = paths(program, sm)
     layout = fast_kv().layout
-    encoded = sum(codec_of(codec).max_section_bytes(layout))
+    encoded = sum(get_codec(codec).max_section_bytes(layout))
     values = layout.block_bytes / layout.element_bytes
     moved = VALUES * (layout.element_bytes + encoded / values)
     return [

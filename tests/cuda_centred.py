@@ -1,6 +1,6 @@
 """What the CUDA kernels of centred keys are tested with: shapes, and numbers that matter to them.
 
-The codecs need not be in ``CODECS`` for that: ``known`` has them found by name, and the numbers by kind.
+``known`` has the numbers found by kind.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from typing import Final
 from unittest import mock
 
 import torch
+from codec_blocks import CENTRED
 from emulator import cases
 from emulator.cases import Case, fill
 
-from kvstore_kernels import codecs
-from kvstore_kernels.codecs.centred import CENTRED
 from kvstore_kernels.layout import KVLayout, MLALayout
 
 
@@ -101,9 +100,6 @@ def more_kinds(kind: str, shape: Sequence[int], dtype: str, seed: int) -> torch.
 
 @contextlib.contextmanager
 def known() -> Iterator[None]:
-    """Has the codecs found by name, and the kinds of numbers filled."""
-    with (
-        mock.patch.object(codecs, "CODECS", {**codecs.CODECS, **CENTRED}),
-        mock.patch.object(cases, "fill", more_kinds),
-    ):
+    """Has the kinds of numbers filled."""
+    with mock.patch.object(cases, "fill", more_kinds):
         yield

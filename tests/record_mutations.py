@@ -60,7 +60,7 @@ LAYOUTS: Final[tuple[Layout, ...]] = (
     MLALayout(1, 64, 16, "float32", 64),
     KVLayout(1, 1, 16, "uint8", 64),
 )
-_SMALL: Final = (0, 1, 2, 4, 6, 13, 255, 256, 4096, 65_535, 65_536)
+_SMALL: Final = (0, 1, 2, 4, 6, 19, 20, 255, 256, 4096, 65_535, 65_536)
 _INTERESTING: Final = (*_SMALL, 1 << 31, MOST - 1, MOST, 1 << 63, (1 << 64) - 1)
 _WHOLE: Final = struct.Struct("<8sHHHHQ32s32s32s16s24s6IIBBBB4QQ16sQ")
 _SHAPES: Final = ((1, 2, 64, 1, 16), (2, 2, 64, 1, 16), (1, 64, 80), (64, 1, 2, 1, 16), (2048,), (1, 2, 64, 1, 17))
@@ -87,7 +87,7 @@ def is_record(record: bytes) -> bool:
     if header_checksum != xxhash.xxh3_64_intdigest(record[:248]):
         return False
     dtype = dtype_text.rstrip(b"\0")
-    if dtype not in ELEMENT_BYTES or not 1 <= codec <= 13 or not 1 <= dimensions <= 6 or not 1 <= sections <= 4:
+    if dtype not in ELEMENT_BYTES or not 1 <= codec <= 19 or not 1 <= dimensions <= 6 or not 1 <= sections <= 4:
         return False
     if 0 in shape[:dimensions] or any(shape[dimensions:]) or 0 in lengths[:sections] or any(lengths[sections:]):
         return False

@@ -1,4 +1,4 @@
-"""What others' formats for KV, and codecs that are not in records yet, cost the small model of ``kvstore quality``.
+"""What others' formats for KV cost the small model of ``kvstore quality``.
 
     python benchmarks/quality/baselines.py > benchmarks/results/quality-baselines-2026-01-31.json
 
@@ -19,12 +19,11 @@ from datetime import UTC, datetime
 import msgspec
 import numpy as np
 import torch
+from calibrated import calibrated
 
-from kvstore.cli.quality.command import codec_round_trip
 from kvstore.cli.quality.evaluation import Evaluation, RoundTrip, measure
 from kvstore.cli.quality.measured import QualityReport
 from kvstore.cli.quality.model import SmallModel, load_arrays
-from kvstore_kernels.codecs.centred import CENTRED
 from kvstore_kernels.codecs.turbo import DEVIATION, LEVELS, THRESHOLDS, flip_signs, hadamard
 from kvstore_kernels.layout import KVLayout
 
@@ -185,6 +184,7 @@ def baselines() -> list[Baseline]:
         Baseline("KVQuant-like, calibrated, 4 bits", four.keys, four.values),
         Baseline("KVQuant-like, calibrated, 3 bits", three.keys, three.values),
         Baseline("KVQuant-like, calibrated, 2 bits", two.keys, two.values),
+        *(Baseline(name, keys, values) for name, (keys, values) in calibrated(training).items()),
     ]
 
 
@@ -196,7 +196,6 @@ def main() -> None:
     torch.set_num_threads(1)
     usual, outliers = Evaluation(options.sequences), Evaluation(options.sequences, outliers=True)
     candidates: dict[str, RoundTrip] = {baseline.name: baseline.round_trip for baseline in baselines()}
-    candidates |= {name: codec_round_trip(codec) for name, codec in CENTRED.items()}
     rows = []
     for name, round_trip in candidates.items():
         if options.only in name:

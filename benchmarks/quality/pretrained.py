@@ -26,8 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from kvstore.cli.quality.command import codec_round_trip
 from kvstore.cli.quality.evaluation import estimate
 from kvstore.cli.quality.measured import Estimate
-from kvstore_kernels.codecs import CODECS, Codec
-from kvstore_kernels.codecs.centred import CENTRED
+from kvstore_kernels.codecs import CODECS, Codec, get_codec
 from kvstore_kernels.layout import KVLayout
 
 PREFIX_TOKENS, CONTINUATION_TOKENS, BLOCK_TOKENS, RECALLED_TOKEN = 384, 96, 128, 64
@@ -136,11 +135,10 @@ def main() -> None:
     sequences = list(model.sequences(options.text, options.skip))
     if len(sequences) < 2:
         parser.error("give at least two texts that are long enough")
-    known = CODECS | CENTRED
-    names = options.codec or [name for name, codec in known.items() if not codec.exact]
+    names = options.codec or [name for name, codec in CODECS.items() if not codec.exact]
     rows = []
     for name in names:
-        rows.append(model.measure(known[name], sequences))
+        rows.append(model.measure(get_codec(name), sequences))
         print(f"{name}: {rows[-1].bits:.3f} bits, recall {rows[-1].recall}", file=sys.stderr, flush=True)
     report = Report(
         date=datetime.now(tz=UTC).date().isoformat(),

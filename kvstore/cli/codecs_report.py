@@ -22,6 +22,7 @@ _FAMILIES: Final = {
     "int4": "token",
     "kivi": "channel",
     "turbo": "rotated",
+    "centred": "centred",
 }
 """What the numbers of a group have in common, by the module of ``kvstore_kernels.codecs``."""
 

@@ -23,6 +23,7 @@ _RULES: Final = (
     ("token", "groups of channels of one token"),
     ("channel", "keys in groups of tokens of one channel, values as with token"),
     ("rotated", "vectors after a Hadamard transform"),
+    ("centred", "rotated, keys less their mean"),
 )
 _WIDTH: Final = 78
 _QUALITY: Final = (

@@ -35,6 +35,12 @@ class CodecId(IntEnum):
     TURBO2 = 11
     TURBO4_3 = 12
     TURBO3_2 = 13
+    CENTRED4 = 14
+    CENTRED3 = 15
+    CENTRED2 = 16
+    CENTRED4_3 = 17
+    CENTRED4_2 = 18
+    CENTRED3_2 = 19
 
     @property
     def text(self) -> str:
@@ -58,6 +64,12 @@ CODEC_FIDELITY: Final[dict[CodecId, int]] = {
     CodecId.TURBO2: 36,
     CodecId.TURBO4_3: 59,
     CodecId.TURBO3_2: 36,
+    CodecId.CENTRED4: 82,
+    CodecId.CENTRED3: 59,
+    CodecId.CENTRED2: 36,
+    CodecId.CENTRED4_3: 59,
+    CodecId.CENTRED4_2: 36,
+    CodecId.CENTRED3_2: 36,
 }
 """How near each codec comes to the original, by which codecs are compared. A record carries a number of its own."""
 

@@ -49,6 +49,7 @@ def test_bases_are_records_of_every_codec():
     assert {base.codec for base in bases()} == {
         *("raw", "lossless", "lossless-zstd", "fp8", "int8", "int4", "kivi4", "kivi2"),
         *("turbo4", "turbo3", "turbo2", "turbo4-3", "turbo3-2"),
+        *("centred4", "centred3", "centred2", "centred4-3", "centred4-2", "centred3-2"),
     }
     assert len(bases()) > 30
     for base in bases():

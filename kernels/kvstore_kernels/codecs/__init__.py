@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Final
 
 from kvstore_kernels.codecs.base import EXACT, FIDELITY_EXACT, Codec, Encoded, PlanesCodec
+from kvstore_kernels.codecs.centred import CentredKey
 from kvstore_kernels.codecs.fp8 import Fp8
 from kvstore_kernels.codecs.int4 import Int4
 from kvstore_kernels.codecs.int8 import Int8
@@ -37,6 +38,7 @@ _FP8: Final = Fp8()
 _INT8: Final = Int8()
 _INT4: Final = Int4("int4")
 _TURBO: Final = {bits: Turbo(bits) for bits in (4, 3, 2)}
+_CENTRED: Final = {bits: CentredKey(bits) for bits in (4, 3, 2)}
 
 CODECS: Final[Mapping[str, Codec]] = MappingProxyType(
     {
@@ -55,6 +57,12 @@ CODECS: Final[Mapping[str, Codec]] = MappingProxyType(
             PlanesCodec("turbo2", 11, 36, channel=_TURBO[2], token=_TURBO[2]),
             PlanesCodec("turbo4-3", 12, 59, channel=_TURBO[4], token=_TURBO[3]),
             PlanesCodec("turbo3-2", 13, 36, channel=_TURBO[3], token=_TURBO[2]),
+            PlanesCodec("centred4", 14, 82, channel=_CENTRED[4], token=_TURBO[4]),
+            PlanesCodec("centred3", 15, 59, channel=_CENTRED[3], token=_TURBO[3]),
+            PlanesCodec("centred2", 16, 36, channel=_CENTRED[2], token=_TURBO[2]),
+            PlanesCodec("centred4-3", 17, 59, channel=_CENTRED[4], token=_TURBO[3]),
+            PlanesCodec("centred4-2", 18, 36, channel=_CENTRED[4], token=_TURBO[2]),
+            PlanesCodec("centred3-2", 19, 36, channel=_CENTRED[3], token=_TURBO[2]),
         )
     }
 )

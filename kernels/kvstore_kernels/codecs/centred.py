@@ -18,12 +18,10 @@ both calibrate once a model, where this needs nothing but the block. Choosing by
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from kvstore_kernels.codecs import arithmetic
-from kvstore_kernels.codecs.base import Codec, PlanesCodec
 from kvstore_kernels.codecs.method import PlaneMethod, Region
 from kvstore_kernels.codecs.turbo import VOID_ABOVE, Turbo, sum_of_squares, vector_elements
 from kvstore_kernels.layout import Planes
@@ -142,19 +140,3 @@ def _factors(exponents: torch.Tensor) -> torch.Tensor:
     return torch.tensor(table, device=exponents.device)[
         exponents.long().clamp(LEAST_EXPONENT, GREATEST_EXPONENT) - LEAST_EXPONENT
     ]
-
-
-CENTRED: Final[Mapping[str, Codec]] = MappingProxyType(
-    {
-        codec.name: codec
-        for codec in (
-            PlanesCodec("centred4", 14, 82, channel=CentredKey(4), token=Turbo(4)),
-            PlanesCodec("centred3", 15, 59, channel=CentredKey(3), token=Turbo(3)),
-            PlanesCodec("centred2", 16, 36, channel=CentredKey(2), token=Turbo(2)),
-            PlanesCodec("centred4-3", 17, 59, channel=CentredKey(4), token=Turbo(3)),
-            PlanesCodec("centred4-2", 18, 36, channel=CentredKey(4), token=Turbo(2)),
-            PlanesCodec("centred3-2", 19, 36, channel=CentredKey(3), token=Turbo(2)),
-        )
-    }
-)
-"""The codecs by name. They are not in ``CODECS`` before the CPU and CUDA backends know them: no record carries them."""

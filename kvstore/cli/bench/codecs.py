@@ -37,7 +37,7 @@ _CALL_BYTES: Final = 32 << 20
 _MIB: Final = 1 << 20
 _MOST_THREADS: Final = 256
 
-_TURBO_ENCODE, _TURBO_DECODE = 0.16, 0.33
+_ROTATED_ENCODE, _ROTATED_DECODE = 0.16, 0.33
 _LIMITS: Final = {
     ("encode", "int8"): 0.6,
     ("encode", "int4"): 0.6,
@@ -47,8 +47,9 @@ _LIMITS: Final = {
     ("decode", "kivi4"): 0.6,
 } | {
     (op, name): limit
-    for op, limit in (("encode", _TURBO_ENCODE), ("decode", _TURBO_DECODE))
-    for name in ("turbo4", "turbo3", "turbo2", "turbo4-3", "turbo3-2")
+    for op, limit in (("encode", _ROTATED_ENCODE), ("decode", _ROTATED_DECODE))
+    for name in CODECS
+    if name.startswith(("turbo", "centred"))
 }
 _MEMORY_BOUND: Final = 0.5
 """A codec that is as fast as this with one thread is bound by memory with two: they must be as fast as one memmove."""

@@ -155,7 +155,7 @@ def test_command_prints_one_json_object(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_unknown_codec_is_refused_with_those_that_there_are() -> None:
-    with pytest.raises(InvalidArgument, match=r"^unknown codec 'kivi'; known are raw, .*turbo3-2$"):
+    with pytest.raises(InvalidArgument, match=r"^unknown codec 'kivi'; known are raw, .*centred3-2$"):
         codecs("kivi")
     with pytest.raises(InvalidArgument, match="no such file"):
         codecs(model="nowhere")

@@ -258,7 +258,7 @@ MANY = 2**32 - 1
         ],
         ({"key": bytes(32)}, "the record's key is the root"),
         ({"parent_key": KEY}, "its own parent"),
-        *[({"codec": codec}, f"unknown codec id {codec}") for codec in (0, 14, 65_535)],
+        *[({"codec": codec}, f"unknown codec id {codec}") for codec in (0, 20, 65_535)],
         *[
             ({"dtype": dtype}, "unknown logical dtype")
             for dtype in (bytes(24), b"uint9", b"UINT8", b"uint8\0x", b"\0uint8", b"uint8 ", b"\xff" * 24, b"u" * 24)

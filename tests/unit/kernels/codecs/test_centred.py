@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from unittest.mock import ANY
 
 import numpy as np
 import pytest
 import torch
-from doc_tables import table
+from codec_blocks import CENTRED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore_kernels.codecs.base import Codec
-from kvstore_kernels.codecs.centred import CENTRED
 from kvstore_kernels.codecs.turbo import Turbo, sum_of_squares
 from kvstore_kernels.layout import KVLayout, MLALayout
 
@@ -77,20 +75,6 @@ def test_bits_are_those_of_turbo_and_two_bytes_a_channel_and_group(
     assert codec.bits_per_value(layout) == bits
     lengths = tuple(len(section) for section in codec.encode(keys_like_a_models(layout), layout).sections)
     assert lengths == codec.section_bytes(layout)
-
-
-def test_page_names_the_codecs_and_their_bits() -> None:
-    shapes = [(128, 128), (128, 64), (64, 128)]
-    assert [list(row.values()) for row in table("codecs.md", "Centred keys").rows] == [
-        [
-            codec.name,
-            str(codec.id),
-            ANY,
-            *(f"{codec.bits_per_value(layout_of(dim, tokens)):.3f}" for tokens, dim in shapes),
-            str(codec.fidelity),
-        ]
-        for codec in CENTRED.values()
-    ]
 
 
 @every_codec

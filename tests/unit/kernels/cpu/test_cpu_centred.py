@@ -7,7 +7,7 @@ import platform
 import numpy as np
 import pytest
 import torch
-from codec_blocks import any_bits, layout_id, normal_block, same_bits
+from codec_blocks import CENTRED, any_bits, layout_id, normal_block, same_bits
 from cpu_blocks import Guarded, decoded_by_cpu, encoded_by_cpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,7 +22,6 @@ from unit.kernels.cpu.codec_checks import (
 )
 
 from kvstore_kernels import cpu
-from kvstore_kernels.codecs.centred import CENTRED
 from kvstore_kernels.codecs.method import REGION_BYTES
 from kvstore_kernels.layout import KVLayout, Layout, MLALayout
 from kvstore_kernels.paged import PagedKV
@@ -156,9 +155,8 @@ def test_planes_one_after_another_leave_nothing_behind() -> None:
 
 
 _SCRIPT = """
-from codec_blocks import normal_block, same_bits
+from codec_blocks import CENTRED, normal_block, same_bits
 from cpu_blocks import decoded_by_cpu, encoded_by_cpu
-from kvstore_kernels.codecs.centred import CENTRED
 from kvstore_kernels.layout import MLALayout
 
 layout = MLALayout(1, 256, 64, "bfloat16", 64)

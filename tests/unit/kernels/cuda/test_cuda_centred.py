@@ -9,13 +9,14 @@ import numpy as np
 import nvrtc
 import pytest
 import torch
+from codec_blocks import CENTRED
 from cuda_budgets import fast_kv, fast_program, options
 from cuda_centred import CENTRED_CASES, CENTRED_KINDS, MAIN, NAMES, known
 from emulator.cases import KINDS, Case, bits, check_case, paged
 from emulator.emulated import SANITIZE, EmulatedRunner
 
 from kvstore_kernels.codecs import CODECS, get_codec
-from kvstore_kernels.codecs.centred import CENTRED, GREATEST_EXPONENT, LEAST_EXPONENT, CentredKey
+from kvstore_kernels.codecs.centred import GREATEST_EXPONENT, LEAST_EXPONENT, CentredKey
 from kvstore_kernels.cuda import check
 from kvstore_kernels.cuda.program import program_for
 
