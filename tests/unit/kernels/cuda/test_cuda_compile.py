@@ -44,7 +44,7 @@ def test_a_threads_way_stays_within_its_budget(codec: str) -> None:
         assert budget.second_path <= limit.second_path * SLACK, budget.kernel
 
 
-@pytest.mark.parametrize("codec", ["fp8", "kivi4", "kivi2", "turbo4-3", "centred3"])
+@pytest.mark.parametrize("codec", ["fp8", "kivi4", "kivi2", "turbo4-3"])
 def test_kernels_compile_with_flushed_denormals_as_cupy_forces_them(codec: str) -> None:
     facts, warnings = nvrtc.compile_kernels(fast_program(codec).source, options(90, "-ftz=true"))
     assert warnings == ""

@@ -41,7 +41,7 @@ def test_every_codec_that_has_kernels_has_a_case() -> None:
             check(codec, fast_kv())
             taken.add(name)
     assert {case.codec for case in CASES} == set(FAST)
-    assert taken == {case.codec for case in (*CASES, *CENTRED_CASES)} & set(CODECS)
+    assert taken == {case.codec for case in (*CASES, *CENTRED_CASES)}
 
 
 @pytest.mark.parametrize(
