@@ -205,10 +205,16 @@ class _Array(NamedTuple):
 def _describe(tensor: Any, dtype: str) -> _Array:
     """Address, shape and strides of a numpy array, a torch tensor or another array on a GPU."""
     if hasattr(tensor, "data_ptr"):
+        if tensor.is_sparse or tensor.is_neg() or tensor.is_conj():
+            raise ValueError("expected a plain tensor, got a sparse one or a view that changes signs: copy it first")
         name, element = str(tensor.dtype).removeprefix("torch."), tensor.element_size()
         strides = tuple(stride * element for stride in tensor.stride())
         address, device = tensor.data_ptr(), tensor.device.type
     elif isinstance(tensor, np.ndarray):
+        if not tensor.dtype.isnative or isinstance(tensor, np.ma.MaskedArray):
+            raise ValueError(
+                f"expected a plain array in this machine's byte order, got {tensor.dtype.str}: copy it first"
+            )
         name, strides, address, device = tensor.dtype.name, tensor.strides, tensor.ctypes.data, "cpu"
     elif hasattr(tensor, "__cuda_array_interface__"):
         name, strides, device = tensor.dtype.name, tuple(tensor.strides), "cuda"

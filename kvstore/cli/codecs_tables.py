@@ -26,6 +26,8 @@ _RULES: Final = (
     ("centred", "rotated, keys less their mean"),
 )
 _WIDTH: Final = 78
+_MEASURED_DTYPE: Final = "bfloat16"
+"""Of the KV of the model that quality is measured with."""
 _QUALITY: Final = (
     "perplexity of recalled text over that on the unquantised cache, (standard error); 'kvstore quality' measures it"
 )
@@ -37,7 +39,7 @@ def codecs_table(report: CodecsReport) -> RenderableType:
     columns: list[str | render.Column] = ["codec", "bits", "ratio", render.text_column("rule"), "fidelity", "quality"]
     made = render.table("Codecs", [*columns, render.text_column("cpu"), render.text_column("cuda")])
     for row in report.codecs:
-        bits = _bits(row)
+        bits = _bits(row, report)
         made.add_row(
             row.codec,
             render.NOTHING if bits is None else f"{bits:.3f}",
@@ -95,7 +97,7 @@ def _regions(row: CodecReport, report: CodecsReport) -> RenderableType:
     total = render.count(sum(section.most_bytes for section in row.sections))
     if len(row.sections) > 1:
         made.add_row("together", "", "", "", "", total)
-    bits = _bits(row)
+    bits = _bits(row, report)
     known = "" if bits is None else f", {bits:.3f} bits a value, a ratio of {_raw_bits(row, report) / bits:.2f}"
     summary = Text(f"of {render.count(row.block_bytes)} bytes unquantised{known}", style="dim")
     return Group(made, "", summary)
@@ -135,11 +137,11 @@ def _quality_cell(row: CodecReport) -> str:
     return render.NOTHING if row.quality is None else _estimate(row.quality.recall, exact=row.quality.exact)
 
 
-def _bits(row: CodecReport) -> float | None:
-    """Bits a value; of a codec whose size depends on the data what was measured."""
+def _bits(row: CodecReport, report: CodecsReport) -> float | None:
+    """Bits a value; where they depend on the data what was measured, of the dtype that it was measured of."""
     if row.bits_per_value is not None or row.problem is not None:
         return row.bits_per_value
-    return None if row.quality is None else row.quality.bits
+    return None if row.quality is None or report.dtype != _MEASURED_DTYPE else row.quality.bits
 
 
 def _raw_bits(row: CodecReport, report: CodecsReport) -> int:

@@ -148,7 +148,53 @@ def test_numpy_arrays(open_store: Open) -> None:
         store.load_blocks(keys, target)
 
 
-@pytest.mark.parametrize("codec", ["raw", "lossless", "int8", "kivi4", "turbo3"])
+def test_target_that_would_hold_something_else_is_refused(open_store: Open) -> None:
+    """Read-only behind a paged cache, twice the same memory, another byte order, another order of pages."""
+    layout = KVLayout(2, 2, 64, "float32", 64)
+    store = open_store(layout, "raw")
+    kv, keys = kv_of(layout, 2), keys_of(store, 2)
+    assert store.save_blocks((key for key in keys), kv).complete  # type: ignore[arg-type]
+    target = np.full(kv.shape, 7, np.float32)
+    paged = PagedKV.from_layers(layout, list(target.reshape(2, 2, 8, 16, 2, 64)), axes="kv page token head dim")
+    target.flags.writeable = False
+    locked = PagedKV.from_tensor(layout, target)
+    pages = np.arange(8)
+    for wrong, ids, message in (
+        (locked, [[0], [1]], "read-only"),
+        (paged, pages.reshape(4, 2), r"pages must be integers \[2, 4\]"),
+        (paged, [[0, 1, 2, 3], [4, 5, 6, 0]], "page 0 is there twice"),
+        (torch.zeros(1, 1, 1, 1, 1).expand(kv.shape), None, "share memory"),
+        (target.astype(">f4"), None, "byte order"),
+        (torch.complex(kv, kv).conj().imag, None, "plain tensor"),
+    ):
+        with pytest.raises(InvalidArgument, match=message):
+            store.load_blocks(keys, wrong, pages=ids)
+    assert (target == 7).all()
+    assert store.load_blocks([], paged, pages=[]).loaded == 0
+    assert store.load_blocks(keys, paged, pages=pages).loaded == 2
+
+
+@pytest.mark.parametrize("threads", [0, -1, "2", True, 1.5, 10**6])
+def test_numbers_of_threads_that_there_cannot_be(open_store: Open, threads: Any) -> None:
+    with pytest.raises(InvalidArgument, match="threads must be a whole number from 1 to 256"):
+        open_store(LAYOUT, threads=threads)
+
+
+def test_block_larger_than_the_daemon_takes_is_rejected(open_store: Open, caplog: pytest.LogCaptureFixture) -> None:
+    store = open_store(LAYOUT, "kivi4")
+    store.client.ping()
+    store.client._session.max_record_bytes = store._plan.records.max_record_bytes
+    kv, keys = kv_of(LAYOUT, 3), keys_of(store, 3)
+    kv[0, 0, LAYOUT.block_tokens, 0, 0] = torch.nan
+    saved = store.save_blocks(keys, kv)
+    assert saved.statuses == (PutStatus.STORED, PutStatus.REJECTED, PutStatus.STORED)
+    assert saved.reasons == {1: "too_large"}
+    assert "raise dram.slab_bytes" in caplog.text
+    store.client._session.max_record_bytes = 4096
+    assert set(store.save_blocks(keys_of(store, 3, seed=1), kv).reasons.values()) == {"too_large"}
+
+
+@pytest.mark.parametrize("codec", ["raw", "lossless", "int8", "kivi4", "turbo3", "centred3"])
 def test_latent_attention(open_store: Open, codec: str) -> None:
     store = open_store(LATENT, codec)
     kv, keys = kv_of(LATENT, BLOCKS), keys_of(store)

@@ -62,6 +62,7 @@ class Blocks:
         Raises:
             InvalidArgument: which of them is wrong, and why.
         """
+        keys = keys if isinstance(keys, list | tuple) else list(keys)
         joined = join_keys(keys)
         before = check_parent(parent)
         count = len(joined) // len(ROOT_KEY)
@@ -73,7 +74,9 @@ class Blocks:
         if isinstance(kv, PagedKV):
             if kv.layout != layout:
                 raise InvalidArgument(f"the cache has the layout {kv.layout}, this store {layout}")
-            paged, rows = kv, _pages_of(pages, kv, count)
+            paged, rows = kv, _pages_of(pages, kv, count, written=written)
+            if written and not all(map(_is_writable, kv.owner if isinstance(kv.owner, tuple) else (kv.owner,))):
+                raise InvalidArgument("the target is read-only")
         else:
             if pages is not None:
                 raise InvalidArgument("pages name pages of a PagedKV; a tensor has its blocks side by side")
@@ -88,25 +91,47 @@ class Blocks:
                     f"{count} keys but {paged.num_pages} blocks of {layout.block_tokens} tokens in the tensor"
                 )
             rows = np.arange(count, dtype=np.int32).reshape(count, 1)
+        if written and _overlaps(paged):
+            raise InvalidArgument("elements of the target share memory (a stride is 0): give it memory of its own")
         return cls(keys if type(keys) is list else list(keys), key_words, parent_words, paged, rows)
 
 
-def _pages_of(pages: object, kv: PagedKV, count: int) -> Pages:
-    """Page ids ``[count, pages of a block]``, each one of the cache's: kernels do not look."""
+def _pages_of(pages: object, kv: PagedKV, count: int, *, written: bool) -> Pages:
+    """Page ids ``[count, pages of a block]``, or all in a row; each one of the cache's: kernels do not look."""
     if pages is None:
         raise InvalidArgument("a PagedKV needs pages=, the page ids of each block")
     try:
         ids: Any = np.asarray(pages)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InvalidArgument(f"pages must be page ids in host memory: {error}") from None
-    if ids.dtype.kind not in "iu" or ids.size != count * kv.block_pages:
+    shape = count, kv.block_pages
+    if not count and not ids.size:
+        return np.zeros(shape, np.int32)
+    if ids.dtype.kind not in "iu" or ids.shape not in (shape, (count * kv.block_pages,)):
         raise InvalidArgument(
             f"pages must be integers [{count}, {kv.block_pages}]: pages of {kv.page_tokens} tokens for {count} blocks "
             f"of {kv.layout.block_tokens}; got {ids.dtype} {list(ids.shape)}"
         )
-    if ids.size and not (int(ids.min()) >= 0 and int(ids.max()) < kv.num_pages):
+    if not (int(ids.min()) >= 0 and int(ids.max()) < kv.num_pages):
         raise InvalidArgument(f"pages must be from 0 to {kv.num_pages - 1}, got {int(ids.min())} to {int(ids.max())}")
-    return np.ascontiguousarray(ids.reshape(count, kv.block_pages), np.int32)
+    if written and np.unique(ids).size != ids.size:
+        numbers, times = np.unique(ids, return_counts=True)
+        raise InvalidArgument(f"page {int(numbers[times.argmax()])} is there twice: two blocks would be loaded into it")
+    return np.ascontiguousarray(ids.reshape(shape), np.int32)
+
+
+def _overlaps(kv: PagedKV) -> bool:
+    """Whether different elements have one address, as in an expanded tensor."""
+    for planes, where in zip(kv.layout.planes, kv.sections, strict=True):
+        strides = (
+            (kv.num_pages, where.page_stride),
+            (kv.page_tokens, where.token_stride),
+            (planes.num_heads, where.head_stride),
+            (planes.dim, where.element_stride),
+        )
+        if any(count > 1 and stride == 0 for count, stride in strides):
+            return True
+    return False
 
 
 def _is_writable(tensor: Any) -> bool:

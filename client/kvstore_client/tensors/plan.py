@@ -134,10 +134,11 @@ def plan(
             # What the engine quantised itself is stored as it is: quantised again it would only be worse.
             codec = "raw"
         records = BlockRecords(get_codec(codec), own)
-        exact_records = BlockRecords(get_codec(codec if records.codec.exact else exact_codec), own)
+        wanted = get_codec(exact_codec)
+        exact_records = BlockRecords(records.codec if records.codec.exact else wanted, own)
     except ValueError as error:
         raise InvalidArgument(str(error)) from None
-    if not exact_records.codec.exact:
+    if not wanted.exact:
         raise InvalidArgument(f"exact_codec must be exact, {exact_codec!r} is not: use raw or lossless")
     namespace = Namespace(
         layout=" + ".join(each.text for each in layouts),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,6 +50,8 @@ _STEPS: Final = 32
 _ALIGNED: Final = 64
 _NONE: Final = 0
 _GOOD: Final = int(PutStatus.EXISTS)
+_TOO_LARGE: Final = int(PutStatus.REJECTED) | int(Reason.TOO_LARGE) << 8
+_log: Final = logging.getLogger("kvstore_client")
 _STATUSES: Final = {int(status): status for status in PutStatus}
 
 Indices = npt.NDArray[np.intp]
@@ -141,6 +144,10 @@ class Saving:
             if self._session.digest != self._digest:
                 # Joined another generation meanwhile: what was computed in the old one is not stored in the new one.
                 self._answers[todo] = STALE_ANSWER
+                return
+            most_bytes = self._session.max_record_bytes
+            if records.fixed and records.max_record_bytes > most_bytes:
+                self._refuse_large(todo, records.max_record_bytes)
                 return
             mapped = self._session.mapped
             if mapped is not None and not mapped.over and not mapped.in_current_generation():
@@ -332,6 +339,10 @@ class Saving:
             lengths, good = yield partial(self._encode, group, records, addresses)
             headers: list[bytes] = []
             payloads: list[memoryview] = []
+            large = RECORD_HEADER_BYTES + lengths[good].sum(axis=1) > self._session.max_record_bytes
+            if large.any():
+                self._refuse_large(group[good[large]], RECORD_HEADER_BYTES + int(lengths[good].sum(axis=1).max()))
+                good = good[~large]
             for place in good.tolist():
                 payload = _bytes_at(int(addresses[place]), int(lengths[place].sum()))
                 payloads.append(payload)
@@ -340,6 +351,17 @@ class Saving:
             if asks:
                 self._answers[group[good]] = yield self._operations.send_puts(asks, good.size, self._digest)
         return todo[most:]
+
+    def _refuse_large(self, indices: Indices, record_bytes: int) -> None:
+        """Answer for blocks whose records the daemon cannot take."""
+        self._answers[indices] = _TOO_LARGE
+        _log.warning(
+            "%d blocks were not stored: their records of %d bytes are larger than the %d that the daemon takes; raise "
+            "dram.slab_bytes, dram.grant_bytes and limits.grant_bytes_per_session, or use fewer tokens a block",
+            indices.size,
+            record_bytes,
+            self._session.max_record_bytes,
+        )
 
     def _header(self, index: int, records: BlockRecords, section_bytes: list[int], payload: memoryview) -> bytes:
         return records.header(

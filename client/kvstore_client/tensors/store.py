@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Final, Literal, Self
 
 from kvstore.errors import InvalidArgument
 from kvstore.protocol.keys import chain_keys
@@ -27,6 +27,9 @@ from kvstore_kernels.paged import PagedKV
 __all__ = ["AsyncTensorStore", "TensorStore"]
 
 
+_MOST_THREADS: Final = 256
+
+
 class BaseTensorStore:
     """Arguments and state common to both stores.
 
@@ -37,7 +40,8 @@ class BaseTensorStore:
         revision: of the weights, see ``unknown_revision``.
         name: of the namespace.
         tenant_salt: keeps tenants apart.
-        shard, shards: rank and number of tensor- and pipeline-parallel workers.
+        shard, shards: rank and number of workers whose layouts are equal: tensor-parallel ones, and pipeline-parallel
+            ones with as many layers each. Others have different namespaces and never match.
         group, groups: which KV group this is, and how many there are.
         fidelity: ``"exact"``: nothing lossy is ever stored or loaded.
         exact_codec: by which blocks are stored that ``codec`` cannot hold: ``raw``, ``lossless``, ``lossless-zstd``.
@@ -92,6 +96,8 @@ class BaseTensorStore:
             revision=revision,
             tenant_salt=tenant_salt,
         )
+        if type(threads) is not int or not 1 <= threads <= _MOST_THREADS:
+            raise InvalidArgument(f"threads must be a whole number from 1 to {_MOST_THREADS}, got {threads!r}")
         self._threads = threads
         self._backends: dict[str, Backend] = {}
         self._client = self._connect_by(

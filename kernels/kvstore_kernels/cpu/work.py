@@ -193,10 +193,11 @@ def _stage(work: int, place: int, back: int) -> None:
     rows = load(work + BLOCK_ROWS) + 8 * load(place + _BLOCK) * count
     # Sixteen channels of all tokens at a time: where tokens lie side by side, lines are used up while they are near.
     for channel in range(0, dim, 16):
+        width = min(16, dim - channel)
         for row in range(count):
             apart = origin + load(rows + 8 * row) + channel * stride
             dense = staged + (row * dim + channel) * size
-            for i in range(16):
+            for i in range(width):
                 if back == 0:
                     copy_bytes(size, dense + i * size, apart + i * stride)
                 else:

@@ -59,9 +59,12 @@ def quality(
     from kvstore.cli import render
     from kvstore.cli.quality.plot import check_plot, draw_plot
     from kvstore.cli.quality.report import table_of
+    from kvstore_kernels.codecs import CODECS
 
     if plot is not None:
         check_plot(plot)
+        if codec and all(name in CODECS and CODECS[name].exact for name in codec):
+            raise InvalidArgument("--plot: only lossy codecs are drawn; add one with --codec")
     notes = render.console(stderr=True)
 
     @contextlib.contextmanager
