@@ -78,8 +78,47 @@ def test_any_numbers_give_the_bytes_and_values_of_the_reference(codec: str, layo
 def test_numbers_of_any_size_give_the_bytes_and_values_of_the_reference(codec: str, layout: Layout) -> None:
     """Of few bits, so that sums of squares tie; exponents at their bounds; squares that are denormal; void in all."""
     tied = torch.randint(-2, 3, layout.shape, generator=torch.Generator().manual_seed(6))
-    for block in (tied, 700 * tied, 5000 * tied, tied * 2.0**-12, tied * 2.0**-66, tied * 0, tied * 0 + 3):
+    nearly_void = tied * 0
+    for section in layout.split(nearly_void):
+        section[:, :, 5:7, 2] = 8192
+        section[:, :, 6, 3] = 64
+    for block in (tied, 700 * tied, 5000 * tied, tied * 2.0**-12, tied * 2.0**-66, nearly_void, tied * 0, tied * 0 + 3):
         check_like_reference(CENTRED[codec], block.to(getattr(torch, layout.dtype)), layout)
+
+
+def in_any_order(columns: torch.Tensor, layout: Layout, seed: int) -> torch.Tensor:
+    """A block with these numbers in every channel of each plane, over its tokens in any order."""
+    generator = torch.Generator().manual_seed(seed)
+    block = torch.zeros(layout.shape)
+    for section in layout.split(block):
+        order = torch.rand(section.shape, generator=generator).argsort(2)
+        section[:] = columns[:, None].expand(section.shape).gather(2, order)
+    return block
+
+
+@pytest.mark.parametrize("tokens", [64, 128])
+def test_sums_are_made_token_after_token(tokens: int) -> None:
+    """Means that are nothing but rounding, and strengths next to where the exponent changes."""
+    layout = MLALayout(1, 384, 64, "float32", tokens)
+    codec = CENTRED["centred4"]
+    large = torch.linspace(300, 700, tokens // 2)
+    root = torch.full((2,), 2**-0.5)
+    root = root.where(root * root < 0.5, root.nextafter(torch.zeros(2)))
+    small = torch.full((tokens // 2 - 2,), (2.0**-22 / tokens) ** 0.5)
+    for number, half in enumerate((large, torch.cat((root, small)))):
+        block = in_any_order(torch.cat((half, -half)), layout, seed=number)
+        *_, codes, exponents = _regions(codec.encode(block, layout).sections[0], layout)
+        *_, codes_after, exponents_after = _regions(codec.encode(block.flip(1), layout).sections[0], layout)
+        assert (codes, exponents)[number] != (codes_after, exponents_after)[number]
+        check_like_reference(codec, block, layout)
+
+
+def _regions(section: bytes, layout: Layout) -> list[bytes]:
+    parts = []
+    for region in CENTRED["centred4"].regions(layout.planes[0], layout.block_tokens):
+        parts.append(section[: region.region_bytes])
+        section = section[region.region_bytes :]
+    return parts
 
 
 @each_case
