@@ -114,9 +114,11 @@ def _pages_of(pages: object, kv: PagedKV, count: int, *, written: bool) -> Pages
         )
     if not (int(ids.min()) >= 0 and int(ids.max()) < kv.num_pages):
         raise InvalidArgument(f"pages must be from 0 to {kv.num_pages - 1}, got {int(ids.min())} to {int(ids.max())}")
-    if written and np.unique(ids).size != ids.size:
+    if written:
         numbers, times = np.unique(ids, return_counts=True)
-        raise InvalidArgument(f"page {int(numbers[times.argmax()])} is there twice: two blocks would be loaded into it")
+        if numbers.size != ids.size:
+            twice = int(numbers[times.argmax()])
+            raise InvalidArgument(f"page {twice} is there twice: two blocks would be loaded into it")
     return np.ascontiguousarray(ids.reshape(shape), np.int32)
 
 

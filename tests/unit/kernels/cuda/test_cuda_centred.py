@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import nvrtc
 import pytest
 import torch
 from codec_blocks import CENTRED
-from cuda_budgets import fast_kv, fast_program, options
+from cuda_budgets import fast_kv
 from cuda_centred import CENTRED_CASES, CENTRED_KINDS, MAIN, NAMES, known
 from emulator.cases import KINDS, Case, bits, check_case, paged
 from emulator.emulated import SANITIZE, EmulatedRunner
@@ -30,9 +29,6 @@ RUNS = [
     if (kind in SOME_KINDS or case == MAIN[0] or kind in OF_TOKENS)
     and (kind not in OF_TOKENS or case.page_tokens == case.layout.block_tokens)
 ]
-MIXED = [CENTRED_CASES[number] for number in (5, 7, 9)]
-"""Other dtypes, dimensions, strips and alignments."""
-needs_nvrtc = pytest.mark.skipif(nvrtc.missing() is not None, reason=str(nvrtc.missing()))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -145,25 +141,3 @@ def test_shapes_that_the_kernels_do_not_take_are_refused_naming_what_does() -> N
         check(codec, fast_kv(dim=80))
     with pytest.raises(ValueError, match="more shared memory than GPUs have"):
         check(codec, fast_kv(dim=832))
-
-
-@needs_nvrtc
-@pytest.mark.parametrize("case", MIXED, ids=str)
-def test_kernels_of_other_shapes_compile_without_spills(case: Case) -> None:
-    kv = paged(case, "zeros").kv
-    program, _ = program_for(get_codec(case.codec), kv, 16 if case.offset == 0 else 2)
-    facts, warnings = nvrtc.compile_kernels(program.source, options(90))
-    assert warnings == ""
-    assert all((fact.stack_bytes, fact.spill_bytes) == (0, 0) for fact in facts.values())
-
-
-@needs_nvrtc
-def test_contraction_is_not_asked_for_and_changes_nothing() -> None:
-    source = fast_program("centred4").source
-    strict, _ = nvrtc.compile_kernels(source, options(90))
-    allowed = tuple(option.replace("-fmad=false", "-fmad=true") for option in options(90))
-    loose, _ = nvrtc.compile_kernels(source, allowed)
-    for kernel, fact in strict.items():
-        counts = [sum(opcode.startswith("FFMA") for opcode in each[kernel].opcodes) for each in (strict, loose)]
-        assert counts[0] == counts[1] > 0
-        assert len(fact.opcodes) == len(loose[kernel].opcodes)

@@ -6,6 +6,7 @@ import cuda_budgets
 import nvrtc
 import pytest
 from cuda_budgets import ARCHITECTURES, NAMES, SLACK, fast_kv, fast_program, options
+from cuda_centred import CENTRED_CASES
 from emulator.cases import CASES, Case, paged
 from gpu_cases import probe_source
 
@@ -15,7 +16,8 @@ from kvstore_kernels.cuda.program import program_for
 pytestmark = pytest.mark.skipif(nvrtc.missing() is not None, reason=str(nvrtc.missing()))
 
 MIXED = [CASES[number] for number in (12, 15, 17, 24, 31, 33, 40, 50)]
-"""Other dtypes, dimensions, pages, tails and alignments."""
+MIXED += [CENTRED_CASES[number] for number in (5, 7, 9)]
+"""Other dtypes, dimensions, pages, tails, strips and alignments."""
 RECORDED_WITH, BUDGETS = cuda_budgets.recorded()
 
 
@@ -60,9 +62,10 @@ def test_kernels_of_other_shapes_compile_without_spills(case: Case) -> None:
     assert all((fact.stack_bytes, fact.spill_bytes) == (0, 0) for fact in facts.values())
 
 
-def test_contraction_is_not_asked_for_and_changes_nothing() -> None:
+@pytest.mark.parametrize("codec", ["kivi4", "centred4"])
+def test_contraction_is_not_asked_for_and_changes_nothing(codec: str) -> None:
     """No operation is one that could be: the option that would allow it leaves the instructions as they are."""
-    source = fast_program("kivi4").source
+    source = fast_program(codec).source
     strict, _ = nvrtc.compile_kernels(source, options(90))
     allowed = tuple(option.replace("-fmad=false", "-fmad=true") for option in options(90))
     loose, _ = nvrtc.compile_kernels(source, allowed)
