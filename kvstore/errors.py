@@ -27,6 +27,7 @@ __all__ = [
     "ResourceTaken",
     "SettingsError",
     "Throttled",
+    "UnsupportedEngine",
 ]
 
 
@@ -113,3 +114,7 @@ class InvalidTransition(KVStoreError):
 
 class InvariantViolation(KVStoreError):
     """``validate_state()`` found the store in a state that must never be."""
+
+
+class UnsupportedEngine(KVStoreError, ImportError):
+    """An integration was imported beside a version of its engine that it does not know, or without the engine."""
