@@ -1,0 +1,166 @@
+"""Whether there is a store now: connected to in the background, again and again, and said once each time it changes."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import numpy as np
+
+from kvstore.errors import InvalidArgument, KVStoreError, Throttled
+from kvstore.protocol.keys import BlockKey
+from kvstore_client.integrations.row_tier.counters import Counters
+from kvstore_client.tensors import TensorStore
+
+__all__ = ["CONNECTING", "DOWN", "UP", "StoreLink"]
+
+CONNECTING: Final = "connecting"
+UP: Final = "up"
+DOWN: Final = "down"
+
+_FIRST_RETRY_S: Final = 0.05
+_READY_S: Final = 0.02
+_LOOK_S: Final = 1.0
+"""How often an idle daemon is asked whether it is there."""
+
+_JOIN_S: Final = 1.0
+_log: Final = logging.getLogger("kvstore_client")
+
+
+class StoreLink:
+    """The store of a tier, while there is one.
+
+    A thread of its own connects, asks now and then, and connects again. Nobody else waits for a daemon that is not
+    there.
+
+    Args:
+        connect: makes the store. ``InvalidArgument`` is final, anything else is tried again.
+        ready: whether everything is known that ``connect`` needs; asked until it is.
+        warm_up: called before, to load what takes long.
+        counters: ``state_changes`` are counted.
+        retry_s: most seconds between attempts.
+        timeout_s: of one operation.
+
+    Attributes:
+        state: ``connecting`` until the first attempt ended, ``up`` or ``down``.
+    """
+
+    def __init__(
+        self,
+        connect: Callable[[], TensorStore],
+        counters: Counters,
+        *,
+        ready: Callable[[], bool] = lambda: True,
+        warm_up: Callable[[], None] = lambda: None,
+        retry_s: float = 2.0,
+        timeout_s: float = 2.0,
+    ) -> None:
+        self.state = CONNECTING
+        self._connect, self._ready, self._warm_up = connect, ready, warm_up
+        self._counters = counters
+        self._retry_s = retry_s
+        self._timeout_s = timeout_s
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._closing = False
+        self._final = False
+        self._store: TensorStore | None = None
+        self._thread = threading.Thread(target=self._run, name="kvstore-tier-link", daemon=True)
+        self._thread.start()
+
+    @property
+    def store(self) -> TensorStore | None:
+        """The store, None where there is none now."""
+        return self._store if self.state == UP else None
+
+    def find(self, keys: Sequence[BlockKey]) -> list[bool] | None:
+        """Whether blocks are there, from mapped memory, in microseconds; None where the daemon has to be asked.
+
+        No block that cannot be seen now (written this moment, or of another generation) is there.
+        """
+        store = self.store
+        if store is None:
+            return [False] * len(keys)
+        mapped = store.client._mapped
+        if mapped is None:
+            return None
+        from kvstore_client.mapped_batches import fidelities
+
+        words = np.frombuffer(b"".join(keys), np.int64).reshape(-1, 4)
+        return [level >= 0 for level in fidelities(mapped, words, store.part).tolist()]
+
+    def failed(self, error: BaseException) -> None:
+        """Say that an operation ended with an error; where that means that there is no store, there is none now."""
+        if isinstance(error, (Throttled, InvalidArgument)):
+            return
+        if not isinstance(error, KVStoreError):
+            _log.error("kvstore tier: a transfer failed: %r", error, exc_info=error)
+            return
+        self._change(DOWN, str(error))
+        self._wake.set()
+
+    def close(self, timeout_s: float) -> bool:
+        """Connect no more and close the store; whether the thread ended."""
+        self._closing = True
+        self._wake.set()
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    # -------------------------------------------------------------- the thread
+
+    def _run(self) -> None:
+        try:
+            self._warm_up()
+            while not self._closing and not self._ready():
+                time.sleep(_READY_S)
+            pause_s = _FIRST_RETRY_S
+            while not self._closing:
+                good = self._attempt()
+                pause_s = _FIRST_RETRY_S if good else min(2 * pause_s, self._retry_s)
+                if self._final:
+                    return
+                self._wake.wait(_LOOK_S if good else pause_s)
+                self._wake.clear()
+        except Exception as error:
+            _log.error("kvstore tier: connecting ended: %r", error, exc_info=error)
+            self._change(DOWN, str(error))
+        finally:
+            store, self._store = self._store, None
+            if store is not None:
+                store.close()
+
+    def _attempt(self) -> bool:
+        """Connect, or ask whether the connection is still good."""
+        try:
+            if self._store is None:
+                self._store = self._connect()
+            else:
+                self._store.client.ping()
+        except Throttled:
+            return self.state == UP
+        except InvalidArgument as error:
+            self._final = True
+            self._change(DOWN, f"{error}; it is not tried again")
+            return False
+        except KVStoreError as error:
+            self._change(DOWN, str(error))
+            return False
+        self._change(UP, "")
+        return True
+
+    def _change(self, state: str, why: str) -> None:
+        """Say it once; a store that is down has to answer a ping before it is up again."""
+        with self._lock:
+            if self.state == state or self._closing:
+                return
+            self.state = state
+        self._counters.add("state_changes", state)
+        if state == UP:
+            store = self._store
+            how = "" if store is None or store.client.mapped else f" over the socket ({store.client.unmapped})"
+            _log.warning("kvstore tier: connected to %s%s", store.client.endpoint if store else "", how)
+        else:
+            _log.warning("kvstore tier: no store, the engine goes on without it: %s", why)

