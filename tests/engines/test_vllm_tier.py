@@ -164,6 +164,24 @@ def test_a_block_that_goes_before_its_load_fails_alone(daemon: DaemonProcess, na
         second.finish(context)
 
 
+def test_a_block_that_cannot_be_loaded_is_tried_once_a_request(daemon: DaemonProcess, name: str, mapped: bool) -> None:
+    """There, but not a row: a promotion that is tried again and again would hold the request for ever."""
+    keys = keys_of(name, 3)
+    with engine(config_of(daemon.endpoint, name=name, mapped=mapped)) as first:
+        first.serve(keys[:1])
+        first.settle()
+        client = first.tier._link.store.client
+        client.put_many([key[:32] for key in keys[1:]], [bytes(100), bytes(100)], parent=keys[0][:32])
+        first.manager.reset_cache()
+        context = first.request(keys)
+        assert first.hits(keys, context) == 1
+        counts = first.counts()
+        assert counts["chunks load layout"] == 2
+        assert counts["lookups failed"] >= 1
+        first.finish(context)
+        assert first.serve(keys) == 1
+
+
 def test_what_was_promised_is_not_evicted_before_it_is_loaded(name: str) -> None:
     keys, others = keys_of(name, 8), keys_of(name + "others", 400)
     with DaemonProcess(capacity="1MiB", grant="256KiB") as small:
@@ -386,8 +404,8 @@ OPERATIONS = st.lists(
 def test_every_byte_that_is_loaded_is_what_was_stored(
     daemon: DaemonProcess, operations: list[tuple[str, int, int]], codec: str, through: bool, salt: int
 ) -> None:
-    """Engines with eight rows each, that come and go, on a store from which blocks vanish; ``serve`` compares."""
-    options = {"name": f"random-{salt}", "codec": codec, "mapped": through, "rows": 12}
+    """Engines with twelve rows each, that come and go, on a store from which blocks vanish; ``serve`` compares."""
+    options = {"name": f"random-{salt}", "codec": codec, "mapped": through, "rows": 12, "queued_stores": 64}
     with (
         engine(config_of(daemon.endpoint, **options)) as one,
         engine(config_of(daemon.endpoint, **options)) as other,
@@ -407,3 +425,11 @@ def test_every_byte_that_is_loaded_is_what_was_stored(
                     third.serve(keys)
         one.settle()
         other.settle()
+    with engine(config_of(daemon.endpoint, **options | {"rows": 64})) as fresh:
+        served = [prompt for what, prompt, _ in operations if what in ("serve", "other", "restart")]
+        for prompt in set(served):
+            keys = keys_of(f"{salt}-{prompt}", 10)
+            there = [*fresh.tier._link.store.client.exists([key[:32] for key in keys]), False]
+            assert fresh.serve(keys) == there.index(False)
+        counts = fresh.counts()
+        assert not [what for what in counts if what.startswith("chunks load") and what != "chunks load loaded"]

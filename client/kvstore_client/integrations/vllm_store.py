@@ -17,7 +17,7 @@ from kvstore_client.integrations.row_tier.settings import TierSettings
 from kvstore_client.integrations.vllm_identity import describe, namespace_name, revision_of
 from kvstore_client.tensors import TensorStore
 
-__all__ = ["check_one_host", "current_vllm_config", "hashes_are_known", "open_store"]
+__all__ = ["check_one_host", "current_vllm_config", "hashes_are_known", "load_compiled", "open_store"]
 
 
 def open_store(settings: TierSettings, config: Any, vllm_config: VllmConfig | None, rows: Rows) -> TensorStore:
@@ -58,6 +58,16 @@ def open_store(settings: TierSettings, config: Any, vllm_config: VllmConfig | No
         unknown_revision=settings.unknown_revision,
         directory=settings.directory,
     )
+
+
+def load_compiled(settings: TierSettings) -> None:
+    """Load what reads shared memory, and on a machine's first use compile it, while the engine starts anyway.
+
+    In a thread beside an engine that already waits for it, it would take far longer.
+    """
+    if settings.mapped is not False:
+        import kvstore_client.mapped_batches
+        import kvstore_client.mapped_session  # noqa: F401
 
 
 def hashes_are_known() -> bool:

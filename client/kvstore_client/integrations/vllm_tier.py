@@ -42,7 +42,13 @@ from vllm.v1.kv_offload.base import (  # noqa: E402
 )
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob  # noqa: E402
 
-from kvstore_client.integrations.vllm_store import check_one_host, current_vllm_config, hashes_are_known, open_store  # noqa: E402
+from kvstore_client.integrations.vllm_store import (  # noqa: E402
+    check_one_host,
+    current_vllm_config,
+    hashes_are_known,
+    load_compiled,
+    open_store,
+)
 from kvstore_client.integrations.vllm_tier_metrics import metric_definitions, stats_of  # noqa: E402
 
 __all__ = ["KVStoreTier"]
@@ -52,6 +58,8 @@ _OF_THE_FACTORY: Final = ("type", "module_path", "backpressure")
 
 _GRACE_S: Final = 2.0
 """Beyond an operation's timeout, for what a thread does after it."""
+
+_YIELD_S: Final = 0.0002
 
 _ANSWERS: Final = {Answer.HIT: LookupResult.HIT, Answer.MISS: LookupResult.MISS, Answer.LATER: LookupResult.RETRY}
 
@@ -110,6 +118,7 @@ class KVStoreTier(SecondaryTierManager):
         self._rows = Rows(
             primary_kv_view, element_of(self._config.model.dtype), next(iter(self._block_tokens.values()), 1)
         )
+        load_compiled(settings)
         self._counters = Counters()
         self._requests: dict[str, _Request] = {}
         self._job_keys: dict[int, tuple[str, list[OffloadKey]]] = {}
@@ -119,7 +128,6 @@ class KVStoreTier(SecondaryTierManager):
             self._connect,
             self._counters,
             ready=lambda: bool(self._requests) or hashes_are_known(),
-            warm_up=_load_compiled if settings.mapped is not False else _nothing,
             retry_s=settings.retry_s,
             timeout_s=settings.timeout_s,
         )
@@ -214,7 +222,7 @@ class KVStoreTier(SecondaryTierManager):
             partial(_before, request.positions, context),
         )
         if not self._jobs.submit(job.job_id, False, len(keys), partial(self._store, wanted)):
-            self._counters.add("chunks", "store", "queue_full", by=len(keys))
+            self._jobs.fail(job.job_id, False, Stored(dict.fromkeys(keys, "queue_full")))
 
     def submit_load(self, job_metadata: TransferJob) -> None:
         """Queue chunks to be loaded into their rows."""
@@ -225,7 +233,8 @@ class KVStoreTier(SecondaryTierManager):
         request.loads += 1
         pairs = [(key, block_key(key)) for key in keys]
         rows = [int(row) for row in job.chunk_ids]
-        self._jobs.submit(job.job_id, True, len(keys), partial(self._load, pairs, rows))
+        if not self._jobs.submit(job.job_id, True, len(keys), partial(self._load, pairs, rows)):
+            self._jobs.fail(job.job_id, True, Loaded(failed=dict.fromkeys(keys, "cancelled")))
 
     def _store(self, wanted: list[Chain], ended: Callable[[], bool]) -> Stored:
         """Store chunks. In a job's thread."""
@@ -305,6 +314,9 @@ class KVStoreTier(SecondaryTierManager):
         self._lookups.flush()
         for name, request in self._requests.items():
             self._promise(name, request)
+        if self.has_pending_work():
+            # An engine that only waits steps without a pause, and the threads that answer need the interpreter lock.
+            time.sleep(_YIELD_S)
 
     def _promise(self, name: str, request: _Request) -> None:
         if request.promised:
@@ -385,12 +397,3 @@ def _before(positions: Positions, context: ReqContext, group: int, end_token: in
         positions.note_all(getattr(context, "_offload_key_positions", {}))
         key = positions.at(group, end_token)
     return None if key is None else OffloadKey(key)
-
-
-def _load_compiled() -> None:
-    import kvstore_client.mapped_batches
-    import kvstore_client.mapped_session  # noqa: F401
-
-
-def _nothing() -> None:
-    pass

@@ -73,11 +73,11 @@ class Jobs(Generic[R]):
             thread.start()
 
     def submit(self, identity: int, is_load: bool, weight: int, run: Callable[[Callable[[], bool]], R]) -> bool:
-        """Queue a job; False where it is not taken, and has ended already.
+        """Queue a job; False where it is not taken: then it is the caller's to ``fail`` it.
 
         Args:
             identity: the engine's number for it.
-            is_load: loads go first, and are always taken.
+            is_load: loads go first, and are always taken but after ``close``.
             weight: of a store against ``most_queued``.
             run: does it, given ``ended``.
         """
@@ -86,7 +86,6 @@ class Jobs(Generic[R]):
             if self._closed or (
                 not is_load and self._queued_weight and self._queued_weight + weight > self._most_queued
             ):
-                self._finished.append(Finished(identity, is_load, None, 0.0))
                 return False
             if is_load:
                 self._loads.append(job)

@@ -39,7 +39,6 @@ class StoreLink:
     Args:
         connect: makes the store. ``InvalidArgument`` is final, anything else is tried again.
         ready: whether everything is known that ``connect`` needs; asked until it is.
-        warm_up: called before, to load what takes long.
         counters: ``state_changes`` are counted.
         retry_s: most seconds between attempts.
         timeout_s: of one operation.
@@ -54,12 +53,11 @@ class StoreLink:
         counters: Counters,
         *,
         ready: Callable[[], bool] = lambda: True,
-        warm_up: Callable[[], None] = lambda: None,
         retry_s: float = 2.0,
         timeout_s: float = 2.0,
     ) -> None:
         self.state = CONNECTING
-        self._connect, self._ready, self._warm_up = connect, ready, warm_up
+        self._connect, self._ready = connect, ready
         self._counters = counters
         self._retry_s = retry_s
         self._timeout_s = timeout_s
@@ -113,7 +111,6 @@ class StoreLink:
 
     def _run(self) -> None:
         try:
-            self._warm_up()
             while not self._closing and not self._ready():
                 time.sleep(_READY_S)
             pause_s = _FIRST_RETRY_S
