@@ -172,7 +172,7 @@ def test_a_block_that_cannot_be_loaded_is_tried_once_a_request(daemon: DaemonPro
         first.settle()
         client = first.tier._link.store.client
         client.put_many([key[:32] for key in keys[1:]], [bytes(100), bytes(100)], parent=keys[0][:32])
-        first.manager.reset_cache()
+        first.reset()
         context = first.request(keys)
         assert first.hits(keys, context) == 1
         counts = first.counts()
@@ -331,6 +331,26 @@ def test_a_hung_daemon_never_holds_the_scheduler(name: str, mapped: bool) -> Non
             wait_until(lambda: first.tier._link.state == "up", 20.0)
 
 
+def test_a_lookup_without_an_answer_is_a_miss_in_time(name: str) -> None:
+    keys = keys_of(name, 4)
+    options = {"name": name, "mapped": False, "timeout_s": 4.0, "lookup_timeout_s": 0.2}
+    with DaemonProcess() as hung, engine(config_of(hung.endpoint, **options)) as first:
+        first.serve(keys)
+        first.settle()
+        first.reset()
+        os.kill(hung.pid, signal.SIGSTOP)
+        try:
+            context = first.request(keys)
+            begin = time.monotonic()
+            assert first.hits(keys, context) == 0
+            assert 0.15 < time.monotonic() - begin < 1.5
+            assert first.counts()["lookups timeout"] >= 1
+            first.finish(context)
+        finally:
+            os.kill(hung.pid, signal.SIGCONT)
+        assert first.serve(keys) == 4
+
+
 def test_an_engine_starts_without_a_daemon_and_finds_it_later(name: str) -> None:
     daemon = DaemonProcess()
     config = config_of(daemon.endpoint, name=name, retry_s=0.2)
@@ -353,11 +373,11 @@ def test_a_reset_waits_for_transfers_and_keeps_the_store(daemon: DaemonProcess, 
     with engine(config_of(daemon.endpoint, name=name, threads=1)) as first:
         for prompt in range(4):
             first.serve(keys_of(f"{name}{prompt}", 3))
-        first.manager.reset_cache()
+        first.reset()
         assert not first.tier._jobs.pending()
         first.serve(keys)
         first.settle()
-        first.manager.reset_cache()
+        first.reset()
         assert first.serve(keys) == 12
 
 
@@ -369,6 +389,22 @@ def test_settings_that_are_wrong_are_named(daemon: DaemonProcess) -> None:
         pass
     with pytest.raises(InvalidArgument, match="codec 'kivi4' is lossy"):
         KVStoreTier.build_metric_definitions({"type": "KVStoreTier", "module_path": "m", "codec": "kivi4"})
+
+
+def test_an_unknown_revision_is_said_once_or_refused(
+    daemon: DaemonProcess, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "kvstore_client"):
+        with engine(config_of(daemon.endpoint, name=name, unknown_revision="warn")) as first:
+            first.serve(keys_of(name, 2))
+        assert len([record for record in caplog.records if "no revision of the weights" in record.message]) == 1
+    with (
+        pytest.raises(InvalidArgument, match="no revision of the weights of 'tiny'"),
+        engine(config_of(daemon.endpoint, name=name, unknown_revision="refuse")),
+    ):
+        pass
+    with engine(config_of(daemon.endpoint, name=name, unknown_revision="refuse", revision="r1")) as known:
+        assert known.tier._link.store.namespace.revision == "r1"
 
 
 def test_metrics_are_declared(daemon: DaemonProcess, name: str) -> None:
@@ -419,7 +455,7 @@ def test_every_byte_that_is_loaded_is_what_was_stored(
             elif what == "remove":
                 one.tier._link.store.client.remove([keys[-1][:32]])
             elif what == "reset":
-                one.manager.reset_cache()
+                one.reset()
             else:
                 with engine(config_of(daemon.endpoint, **options)) as third:
                     third.serve(keys)

@@ -25,9 +25,8 @@ from daemon_process import MIB, DaemonProcess, child_environment
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     pytest.importorskip("vllm", reason="vLLM is not installed; run with the Python of an environment that has it")
-    from vllm.platforms import current_platform
-
     from engines.vllm_tier_engine import BLOCK, VOCABULARY, make_model
+    from vllm.platforms import current_platform
 
 pytestmark = [
     pytest.mark.engine,

@@ -1,6 +1,6 @@
 """One vLLM engine on the CPU with a kvstore tier: reads prompts as JSON lines, answers with tokens and what was loaded.
 
-Run as a program: ``vllm_tier_engine.py MODEL EXTRA_CONFIG REVISION``; EXTRA_CONFIG is JSON, or ``none`` for no connector.
+Run as a program: ``vllm_tier_engine.py MODEL EXTRA_CONFIG REVISION``; EXTRA_CONFIG is JSON, ``none``: no connector.
 What the tier counted is known only where scheduler and program are one process.
 """
 

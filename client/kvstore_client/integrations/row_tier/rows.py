@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
 from kvstore.errors import InvalidArgument
 from kvstore.protocol.keys import BlockKey
@@ -140,9 +141,7 @@ def load_rows(
                 done.failed.update((key, why) for key, _ in keys[at:])
                 break
             some = slice(at, at + _SLICE_ROWS)
-            report = store.load_blocks(
-                [key for _, key in keys[some]], paged, pages=[[row] for row in rows[some]], request=request
-            )
+            report = store.load_blocks([key for _, key in keys[some]], paged, pages=_pages(rows[some]), request=request)
             done.keys += [key for key, _ in keys[at : at + report.loaded]]
             done.stored_bytes += report.stored_bytes
             at += report.loaded
@@ -178,9 +177,7 @@ def store_rows(
                 if ended():
                     return _fill(done, wanted, "cancelled")
                 some = slice(at, at + _SLICE_ROWS)
-                report = store.save_blocks(
-                    chain.keys[some], paged, pages=[[row] for row in chain.rows[some]], parent=parent
-                )
+                report = store.save_blocks(chain.keys[some], paged, pages=_pages(chain.rows[some]), parent=parent)
                 done.stored_bytes += report.stored_bytes
                 for index, key in enumerate(chain.offload_keys[some]):
                     done.results[key] = _result(report.statuses[index], report.reasons, index)
@@ -189,6 +186,10 @@ def store_rows(
         done.error = error
         return _fill(done, wanted, "unavailable")
     return done
+
+
+def _pages(rows: Sequence[int]) -> npt.NDArray[np.int32]:
+    return np.array(rows, np.int32).reshape(-1, 1)
 
 
 def _result(status: PutStatus, reasons: Mapping[int, str], index: int) -> str:
