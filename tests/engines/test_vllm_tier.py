@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import signal
+import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,8 +21,9 @@ from hypothesis import strategies as st
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     pytest.importorskip("vllm", reason="vLLM is not installed; run with the Python of an environment that has it")
-    from engines.vllm_tiering import config_of, content_of, engine, keys_of
+    from engines.vllm_tiering import BLOCK_BYTES, config_of, content_of, engine, keys_of
     from vllm.v1.kv_offload.base import LookupResult
+    from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
     from vllm.v1.kv_offload.tiering.factory import SecondaryTierFactory
 
     from kvstore_client.integrations.vllm_tier import KVStoreTier
@@ -126,6 +130,48 @@ def test_groups_have_blocks_of_their_own(daemon: DaemonProcess, name: str) -> No
         for key, row in zip(both, second.read(both, context), strict=True):
             assert (row == content_of(key, row.size)).all()
         second.finish(context)
+
+
+def test_a_row_has_the_bytes_of_every_rank(daemon: DaemonProcess, name: str) -> None:
+    """Two tensor-parallel ranks, each with vLLM's own view of its cells: each gets back what it wrote."""
+
+    def ranks(running: Any) -> list[Any]:
+        spec = running.spec
+        regions = [
+            SharedOffloadRegion(
+                engine_id=spec.config.engine_id,
+                num_chunks=spec.num_chunks,
+                rank=rank,
+                kv_bytes_per_chunk=spec.kv_bytes_per_chunk,
+                cpu_page_size=spec.cpu_page_size_per_worker,
+            )
+            for rank in range(2)
+        ]
+        return [(region, region.create_next_worker_view(BLOCK_BYTES)) for region in regions]
+
+    keys = keys_of(name, 5)
+    with engine(config_of(daemon.endpoint, name=name, world=2)) as first:
+        cells = ranks(first)
+        context = first.request(keys)
+        output = first.manager.prepare_store(keys, context)
+        for index, row in enumerate(output.store_spec.chunk_ids):
+            for rank, (_, view) in enumerate(cells):
+                view[row] = 10 * index + rank + 1
+        first.manager.complete_store(set(keys), context, True)
+        first.finish(context)
+        first.settle()
+        for region, _ in cells:
+            region.cleanup()
+    with engine(config_of(daemon.endpoint, name=name, world=2)) as second:
+        cells = ranks(second)
+        context = second.request(keys)
+        assert second.hits(keys, context) == 5
+        for index, row in enumerate(second.manager.prepare_load(keys, context).chunk_ids):
+            assert [view[row].unique().tolist() for _, view in cells] == [[10 * index + 1], [10 * index + 2]]
+        second.manager.complete_load(keys, context)
+        second.finish(context)
+        for region, _ in cells:
+            region.cleanup()
 
 
 def test_blocks_know_which_comes_before_them(daemon: DaemonProcess, name: str) -> None:
@@ -469,3 +515,37 @@ def test_every_byte_that_is_loaded_is_what_was_stored(
             assert fresh.serve(keys) == there.index(False)
         counts = fresh.counts()
         assert not [what for what in counts if what.startswith("chunks load") and what != "chunks load loaded"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("codec", ["raw", "lossless"])
+def test_engines_at_once_on_a_small_store_whose_daemon_dies_load_no_wrong_byte(name: str, codec: str) -> None:
+    """Blocks are evicted all the time, and the daemon is killed again and again; ``serve`` compares every byte."""
+    options = {"name": name, "codec": codec, "rows": 24, "queued_stores": 64, "timeout_s": 0.5, "retry_s": 0.1}
+    stop = threading.Event()
+    loaded, wrong = Counter[str](), list[BaseException]()
+
+    def run(number: int, endpoint: str) -> None:
+        rng = random.Random(number)
+        try:
+            with engine(config_of(endpoint, **options, mapped=number % 2 == 0)) as running:
+                while not stop.is_set():
+                    running.serve(keys_of(f"{name}{rng.randrange(40)}", rng.randrange(1, 12)))
+                    loaded["blocks"] += int(running.counts().get("chunks load loaded", 0))
+                running.settle()
+        except BaseException as error:
+            wrong.append(error)
+
+    with DaemonProcess(capacity="2MiB", grant="512KiB") as dying:
+        threads = [threading.Thread(target=run, args=(number, dying.endpoint)) for number in range(3)]
+        for thread in threads:
+            thread.start()
+        for _ in range(4):
+            time.sleep(3.0)
+            dying.restart()
+        time.sleep(3.0)
+        stop.set()
+        for thread in threads:
+            thread.join(60.0)
+        assert not wrong, wrong
+        assert loaded["blocks"] > 100

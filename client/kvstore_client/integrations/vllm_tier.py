@@ -71,14 +71,12 @@ class _Request:
         positions: which of its blocks ends where.
         failed: blocks that were there and could not be loaded: for this request they are misses.
         waits: blocks without an answer, and when they count as misses.
-        promised: blocks that it was told are there, and that are not leased yet.
         loads: jobs of it that are not done.
     """
 
     positions: Positions = field(default_factory=Positions)
     failed: set[OffloadKey] = field(default_factory=set)
     waits: dict[OffloadKey, float] = field(default_factory=dict)
-    promised: list[bytes] = field(default_factory=list)
     loads: int = 0
 
 
@@ -120,6 +118,8 @@ class KVStoreTier(SecondaryTierManager):
         load_compiled(settings)
         self._counters = Counters()
         self._requests: dict[str, _Request] = {}
+        self._promised: dict[str, list[bytes]] = {}
+        """Blocks that requests were told are there in this step, and that are not leased yet."""
         self._job_keys: dict[int, tuple[str, list[OffloadKey]]] = {}
         self._closed = False
         queued = settings.queued_stores or max(self._rows.count // 4, 1)
@@ -181,7 +181,7 @@ class KVStoreTier(SecondaryTierManager):
             return self._counted(result, "retry")
         request.waits.pop(key, None)
         if result is LookupResult.HIT:
-            request.promised.append(name)
+            self._promised.setdefault(req_context.req_id, []).append(name)
             return self._counted(result, "hit")
         return self._counted(result, "miss")
 
@@ -228,7 +228,7 @@ class KVStoreTier(SecondaryTierManager):
         job, request = job_metadata, self._request(job_metadata.req_context)
         keys = list(job.keys)
         self._job_keys[job.job_id] = job.req_context.req_id, keys
-        self._promise(job.req_context.req_id, request)
+        self._lease_promised()
         request.loads += 1
         pairs = [(key, block_key(key)) for key in keys]
         rows = [int(row) for row in job.chunk_ids]
@@ -304,6 +304,7 @@ class KVStoreTier(SecondaryTierManager):
 
     def on_request_finished(self, req_context: ReqContext) -> None:
         """Give back what was leased for a request, and forget it."""
+        self._promised.pop(req_context.req_id, None)
         if self._requests.pop(req_context.req_id, None) is not None:
             self._lookups.forget(req_context.req_id)
             self._leases.release(req_context.req_id)
@@ -311,16 +312,15 @@ class KVStoreTier(SecondaryTierManager):
     def on_schedule_end(self, context: ScheduleEndContext) -> None:
         """Ask for what was looked up in this step, and lease what was found."""
         self._lookups.flush()
-        for name, request in self._requests.items():
-            self._promise(name, request)
+        self._lease_promised()
         if self.has_pending_work():
             # An engine that only waits steps without a pause, and the threads that answer need the interpreter lock.
             time.sleep(_YIELD_S)
 
-    def _promise(self, name: str, request: _Request) -> None:
-        if request.promised:
-            self._leases.promise(name, request.promised)
-            request.promised = []
+    def _lease_promised(self) -> None:
+        for name, keys in self._promised.items():
+            self._leases.promise(name, keys)
+        self._promised.clear()
 
     def has_pending_work(self) -> bool:
         """Whether answers are on their way, or requests wait for the first connection."""

@@ -3,6 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from doc_tables import tables
 
 from kvstore.errors import InvalidArgument
 from kvstore_client.integrations.row_tier.settings import BYTE_CODECS, TierSettings
@@ -37,6 +38,11 @@ def test_settings_lossy_codec_is_refused_with_the_reason() -> None:
         TierSettings.parse({"codec": "zip"})
 
 
+def test_settings_endpoint_that_is_none_is_refused() -> None:
+    with pytest.raises(InvalidArgument, match="tcp"):
+        TierSettings.parse({"endpoint": "tcp://127.0.0.1:9000"})
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -66,3 +72,12 @@ def test_settings_lossy_codec_is_refused_with_the_reason() -> None:
 def test_settings_wrong_value_is_named(name: str, value: Any) -> None:
     with pytest.raises(InvalidArgument, match=f"kvstore tier: {name} must be"):
         TierSettings.parse({name: value})
+
+
+def test_settings_are_those_of_the_page() -> None:
+    (table,) = [table for table in tables("vllm-tier.md") if table.heading == "Settings"]
+    assert sorted(table.column("setting")) == sorted(TierSettings.__dataclass_fields__)
+    documented = dict(zip(table.column("setting"), table.column("default"), strict=True))
+    for name in ("codec", "name", "threads", "timeout_s", "lookup_timeout_s", "job_timeout_s", "lease_s", "retry_s"):
+        default = getattr(TierSettings(), name)
+        assert documented[name] == (default if isinstance(default, str) else f"{default:g}"), name

@@ -10,6 +10,7 @@ from typing import Any, Final, cast
 
 from kvstore.errors import InvalidArgument
 from kvstore.format.constants import CODECS_BY_NAME
+from kvstore.protocol.endpoint import check_endpoint
 from kvstore.protocol.version import MAX_LEASE_MS
 from kvstore_client.base import OnUnknownRevision
 
@@ -71,6 +72,8 @@ class TierSettings:
         for name in ("endpoint", "directory"):
             if getattr(self, name) is not None and not isinstance(getattr(self, name), str):
                 raise _wrong(name, "text", getattr(self, name))
+        if self.endpoint is not None:
+            check_endpoint(self.endpoint)
         if self.mapped not in (None, True, False):
             raise _wrong("mapped", "true, false or null", self.mapped)
         if self.unknown_revision not in ("warn", "refuse", "ignore"):
