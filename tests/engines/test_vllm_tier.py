@@ -427,6 +427,25 @@ def test_a_reset_waits_for_transfers_and_keeps_the_store(daemon: DaemonProcess, 
         assert first.serve(keys) == 12
 
 
+def test_a_reset_for_new_weights_leaves_nothing_of_the_old_ones(daemon: DaemonProcess, name: str, mapped: bool) -> None:
+    """``on_reset``: who reset joins the next generation, who did not finds and stores nothing any more."""
+    keys, options = keys_of(name, 6), {"name": name, "on_reset": "invalidate", "mapped": mapped}
+    with engine(config_of(daemon.endpoint, **options)) as one, engine(config_of(daemon.endpoint, **options)) as other:
+        one.serve(keys)
+        one.settle()
+        one.reset()
+        assert one.serve(keys) == 0
+        one.settle()
+        counts = one.counts()
+        assert counts["chunks store stored"] == 12
+        assert other.serve(keys) == 0
+        other.settle()
+        assert other.counts()["chunks store stale_namespace"] == 6
+        other.reset()
+        assert other.serve(keys) == 6
+        other.settle()
+
+
 def test_settings_that_are_wrong_are_named(daemon: DaemonProcess) -> None:
     with (
         pytest.raises(InvalidArgument, match="unknown setting 'endpont' .did you mean 'endpoint'.*known are endpoint"),

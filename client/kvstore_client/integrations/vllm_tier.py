@@ -331,7 +331,7 @@ class KVStoreTier(SecondaryTierManager):
     # -------------------------------------------------------------- the end
 
     def drain_jobs(self) -> None:
-        """Cancel jobs that wait, and wait for those that run.
+        """Cancel jobs that wait, and wait for those that run. vLLM resets its caches then: see ``on_reset``.
 
         Raises:
             TimeoutError: one still runs, and touches the rows: they must not be used for anything else.
@@ -341,6 +341,8 @@ class KVStoreTier(SecondaryTierManager):
                 f"kvstore tier: a transfer did not end within {self._patience_s:g} s (timeout_s and {_GRACE_S:g} s "
                 "more); the CPU tier cannot be reset while it runs"
             )
+        if self._settings.on_reset == "invalidate":
+            self._link.invalidate()
 
     @property
     def _patience_s(self) -> float:

@@ -20,7 +20,7 @@ class Daemon:
     def __init__(self) -> None:
         self.there = True
         self.wrong = False
-        self.made = self.pings = self.closed = 0
+        self.made = self.pings = self.closed = self.invalidated = 0
         self.client = self
         self.endpoint = "ipc:///test"
         self.mapped, self._mapped, self.unmapped = False, None, "it is a test"
@@ -41,6 +41,10 @@ class Daemon:
         self.pings += 1
         self.answer()
         return 0.0
+
+    def invalidate(self) -> None:
+        self.answer()
+        self.invalidated += 1
 
     def close(self) -> None:
         self.closed += 1
@@ -114,3 +118,22 @@ def test_what_can_never_be_right_is_not_tried_again(caplog: pytest.LogCaptureFix
     assert link.state == DOWN
     assert "a bad layout; it is not tried again" in caplog.text
     assert link.close(5.0)
+
+
+def test_nothing_is_served_between_a_reset_and_the_next_generation(caplog: pytest.LogCaptureFixture) -> None:
+    daemon, ready = Daemon(), False
+    with caplog.at_level(logging.WARNING, "kvstore_client"):
+        link = StoreLink(daemon.connect, Counters(), ready=lambda: ready, retry_s=0.01)
+        link.invalidate()
+        ready = True
+        wait(lambda: link.state == UP)
+        assert daemon.invalidated == 1
+        daemon.there = False
+        link.invalidate()
+        assert link.store is None
+        wait(lambda: link.state == DOWN)
+        assert daemon.invalidated == 1
+        daemon.there = True
+        wait(lambda: link.state == UP)
+        assert daemon.invalidated == 2
+        assert link.close(5.0)

@@ -53,6 +53,7 @@ def test_settings_endpoint_that_is_none_is_refused() -> None:
         ("name", None),
         ("revision", 7),
         ("unknown_revision", "shrug"),
+        ("on_reset", "clear"),
         ("threads", 0),
         ("threads", 65),
         ("threads", True),

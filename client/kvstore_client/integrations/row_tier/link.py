@@ -65,6 +65,8 @@ class StoreLink:
         self._wake = threading.Event()
         self._closing = False
         self._final = False
+        self._invalidations = 0
+        """That are due: nothing is served before they are done."""
         self._store: TensorStore | None = None
         self._thread = threading.Thread(target=self._run, name="kvstore-tier-link", daemon=True)
         self._thread.start()
@@ -98,6 +100,14 @@ class StoreLink:
             _log.error("kvstore tier: a transfer failed: %r", error, exc_info=error)
             return
         self._change(DOWN, str(error))
+        self._wake.set()
+
+    def invalidate(self) -> None:
+        """Move the namespace on to its next generation; until that is done there is no store."""
+        with self._lock:
+            self._invalidations += 1
+            if self.state == UP:
+                self.state = CONNECTING
         self._wake.set()
 
     def close(self, timeout_s: float) -> bool:
@@ -136,6 +146,9 @@ class StoreLink:
                 self._store = self._connect()
             else:
                 self._store.client.ping()
+            due = self._invalidations
+            if due:
+                self._store.client.invalidate()
         except Throttled:
             return self.state == UP
         except InvalidArgument as error:
@@ -145,13 +158,15 @@ class StoreLink:
         except KVStoreError as error:
             self._change(DOWN, str(error))
             return False
+        with self._lock:
+            self._invalidations -= due
         self._change(UP, "")
         return True
 
     def _change(self, state: str, why: str) -> None:
         """Say it once; a store that is down has to answer a ping before it is up again."""
         with self._lock:
-            if self.state == state or self._closing:
+            if self.state == state or self._closing or (state == UP and self._invalidations):
                 return
             self.state = state
         self._counters.add("state_changes", state)

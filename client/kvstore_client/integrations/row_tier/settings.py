@@ -6,7 +6,7 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Final, cast
+from typing import Any, Final, Literal, cast
 
 from kvstore.errors import InvalidArgument
 from kvstore.format.constants import CODECS_BY_NAME
@@ -34,6 +34,8 @@ class TierSettings:
         name: a label of the user's, part of the namespace.
         revision: of the weights; "" takes the engine's, where it says one.
         unknown_revision: what to do where nobody says one: ``warn``, ``refuse``, ``ignore``.
+        on_reset: what becomes of the store when the engine resets its caches, as it does when weights change in place:
+            ``keep``, or ``invalidate``: its namespace moves on to the next generation.
         tenant_salt: keeps tenants apart.
         identity: anything else that makes KV differ and that the engine does not tell, part of the namespace.
         threads: transfers at a time.
@@ -55,6 +57,7 @@ class TierSettings:
     name: str = "default"
     revision: str = ""
     unknown_revision: OnUnknownRevision = "warn"
+    on_reset: Literal["keep", "invalidate"] = "keep"
     tenant_salt: str = ""
     identity: str = ""
     threads: int = 2
@@ -78,6 +81,8 @@ class TierSettings:
             raise _wrong("mapped", "true, false or null", self.mapped)
         if self.unknown_revision not in ("warn", "refuse", "ignore"):
             raise _wrong("unknown_revision", "'warn', 'refuse' or 'ignore'", self.unknown_revision)
+        if self.on_reset not in ("keep", "invalidate"):
+            raise _wrong("on_reset", "'keep' or 'invalidate'", self.on_reset)
         if not self.name:
             raise _wrong("name", "text that is not empty", self.name)
         _check_codec(self.codec)
