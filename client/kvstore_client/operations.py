@@ -291,17 +291,20 @@ class Operations:
                 expect((yield Ask(Ping)), Done)
                 mapped.settle()
             elif number in (NO_LANE, NO_GRANT):
-                if not (yield from self.reserve(mapped, RECORD_HEADER_BYTES + payload.nbytes)):
+                if not (yield from self.reserve(mapped, RECORD_HEADER_BYTES + payload.nbytes, previous, chain.access)):
                     return NO_GRANT
             else:
                 return number
         return NO_GRANT
 
-    def reserve(self, mapped: MappedSession, record_bytes: int) -> Steps[bool]:
-        """Ask for slots for records of a size; whether there are some, in the mapping that they were asked for."""
+    def reserve(self, mapped: MappedSession, record_bytes: int, parent: bytes, access: int) -> Steps[bool]:
+        """Ask for slots for records of a size; whether there are some, in the mapping that they were asked for.
+
+        ``parent``: of the block that is written first. Neither it nor what ``access`` used leaves for the slots.
+        """
         lane = mapped.lane_for(record_bytes)
         mapped.close_lane(lane, record_bytes)
-        reserved = expect((yield Ask(Reserve, (record_bytes, lane))), Reserved)
+        reserved = expect((yield Ask(Reserve, (record_bytes, lane, parent), access)), Reserved)
         # Now and then, so that answers are taken before the ring goes around and others take their place.
         mapped.settle()
         if reserved.reason or self._session.mapped is not mapped:

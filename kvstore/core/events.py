@@ -50,12 +50,20 @@ class Joined(msgspec.Struct, frozen=True):
 class SlotWanted(msgspec.Struct, frozen=True):
     """A session wants a slot to write a record of ``record_bytes`` into.
 
-    ``ahead``: it would be for later; refuse it rather than make room for it.
+    Attributes:
+        session, record_bytes: whose record, and how large.
+        ahead: it would be for later; refuse it rather than make room for it.
+        access: the engine request, as in ``Committed``: nothing that it used leaves for it.
+        namespace_id, parent_key: the block before it, which must not leave for it either; one that nobody can reach
+            makes no room. An empty key: the client does not say, and where it names no request either all may leave.
     """
 
     session: int
     record_bytes: int
     ahead: bool = False
+    access: int = 0
+    namespace_id: int = 0
+    parent_key: bytes = b""
 
 
 class CommittedRecord(msgspec.Struct, frozen=True):

@@ -51,12 +51,13 @@ from kvstore.core.instructions import (
     Withdraw,
 )
 from kvstore.core.leases import Leases
-from kvstore.core.namespaces import Namespaces, NamespaceState, descendants
+from kvstore.core.namespaces import ORPHAN_DEPTH, Namespaces, NamespaceState, descendants
 from kvstore.core.slabs import Slab, SlabAllocator
 from kvstore.core.story import Story
 from kvstore.errors import InvalidTransition
 from kvstore.format.constants import FIDELITY_EXACT, PAGE_BYTES
-from kvstore.policy.base import EvictionPolicy
+from kvstore.policy.base import BEFORE_ALL, EvictionPolicy
+from kvstore.protocol.keys import ROOT_KEY
 from kvstore.protocol.messages import PutStatus, Reason
 
 ACCESS_IDS: Final = 65_536
@@ -121,15 +122,19 @@ class _Placing:
         worse: by each of them that took the place of a published record, that record. It stays published, and can have
             its place back, until it is sure that there is room for the better one.
         gone: slots of records that had their place for a moment within the event.
+        orphans: new blocks that nobody could reach when they were placed.
+        told: how many of ``touched`` the policy knows of.
     """
 
-    __slots__ = ("gone", "placed", "touched", "worse")
+    __slots__ = ("gone", "orphans", "placed", "told", "touched", "worse")
 
     def __init__(self) -> None:
         self.touched: list[tuple[Block, int]] = []
         self.placed: list[Record] = []
         self.worse: dict[Record, Record] = {}
         self.gone: list[int] = []
+        self.orphans: list[Block] = []
+        self.told = 0
 
 
 class Store:
@@ -276,13 +281,16 @@ class Store:
             return [Refuse(PutStatus.REJECTED, Reason.TOO_LARGE)]
         slot_bytes = self.slot_bytes_for(event.record_bytes)
         session = self.sessions[event.session]
+        number = None if event.ahead else self._number_of_wanted(event)
         if session.granted_bytes + slot_bytes > self.limits.grant_bytes_per_session:
             return [Refuse(PutStatus.THROTTLED, Reason.GRANT_LIMIT)]
         if self.granted_bytes + slot_bytes > self.limits.grant_bytes:
             return [Refuse(PutStatus.THROTTLED, Reason.GRANT_LIMIT)]
         slot = self.slabs.allocate(slot_bytes)
         if slot is None:
-            return [Refuse(PutStatus.THROTTLED, Reason.ALL_HELD)] if event.ahead else self._make_room(slot_bytes)
+            return (
+                [Refuse(PutStatus.THROTTLED, Reason.ALL_HELD)] if event.ahead else self._make_room(slot_bytes, number)
+            )
         record = Record(slot, slot_bytes, event.session)
         self.records[slot] = record
         session.grants[slot] = record
@@ -290,8 +298,22 @@ class Store:
         self.granted_bytes += slot_bytes
         return [Grant(record)]
 
-    def _make_room(self, slot_bytes: int) -> list[Instruction]:
-        """Get a slab or a slot of this size: move records together, or evict in the policy's order."""
+    def _number_of_wanted(self, event: SlotWanted) -> int | None:
+        """Number of the access that a slot is for; None where nobody says. To go on behind a block is a use of it."""
+        parent_key = event.parent_key
+        if not event.access and not parent_key:
+            return None
+        number = self._access_number(event.session, event.access)
+        if parent_key and parent_key != ROOT_KEY:
+            namespace = self.namespaces.by_id.get(event.namespace_id)
+            parent = None if namespace is None else namespace.blocks.get(parent_key)
+            if parent is None or parent.depth >= ORPHAN_DEPTH:
+                return BEFORE_ALL
+            self.policy.touch(parent, 1, number)
+        return number
+
+    def _make_room(self, slot_bytes: int, number: int | None) -> list[Instruction]:
+        """Get a slab or a slot of this size: move records together, or evict what was used before an access."""
         if self.populating:
             return [Refuse(PutStatus.THROTTLED, Reason.POPULATING)]
         waiting = self._limbo_since_ns.get(slot_bytes)
@@ -302,20 +324,22 @@ class Store:
             instructions = self._vacate(slab)
             if instructions:
                 return [*instructions, TryAgain()]
-        slots = self._evict_for_slot(slot_bytes)
+        slots = self._evict_for_slot(slot_bytes, number)
         if slots:
             return [Withdraw(slots), TryAgain()]
         if self.limbo_bytes or self.leases:
             return [Refuse(PutStatus.THROTTLED, Reason.ALL_HELD)]
+        if self._next_victim() is not None:
+            return [Refuse(PutStatus.REJECTED, Reason.NO_ROOM)]
         all_there = self.slabs.usable_slabs == len(self.slabs.slabs)
         return [Refuse(PutStatus.THROTTLED, Reason.GRANT_LIMIT if all_there else Reason.MEMORY_LIMIT)]
 
-    def _evict_for_slot(self, slot_bytes: int) -> list[int]:
+    def _evict_for_slot(self, slot_bytes: int, number: int | None) -> list[int]:
         """Evict until a slot of this size, or a slab's worth of another size, comes free; the slots."""
         slots: list[int] = []
         missing: dict[int, int] = {}
         for _ in range(EVICTION_BATCH):
-            victim = self._next_victim()
+            victim = self._next_victim(number)
             if victim is None:
                 break
             enough = False
@@ -362,6 +386,7 @@ class Store:
         statuses: list[PutStatus] = []
         reasons: list[Reason] = []
         placing = _Placing()
+        left: list[int] = []
         for commit in event.records:
             if event.separate:
                 self._access = access = self._access + 1
@@ -377,15 +402,22 @@ class Store:
                     self._to_free(record, commit.key, status.name)
             statuses.append(status)
             reasons.append(reason)
-        for block, number in placing.touched:
-            self.policy.touch(block, 1, number)
+            if event.separate:
+                if self._over_capacity() and record is not None:
+                    # What leaves for a later one was stored all the same.
+                    left += self._fit_capacity(placing, [record])
+                    self._answer_for_evicted(event, len(statuses) - 1, statuses, reasons)
+                placing.orphans.clear()
+        self._touch_placed(placing)
         instructions: list[Instruction] = []
         placed = placing.placed
         if self._over_capacity():
-            instructions.append(Withdraw(self._fit_capacity(placing)))
+            left += self._fit_capacity(placing, placed)
             if None in [record.block for record in placed] or not all(block.parts for block, _ in placing.touched):
-                self._answer_for_evicted(event, statuses, reasons)
-                placed = [record for record in placed if record.state is RecordState.RESIDENT]
+                self._answer_for_evicted(event, 0, statuses, reasons)
+        if left:
+            instructions.append(Withdraw(left))
+            placed = [record for record in placed if record.state is RecordState.RESIDENT]
         if placing.worse or placing.gone:
             instructions += self._retire(placing)
             placed = [record for record in placed if record not in placing.worse]
@@ -421,6 +453,13 @@ class Store:
             block = Block(namespace, commit.key, commit.parent_key)
             namespace.insert(block)
             self.policy.insert(block, access)
+            if block.depth >= ORPHAN_DEPTH:
+                # Nobody can reach it: it may have room that is free, and nothing leaves for it.
+                self.policy.condemn([block])
+                placing.orphans.append(block)
+            elif block.children:
+                for below in descendants(block):
+                    self.policy.touch(below, 1, access)
             self.block_count += 1
         else:
             placing.touched.append((block, access))
@@ -497,12 +536,20 @@ class Store:
     def _over_capacity(self) -> bool:
         return self.resident_bytes > self.limits.capacity_bytes or self.record_count > self.limits.max_records
 
-    def _fit_capacity(self, placing: _Placing) -> list[int]:
+    def _touch_placed(self, placing: _Placing) -> None:
+        """Tell the policy which blocks that were there before were put again, unless nobody can reach them."""
+        for block, number in placing.touched[placing.told :]:
+            if block.parts and block.depth < ORPHAN_DEPTH:
+                self.policy.touch(block, 1, number)
+        placing.told = len(placing.touched)
+
+    def _fit_capacity(self, placing: _Placing, placed: list[Record]) -> list[int]:
         """Evict until resident records fit; where nothing else may leave, what was just placed must. Their slots."""
         slots: list[int] = []
-        newest_first = reversed(placing.placed)
+        self._touch_placed(placing)
+        newest_first = reversed(placed)
         while self._over_capacity():
-            victim = self._next_victim()
+            victim = self._placed_orphan(placing) or self._next_victim()
             if victim is not None:
                 slots += self._evict(victim)
                 continue
@@ -526,10 +573,20 @@ class Store:
                 slots.append(self._to_limbo(record, "no room", counted=False))
         return slots
 
-    def _answer_for_evicted(self, event: Committed, statuses: list[PutStatus], reasons: list[Reason]) -> None:
-        """What did not stay, although it was placed or had been there before, is no success."""
+    def _placed_orphan(self, placing: _Placing) -> Block | None:
+        """The last new block that nobody can reach: nothing leaves for it, not even others of its kind."""
+        for block in reversed(placing.orphans):
+            if block.parts and block.depth >= ORPHAN_DEPTH and not block.children and not block.leases:
+                return block
+        return None
+
+    def _answer_for_evicted(
+        self, event: Committed, first: int, statuses: list[PutStatus], reasons: list[Reason]
+    ) -> None:
+        """What did not stay, although it was placed or had been there before, is no success; from ``first`` on."""
         held = bool(self.leases)
-        for index, commit in enumerate(event.records):
+        for index in range(first, len(statuses)):
+            commit = event.records[index]
             if statuses[index] not in (PutStatus.STORED, PutStatus.EXISTS):
                 continue
             record = self.find(event.namespace_id, commit.key, commit.part)
@@ -641,8 +698,8 @@ class Store:
 
     # -------------------------------------------------------------- changes of state
 
-    def _next_victim(self) -> Block | None:
-        victim = self.policy.next_victim()
+    def _next_victim(self, before: int | None = None) -> Block | None:
+        victim = self.policy.next_victim(before)
         assert victim is None or isinstance(victim, Block)
         return victim
 

@@ -93,3 +93,13 @@ def revoke(file: int, lane: int, out: int) -> int:
                 store(out + 8 * found, grant & GRANT_SLOT_MASK)
                 found += 1
     return found
+
+
+@compiled("int64(int64, int64)")
+def offered(file: int, lane: int) -> int:
+    """Grants that lie in a lane at this moment. By the daemon, which alone adds to them."""
+    found = 0
+    for number in range(LANE_GRANTS):
+        if load(_word(file, lane, number)) != 0:
+            found += 1
+    return found

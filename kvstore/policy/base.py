@@ -7,7 +7,10 @@ by one with each engine request, and all blocks of a request carry the same one.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Protocol
+from typing import Final, Protocol
+
+BEFORE_ALL: Final = 0
+"""An access number before all others."""
 
 
 class Evictable(Protocol):
@@ -61,10 +64,14 @@ class EvictionPolicy(Protocol):
     def released(self, block: Evictable) -> None:
         """The last lease on a block ended: it may be chosen again."""
 
-    def next_victim(self) -> Evictable | None:
+    def next_victim(self, before: int | None = None) -> Evictable | None:
         """The block to evict next: a leaf without leases; None where there is none.
 
         The block stays in the policy until ``discard``. Calling again without a change in between gives the same.
+
+        Args:
+            before: room is made for a block of this engine request: none of its own blocks leave for it, nor any that
+                is worth keeping more than they are. With ``BEFORE_ALL`` nothing leaves.
         """
 
     def held(self) -> int:

@@ -119,10 +119,12 @@ class Lru:
         """See ``EvictionPolicy``."""
         return self._held
 
-    def next_victim(self) -> Evictable | None:
-        """See ``EvictionPolicy``."""
+    def next_victim(self, before: int | None = None) -> Evictable | None:
+        """See ``EvictionPolicy``. Worth keeping more is what was used later."""
         while self._numbers:
             number = self._numbers[0]
+            if before is not None and number >= before:
+                return None
             group = self._groups.get(number)
             victim = None if group is None else self._victim_of(group, number)
             if victim is not None:

@@ -225,10 +225,18 @@ class Verify(Request, tag=14):
 
 
 class Reserve(Request, tag=17):
-    """Asks for slots for records of a size to be kept in one of the client's lanes."""
+    """Asks for slots for records of a size to be kept in one of the client's lanes.
+
+    Attributes:
+        record_bytes: header included.
+        lane: 0 to 7.
+        parent: key of the block before the one that is written first, 32 zero bytes where there is none; empty: the
+            client does not say.
+    """
 
     record_bytes: Unsigned
     lane: Unsigned
+    parent: bytes = b""
 
 
 class Ping(Request, tag=15):

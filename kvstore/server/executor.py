@@ -67,9 +67,8 @@ class Executor:
             self.index.begin_namespace(state.id, state.generation, state.parts, state.digest)
         return answer
 
-    def want_slot(self, session: int, record_bytes: int) -> Record | Refuse:
+    def want_slot(self, event: SlotWanted) -> Record | Refuse:
         """A granted slot, after whatever had to leave for it; or why there is none."""
-        event = SlotWanted(session, record_bytes)
         looked = False
         while True:
             answer = self.apply(event)

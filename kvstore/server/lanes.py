@@ -13,10 +13,10 @@ from typing import Final
 import numpy as np
 
 from kvstore.core.block import Record
-from kvstore.core.events import GrantsReturned
+from kvstore.core.events import GrantsReturned, SlotWanted
 from kvstore.core.instructions import Refuse
 from kvstore.mapped.client_file import LANE_GRANTS
-from kvstore.mapped.grants import offer, revoke
+from kvstore.mapped.grants import offer, offered, revoke
 from kvstore.server.executor import Executor
 from kvstore.server.mapped_client import Lane, MappedClient
 
@@ -42,21 +42,25 @@ class Lanes:
         self._slots = np.zeros(LANE_GRANTS, np.int64)
         self._slots_at = int(self._slots.ctypes.data)
 
-    def reserve(self, client: MappedClient, number: int, record_bytes: int) -> Lane | Refuse:
+    def reserve(self, client: MappedClient, number: int, wanted: SlotWanted) -> Lane | Refuse:
         """Make a lane serve records of a size, with at least one slot in it; or say why there is none.
 
-        The client names a lane again when it found it empty: it then gets more.
+        The client names a lane again when it found it empty: it then gets more. Room is made for the one slot only, so
+        that nothing leaves for slots that may not be used, or for blocks behind the one that was asked for.
         """
         lane = client.lanes[number]
-        slot_bytes = self._store.slot_bytes_for(record_bytes)
+        slot_bytes = self._store.slot_bytes_for(wanted.record_bytes)
         if lane.slot_bytes != slot_bytes:
             self._take_back(client, number)
             lane.slot_bytes, lane.target = slot_bytes, self._bounded(_FIRST_BYTES // max(slot_bytes, 1), slot_bytes)
         elif not lane.lent or lane.lent >= lane.target:
             lane.target = self._bounded(lane.target * 2, slot_bytes)
-        granted = self._executor.want_slot(client.session.id, record_bytes)
+        if lane.lent and offered(client.address, number):
+            # It was filled since the client looked: by what was carried out before this request.
+            return lane
+        granted = self._executor.want_slot(wanted)
         if isinstance(granted, Refuse) and self.take_back_idle(client):
-            granted = self._executor.want_slot(client.session.id, record_bytes)
+            granted = self._executor.want_slot(wanted)
         if isinstance(granted, Refuse):
             return granted
         if granted.slot_bytes != slot_bytes or not self._lend(client, number, [granted]):

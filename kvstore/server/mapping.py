@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from kvstore.core.events import LeasesEnded, SessionClosed
+from kvstore.core.events import LeasesEnded, SessionClosed, SlotWanted
 from kvstore.core.instructions import Refuse
 from kvstore.mapped.index_file import MAPPED_LAYOUT
 from kvstore.observability.logs import RepeatedLog
@@ -203,10 +203,10 @@ class Mapping:
         if self._attention is not None:
             self._attention.drain_all()
 
-    def reserve(self, session: Session, lane: int, record_bytes: int) -> Lane | Refuse | None:
+    def reserve(self, lane: int, wanted: SlotWanted) -> Lane | Refuse | None:
         """Lend slots ahead; None where the session maps nothing."""
-        client = self._clients.get(session.id)
-        return None if client is None else self._lanes.reserve(client, lane, record_bytes)
+        client = self._clients.get(wanted.session)
+        return None if client is None else self._lanes.reserve(client, lane, wanted)
 
     def have_back(self) -> int:
         """Take back slots that were lent ahead and are not used; how many."""

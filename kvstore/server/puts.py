@@ -7,7 +7,7 @@ from collections.abc import Callable
 import zmq
 
 from kvstore.core.block import Record
-from kvstore.core.events import Committed, CommittedRecord
+from kvstore.core.events import Committed, CommittedRecord, SlotWanted
 from kvstore.core.instructions import Answer, Refuse
 from kvstore.errors import CorruptRecord
 from kvstore.format.constants import RECORD_HEADER_BYTES
@@ -21,7 +21,7 @@ from kvstore.server.transport import frame_buffer
 RETRY_AFTER_MS = 20
 """Advice with ``throttled``: about the time in which transfers end and slots come back."""
 
-_SHORT_OF_SLOTS = (Reason.GRANT_LIMIT, Reason.ALL_HELD)
+_SHORT_OF_SLOTS = (Reason.GRANT_LIMIT, Reason.ALL_HELD, Reason.NO_ROOM)
 
 
 class Puts:
@@ -67,10 +67,18 @@ class Puts:
             header = self._check(header_frame, payload)
             if header is None:
                 continue
-            granted = self._slot(session, header.record_bytes)
+            wanted = SlotWanted(
+                session.id,
+                header.record_bytes,
+                access=access,
+                namespace_id=request.namespace_id,
+                parent_key=header.parent_key,
+            )
+            granted = self._slot(wanted)
             if isinstance(granted, Refuse) and pending and granted.reason in _SHORT_OF_SLOTS:
+                # Their slots may do, and it may be one of them that this one goes on behind.
                 commit()
-                granted = self._slot(session, header.record_bytes)
+                granted = self._slot(wanted)
             if isinstance(granted, Refuse):
                 statuses[index], reasons[index] = granted.status, granted.reason
                 continue
@@ -90,10 +98,10 @@ class Puts:
             return None
         return header
 
-    def _slot(self, session: Session, record_bytes: int) -> Record | Refuse:
-        granted = self._executor.want_slot(session.id, record_bytes)
+    def _slot(self, wanted: SlotWanted) -> Record | Refuse:
+        granted = self._executor.want_slot(wanted)
         if isinstance(granted, Refuse) and granted.reason in _SHORT_OF_SLOTS and self._have_back():
-            granted = self._executor.want_slot(session.id, record_bytes)
+            granted = self._executor.want_slot(wanted)
         return granted
 
     def _reply(

@@ -19,6 +19,7 @@ from kvstore.core.events import (
     RemoveWanted,
     SessionClosed,
     SessionOpened,
+    SlotWanted,
 )
 from kvstore.core.instructions import Count, Leased, Namespaced, Refuse
 from kvstore.errors import ErrorCode, InvalidArgument
@@ -403,7 +404,16 @@ class Requests:
             raise Refused(ErrorCode.BAD_REQUEST, f"no lane {request.lane} for records of {request.record_bytes} bytes")
         if not session.locked:
             raise Refused(ErrorCode.BAD_REQUEST, "a client that does not hold the lock on its file is lent no slots")
-        answer = self._mapping.reserve(session, request.lane, request.record_bytes)
+        if len(request.parent) not in (0, KEY_BYTES):
+            raise Refused(ErrorCode.BAD_REQUEST, f"the parent's key has {len(request.parent)} bytes, not {KEY_BYTES}")
+        wanted = SlotWanted(
+            session.id,
+            request.record_bytes,
+            access=request.access,
+            namespace_id=request.namespace_id,
+            parent_key=request.parent,
+        )
+        answer = self._mapping.reserve(request.lane, wanted)
         if answer is None:
             raise Refused(ErrorCode.BAD_REQUEST, "this session maps nothing, so it has no lanes")
         if isinstance(answer, Refuse):

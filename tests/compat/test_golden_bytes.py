@@ -251,7 +251,10 @@ REPLIES_2: dict[str, AnyReply] = {
     "stats-reply": StatsReply(*reply(13), MAPPED_STATS),
 }
 
-# What changed in version 3: records of codecs, which are lossy and may replace each other.
+# What changed in version 3: records of codecs, which are lossy and may replace each other; what a slot is wanted for.
+REQUESTS_3: dict[str, AnyRequest] = {
+    "reserve": Reserve(*request(17, access=3, ring_head=40), 320, 0, bytes([7] * 32)),
+}
 REPLIES_3: dict[str, AnyReply] = {
     "match-reply": MatchReply(*reply(4), 2, ((TierId.DRAM, 2),), 9, 85),
     "exists-reply": ExistsReply(*reply(6), bytes([TierId.DRAM, TierId.NONE]), bytes([85, 0])),
@@ -275,7 +278,7 @@ def decode(frame: bytes, message: msgspec.Struct) -> msgspec.Struct:
     return decode_request(frame) if type(message) in get_args(AnyRequest) else decode_reply(frame)
 
 
-ALL = {"protocol-1": REQUESTS | REPLIES, "protocol-2": REQUESTS_2 | REPLIES_2, "protocol-3": REPLIES_3}
+ALL = {"protocol-1": REQUESTS | REPLIES, "protocol-2": REQUESTS_2 | REPLIES_2, "protocol-3": REQUESTS_3 | REPLIES_3}
 NOW = {name: f"{folder}/{name}" for folder, messages in ALL.items() for name in messages}
 """The golden file of each message as it is sent today: the last one."""
 
@@ -344,6 +347,7 @@ def test_golden_files_every_message_type_has_one_and_each_is_tested():
         "protocol-1/match-reply",
         "protocol-1/exists-reply",
         "protocol-1/stats-reply",
+        "protocol-2/reserve",
         "protocol-2/stats-reply",
     }
     assert golden_names("record-1") == {f"record-1/{name}" for name in RECORDS}

@@ -106,11 +106,14 @@ class MemoryExecutor:
         published, resident = len(self.index), self.store.record_count
         assert published == resident, f"{published} records are published, {resident} are resident"
 
-    def want_slot(self, session: int, record_bytes: int) -> Record | Refuse:
+    def want_slot(
+        self, session: int, record_bytes: int, access: int = 0, namespace_id: int = 0, parent_key: bytes = b""
+    ) -> Record | Refuse:
         """A granted slot, or why there is none."""
         self.last = []
+        wanted = SlotWanted(session, record_bytes, access=access, namespace_id=namespace_id, parent_key=parent_key)
         for _ in range(MAX_TRIES):
-            answer = self._apply(SlotWanted(session, record_bytes))
+            answer = self._apply(wanted)
             self._require_published()
             if isinstance(answer, Grant):
                 self._require_free(answer.record.slot)

@@ -106,6 +106,11 @@ class StoreModel:
         for child in space.blocks.values():
             if child.parent_key == key and child is not block:
                 self._link(child, block)
+        if block.depth >= ORPHAN_DEPTH:
+            block.number = 0
+        else:
+            for below in block.descendants():
+                below.number = max(below.number, number)
         return block
 
     def _link(self, block: ModelBlock, parent: ModelBlock) -> None:
@@ -127,11 +132,22 @@ class StoreModel:
         block.parent, block.children, block.parts, block.fidelities = None, [], {}, {}
         self.slots = {slot: held for slot, held in self.slots.items() if held[1] is not block}
 
-    def victims(self) -> list[ModelBlock]:
-        """Blocks of which one must be evicted next: leaves without leases, oldest, then deepest."""
-        leaves = [block for _, block in self.blocks() if not block.children and not block.leases]
+    def victims(self, before: int | None = None) -> list[ModelBlock]:
+        """Blocks of which one must be evicted next: leaves without leases, oldest, then deepest.
+
+        ``before``: for a block of this access, for which nothing of it or of a later one leaves.
+        """
+        leaves = [
+            block
+            for _, block in self.blocks()
+            if not block.children and not block.leases and (before is None or block.number < before)
+        ]
         first = min(((block.number, -block.depth) for block in leaves), default=None)
         return [block for block in leaves if (block.number, -block.depth) == first]
+
+    def is_orphan(self, block: ModelBlock) -> bool:
+        """Whether a block is there that nobody can reach, and may leave."""
+        return bool(block.parts) and block.depth >= ORPHAN_DEPTH and not block.children and not block.leases
 
     def begin_commit(self) -> None:
         self.replaced.clear()
@@ -158,6 +174,26 @@ class StoreModel:
             self._newest += 1
             self._numbers[session, access] = self._newest
         return self._numbers[session, access]
+
+    def wanted(self, session: int, access: int, namespace_id: int, parent_key: bytes) -> int | None:
+        """Number of the access that a slot is wanted for, None where nobody says; the block before it is used."""
+        if not access and not parent_key:
+            return None
+        number = self.access_number(session, access)
+        if parent_key in (b"", ROOT_KEY):
+            return number
+        space = self.namespaces.get(namespace_id)
+        parent = None if space is None else space.blocks.get(parent_key)
+        if parent is None or parent.depth >= ORPHAN_DEPTH:
+            return 0
+        parent.number = max(parent.number, number)
+        return number
+
+    def put_again(self, blocks: Sequence[ModelBlock], number: int) -> None:
+        """Blocks that were there were put again; that makes nothing of one that nobody can reach."""
+        for block in blocks:
+            if block.depth < ORPHAN_DEPTH:
+                block.number = max(block.number, number)
 
     def used(self, blocks: Sequence[ModelBlock], number: int) -> None:
         """Blocks were read, in this order: each run of parents and children is one use of its deepest block."""

@@ -1,6 +1,7 @@
 """Hypothesis drives two clients of two kinds against a live daemon and a plain dict: the same answers, always.
 
-The tier is large enough for everything, so a block that was stored is there until it is removed.
+The tier is large enough for everything, so a block that was stored is there until it is removed. In a second machine it
+is not: what a call says to have stored is there when it returns, and what is there can be reached.
 """
 
 from __future__ import annotations
@@ -234,3 +235,88 @@ def test_clients_answer_as_a_dict_does(daemon: DaemonProcess):
     )
     with daemon.connect() as watching:
         wait_until_nothing_is_lent(watching.stats)
+
+
+class ClientsOfASmallTier(RuleBasedStateMachine):
+    """Chains that are put piece by piece, by clients of two kinds, into a tier that has room for two of four."""
+
+    daemon: DaemonProcess
+    chains, length, payload = 4, 20, bytes(36 << 10)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = ExitStack()
+        self.namespace = Namespace(name=f"small-{next(_runs)}")
+
+    @initialize(kinds=st.permutations(list(CLIENTS)))
+    def connect(self, kinds: list[str]) -> None:
+        self.clients: list[AnyClient] = [
+            self.stack.enter_context(CLIENTS[kind](self.daemon.endpoint, namespace=self.namespace, timeout=20.0))
+            for kind in kinds[:2]
+        ]
+
+    def keys(self, chain: int) -> list[bytes]:
+        return [key(1000 * (chain + 1) + block) for block in range(self.length)]
+
+    @rule(
+        who=WHO,
+        chain=st.integers(0, chains - 1),
+        count=st.integers(1, 12),
+        skipped=st.sampled_from([0, 0, 0, 1]),
+        how=st.sampled_from(["together", "together, own", "one by one", "one by one, own"]),
+        wait=st.booleans(),
+    )
+    def go_on(self, who: int, chain: int, count: int, skipped: int, how: str, wait: bool) -> None:
+        """As an engine does: match, then put what is behind the hits, or in disorder, what is not there yet."""
+        client, keys = self.clients[who], self.keys(chain)
+        found = client.match(keys)
+        begin = len(found) + skipped
+        some = keys[begin : begin + count]
+        if not some:
+            return
+        before = client.exists(some)
+        request = None if how.endswith("own") else found.request
+        parents = [keys[begin - 1] if begin else None, *some]
+        if how.startswith("together"):
+            datas = [self.payload] * len(some)
+            statuses = client.put_many(some, datas, parent=parents[0], wait=wait, request=request)
+        else:
+            statuses = [
+                client.put(each, self.payload, parent=parent, wait=wait, request=request)
+                for each, parent in zip(some, parents, strict=False)
+            ]
+        done = client.flush()
+        there = client.exists(some)
+        if wait:
+            assert set(statuses) <= {PutStatus.STORED, PutStatus.EXISTS, PutStatus.REJECTED}
+            assert [status is not PutStatus.REJECTED for status in statuses] == there
+        else:
+            assert (done.throttled, done.lost) == (0, 0)
+            assert done.stored + done.exists == sum(there)
+        assert len(client.match(keys)) >= len(found)
+        if not skipped and not any(before):
+            assert there == sorted(there, reverse=True), "what was stored of a chain is not its beginning"
+
+    @rule(who=WHO, chain=st.integers(0, chains - 1))
+    def clear_some(self, who: int, chain: int) -> None:
+        self.clients[who].remove(self.keys(chain)[10:])
+
+    def teardown(self) -> None:
+        if hasattr(self, "clients"):
+            assert self.clients[0].verify().problems == []
+            self.clients[0].clear()
+        self.stack.close()
+
+
+@pytest.mark.timeout(150)
+@pytest.mark.parametrize("flags", [("--slab", "64KiB"), ("--slab", "1MiB")], ids=["slots", "bytes"])
+def test_clients_of_a_small_tier_are_told_what_is_there(flags: tuple[str, str]):
+    grant = "128KiB" if "64KiB" in flags else "1MiB"
+    with DaemonProcess(*flags, capacity="1536KiB", grant=grant) as daemon:
+        machine = type("ClientsOfTheSmallTier", (ClientsOfASmallTier,), {"daemon": daemon})
+        run_state_machine_as_test(
+            machine,
+            settings=settings(
+                max_examples=60, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+            ),
+        )

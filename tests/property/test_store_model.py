@@ -151,6 +151,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.model = StoreModel()
         self.slot_bytes: dict[int, int] = {}
         self.displaced: list[ModelBlock] = []
+        self.orphans: list[ModelBlock] = []
         self.current: dict[str, int] = {}
         self.serial = 0
         self.next_session = 100
@@ -170,10 +171,10 @@ class StoreMachine(RuleBasedStateMachine):
     def apply(self, event: Event) -> Instruction | None:
         return self.executor.apply(event)
 
-    def evictions(self, placed: list[ModelBlock] | None = None) -> None:
+    def evictions(self, placed: list[ModelBlock] | None = None, before: int | None = None) -> None:
         """Take out of the model what the last event evicted, checking that each victim was the right one.
 
-        ``placed``: the event was a commit, of these blocks.
+        ``placed``: the event was a commit, of these blocks. ``before``: a slot was wanted for a block of this access.
         """
         left: list[int] = []
         displaced: Displaced | None = None
@@ -191,7 +192,7 @@ class StoreMachine(RuleBasedStateMachine):
                     if slot in self.model.slots:
                         namespace_id, block, _ = self.model.slots[slot]
                         left = [each for each, held in self.model.slots.items() if held[1] is block]
-                        left = left if self._evicted(slot, namespace_id, block, placed) else [slot]
+                        left = left if self._evicted(slot, namespace_id, block, placed, before) else [slot]
             elif isinstance(instruction, (Publish, Answer)) and placed is not None and left:
                 # Before the last of them left there was one too many, or too much: nothing leaves without need.
                 held_bytes = sum(map(self.slot_bytes.__getitem__, self.model.slots))
@@ -201,16 +202,20 @@ class StoreMachine(RuleBasedStateMachine):
                 left = []
         assert displaced is None, f"{displaced} was not answered"
 
-    def _evicted(self, slot: int, namespace_id: int, block: ModelBlock, placed: list[ModelBlock] | None) -> bool:
+    def _evicted(
+        self, slot: int, namespace_id: int, block: ModelBlock, placed: list[ModelBlock] | None, before: int | None
+    ) -> bool:
         """Whether all of the block left."""
-        legal = self.model.victims()
+        orphans = [block for block in self.orphans if self.model.is_orphan(block)] if placed is not None else []
+        legal = orphans[-1:] or self.model.victims(before)
         if legal or placed is None:
             assert any(block is victim for victim in legal), f"{block} was evicted, expected was one of {legal}"
             self.model.leave(namespace_id, block)
             return True
         # Nothing may leave: then what was just placed must, and no more than that.
         assert any(block is other for other in placed), f"{block} was evicted although nothing may be"
-        assert slot in self.model.replaced or not block.leases, f"{block} was evicted for room although it is leased"
+        stays = slot in self.model.replaced or len(block.parts) > 1
+        assert stays or not block.leases, f"{block} was evicted for room although it is leased"
         if slot in self.model.replaced:
             before = self.model.replaced[slot][0]
             assert self.slot_bytes[before] < self.slot_bytes[slot], f"{block} was put back where that gains nothing"
@@ -340,16 +345,30 @@ class StoreMachine(RuleBasedStateMachine):
 
     # ------------------------------------------------------------ writing
 
-    @rule(place=SESSIONS, pages=SIZES, short=st.integers(0, PAGE_BYTES - 1))
-    def reserve(self, place: int, pages: int, short: int) -> None:
-        self._reserve(self.pick_session(place), pages * PAGE_BYTES - short)
+    @rule(
+        place=SESSIONS,
+        pages=SIZES,
+        short=st.integers(0, PAGE_BYTES - 1),
+        access=st.integers(0, 3),
+        namespace=SPACES,
+        parent=st.sampled_from([b"", b"", ROOT_KEY, *KEYS[:8]]),
+    )
+    def reserve(self, place: int, pages: int, short: int, access: int, namespace: int, parent: bytes) -> None:
+        """A slot for whatever, or for a block of some request behind some block."""
+        session = self.pick_session(place)
+        self._reserve(session, pages * PAGE_BYTES - short, access, self.space(namespace).id, parent)
 
-    def _reserve(self, session: int, record_bytes: int) -> Record | None:
+    def _reserve(
+        self, session: int, record_bytes: int, access: int = 0, namespace_id: int = 0, parent_key: bytes = b""
+    ) -> Record | None:
         before = sum(sum(held.values()) for held in self.model.grants.values())
         held_up = self.executor.pinned or self.executor.waiting or not self.executor.quiesce_at_once
         quiet = not (before or held_up or self.model.leases or self.store.populating)
-        granted = self.executor.want_slot(session, record_bytes)
-        self.evictions()
+        granted = self.executor.want_slot(session, record_bytes, access, namespace_id, parent_key)
+        number = None
+        if granted != Refuse(PutStatus.REJECTED, Reason.TOO_LARGE):
+            number = self.model.wanted(session, access, namespace_id, parent_key)
+        self.evictions(before=number)
         held = self.model.grants[session]
         fits = record_bytes <= self.store.max_record_bytes
         if isinstance(granted, Record):
@@ -363,8 +382,15 @@ class StoreMachine(RuleBasedStateMachine):
             assert granted.status is PutStatus.REJECTED
             assert not fits
             return None
-        assert granted.status is PutStatus.THROTTLED
         assert fits
+        if granted.reason is Reason.NO_ROOM:
+            assert granted.status is PutStatus.REJECTED
+            assert not self.store.limbo_bytes
+            assert not self.model.leases
+            assert self.model.victims()
+            assert not self.model.victims(number), f"{granted} for {number} although one may go"
+            return None
+        assert granted.status is PutStatus.THROTTLED
         if granted.reason is Reason.POPULATING:
             assert self.store.populating
         elif granted.reason is Reason.ALL_HELD:
@@ -432,11 +458,20 @@ class StoreMachine(RuleBasedStateMachine):
         access=st.integers(0, 3),
         order=st.sampled_from(["chain", "reverse", "tail", "twice"]),
         fidelities=FIDELITIES,
+        says=st.booleans(),
     )
     def put_chain(
-        self, place: int, namespace: int, index: int, pages: int, access: int, order: str, fidelities: list[int]
+        self,
+        place: int,
+        namespace: int,
+        index: int,
+        pages: int,
+        access: int,
+        order: str,
+        fidelities: list[int],
+        says: bool,
     ) -> None:
-        """What a good client does: reserve and commit all parts of a chain."""
+        """What a good client does: reserve and commit all parts of a chain. ``says``: of which request, behind what."""
         session, space = self.pick_session(place), self.space(namespace)
         chain = natural_chain(index)
         if order == "tail":
@@ -448,7 +483,13 @@ class StoreMachine(RuleBasedStateMachine):
         records = []
         for number in chain:
             for part in range(space.parts):
-                granted = self._reserve(session, pages * PAGE_BYTES - 100)
+                length = pages * PAGE_BYTES - 100
+                wanted = (access, space.id, natural_parent(number)) if says else ()
+                granted = self._reserve(session, length, *wanted)
+                if granted is None and says and records:
+                    self._commit(session, space.id, records, access)
+                    records = []
+                    granted = self._reserve(session, length, *wanted)
                 if granted is not None:
                     fidelity = 255 if space.exact else fidelities[len(records) % len(fidelities)]
                     header = (KEYS[number], natural_parent(number), space.digest, part, pages * PAGE_BYTES - 100, 7)
@@ -470,20 +511,25 @@ class StoreMachine(RuleBasedStateMachine):
             chain = natural_chain(index)
             self._read(session, space, [KEYS[number] for number in chain], access)
             records = []
+            stored: list[bytes] = []
             for number in chain[len(space.leading([KEYS[number] for number in chain])) :]:
                 for part in range(space.parts):
                     length = pages * PAGE_BYTES - 9
-                    granted = self._reserve(session, length)
+                    wanted = (access, space.id, natural_parent(number))
+                    granted = self._reserve(session, length, *wanted)
                     if granted is None and records:
                         # As the daemon does: what was written comes first, then there is room again.
-                        self._commit(session, space.id, records, access)
+                        stored += self._commit(session, space.id, records, access)
                         records = []
-                        granted = self._reserve(session, length)
+                        granted = self._reserve(session, length, *wanted)
                     if granted is not None:
                         header = (KEYS[number], natural_parent(number), space.digest, part, length, 7)
                         records.append(CommittedRecord(granted.slot, *header, 255 if space.exact else 85))
             if records:
-                self._commit(session, space.id, records, access)
+                stored += self._commit(session, space.id, records, access)
+            if space.parts == 1 and not self.arena.buckets:
+                gone = [key for key in stored if key not in space.blocks]
+                assert not gone, f"the end of a chain cost it {gone}, which had been stored"
 
     @rule(
         place=SESSIONS,
@@ -533,7 +579,8 @@ class StoreMachine(RuleBasedStateMachine):
         for identity, some in records.items():
             self._commit(session, identity, some, 0)
 
-    def _commit(self, session: int, namespace_id: int, records: list[CommittedRecord], access: int) -> None:
+    def _commit(self, session: int, namespace_id: int, records: list[CommittedRecord], access: int) -> list[bytes]:
+        """Keys of the records that were answered to be stored."""
         held = self.model.grants[session]
         number = self.model.access_number(session, access)
         expected: list[tuple[PutStatus, Reason, ModelBlock | None]] = []
@@ -547,6 +594,7 @@ class StoreMachine(RuleBasedStateMachine):
                 self.executor.write(record.slot, content)
         granted = dict(held)
         self.displaced.clear()
+        self.orphans.clear()
         self.model.begin_commit()
         answer = self.apply(Committed(session, namespace_id, tuple(records), access))
         assert isinstance(answer, Answer)
@@ -562,8 +610,9 @@ class StoreMachine(RuleBasedStateMachine):
             # Also another part of a block that is there uses it.
             if placing[2] is not None and known:
                 used.append(placing[2])
-        for block in used:
-            block.number = max(block.number, number)
+            elif placing[2] is not None:
+                self.orphans.append(placing[2])
+        self.model.put_again(used, number)
         self.evictions([block for status, _, block in expected if status is PutStatus.STORED and block is not None])
         withdrawn = {slot for told in self.executor.last if isinstance(told, Withdraw) for slot in told.slots}
         for record, got, (status, reason, block) in zip(
@@ -578,6 +627,9 @@ class StoreMachine(RuleBasedStateMachine):
             first = granted.pop(record.slot, None) is not None
             if first and got[0] is not PutStatus.STORED and record.slot not in withdrawn:
                 self.executor.forget(record.slot)
+        return [
+            record.key for record, status in zip(records, answer.statuses, strict=True) if status is PutStatus.STORED
+        ]
 
     @rule(place=SESSIONS, count=st.integers(1, 3), others=st.lists(st.integers(500, 600), max_size=2))
     def return_grants(self, place: int, count: int, others: list[int]) -> None:

@@ -51,6 +51,7 @@ _ALIGNED: Final = 64
 _NONE: Final = 0
 _GOOD: Final = int(PutStatus.EXISTS)
 _TOO_LARGE: Final = int(PutStatus.REJECTED) | int(Reason.TOO_LARGE) << 8
+_NO_ROOM: Final = int(PutStatus.REJECTED) | int(Reason.NO_ROOM) << 8
 _log: Final = logging.getLogger("kvstore_client")
 _STATUSES: Final = {int(status): status for status in PutStatus}
 
@@ -95,16 +96,17 @@ class Saving:
         """Status | reason << 8 of each block, 0 while there is none."""
         self._payload_bytes = np.zeros(count, np.int64)
         self._void = np.zeros(count, np.bool_)
+        self._last = count
+        """Position of the first block for which there was no room, or their number."""
         self._waiting: deque[tuple[MappedSession, int, Indices]] = deque()
         """Commits whose answers have not come: of which mapping, number of the first, positions of the blocks."""
 
     def run(self) -> Work[SaveReport]:
-        """Store what is not there yet; then what the codec could not hold, by the exact one."""
+        """Store what is not there yet: what the codec cannot hold by the exact one."""
         try:
             yield from self._find()
             for _ in range(_ROUNDS):
-                yield from self._store(np.flatnonzero((self._answers == _NONE) & ~self._void), self._plan.records)
-                yield from self._store(np.flatnonzero((self._answers == _NONE) & self._void), self._plan.exact_records)
+                yield from self._store_in_order(np.flatnonzero(self._answers == _NONE))
                 yield from self._take_last_answers()
                 if self._answers.all():
                     break
@@ -138,27 +140,52 @@ class Saving:
             found = yield self._operations.fidelities(self._blocks.keys)
         self._answers[np.asarray(found) >= wanted] = PutStatus.EXISTS
 
-    def _store(self, todo: Indices, records: BlockRecords) -> Work[None]:
-        """Store blocks by a codec, through mapped memory as far as that goes."""
+    def _store_in_order(self, todo: Indices) -> Work[None]:
+        """Store blocks, none before those that it goes on behind: what nobody can reach yet is given no room."""
         while todo.size:
+            void = self._void[todo]
+            alike = int(np.argmax(void != void[0])) or todo.size
+            records = self._plan.exact_records if void[0] else self._plan.records
+            found = yield from self._store(todo[:alike], records)
+            todo = np.concatenate((found, todo[alike:]))
+
+    def _store(self, todo: Indices, records: BlockRecords) -> Work[Indices]:
+        """Store blocks by a codec, through mapped memory as far as that goes; the rest from the first void one on."""
+        while todo.size and not self._finds_void(todo, records):
+            todo = self._within_reach(todo)
+            if not todo.size:
+                break
             if self._session.digest != self._digest:
                 # Joined another generation meanwhile: what was computed in the old one is not stored in the new one.
                 self._answers[todo] = STALE_ANSWER
-                return
+                break
             most_bytes = self._session.max_record_bytes
             if records.fixed and records.max_record_bytes > most_bytes:
                 self._refuse_large(todo, records.max_record_bytes)
-                return
+                break
             mapped = self._session.mapped
             if mapped is not None and not mapped.over and not mapped.in_current_generation():
                 self._answers[todo] = STALE_ANSWER
                 self._operations.answered(STALE_ANSWER)
-                return
+                break
             if mapped is not None and mapped.writable:
                 into = self._into_slots if records.fixed else self._through_scratch
                 todo = yield from into(mapped, todo, records)
-            if todo.size and self._session.digest == self._digest:
+            if todo.size and not self._finds_void(todo, records) and self._session.digest == self._digest:
                 todo = yield from self._send(todo, records)
+        else:
+            return todo
+        return todo[:0]
+
+    def _finds_void(self, todo: Indices, records: BlockRecords) -> bool:
+        """Whether the next block turned out to be one that the codec cannot hold."""
+        return not records.codec.exact and bool(self._void[todo[0]])
+
+    def _within_reach(self, todo: Indices) -> Indices:
+        """Blocks that can still be stored: there is no room behind one for which there was none."""
+        behind = todo > self._last
+        self._answers[todo[behind]] = _NO_ROOM
+        return todo[~behind]
 
     # -------------------------------------------------------------- through mapped memory
 
@@ -170,18 +197,18 @@ class Saving:
         most = max(1, min(backend.group_bytes // records.max_payload_bytes, backend.group_blocks, todo.size))
         header = records.template(self._digest, self._plan.part, self._lineage)
         with SlotBatch(mapped, most) as slots:
-            while todo.size:
-                claimed = yield from self._claim(mapped, slots, min(most, todo.size), records.max_record_bytes)
+            while (todo := self._within_reach(todo)).size and not self._finds_void(todo, records):
+                claimed = yield from self._claim(mapped, slots, todo[:most], records.max_record_bytes)
                 if not claimed:
                     break
-                indices, todo = todo[:claimed], todo[claimed:]
-                kept = yield partial(self._encode_into, slots, indices, records)
+                kept = yield partial(self._encode_into, slots, todo[:claimed], records)
                 if kept.size and not (yield from self._commit(mapped, slots, kept, header)):
-                    return np.concatenate((kept, todo))
+                    break
+                todo = todo[kept.size :]
         return todo
 
     def _encode_into(self, slots: SlotBatch, indices: Indices, records: BlockRecords) -> Indices:
-        """Encode blocks into the slots that are held; those that the codec could hold, whose slots are kept."""
+        """Encode blocks into the slots that are held; those before the first void one, whose slots are kept."""
         payloads = slots.payloads()
         if self._backend.reaches(slots.mapped, payloads):
             lengths, good = self._encode(indices, records, payloads)
@@ -198,7 +225,7 @@ class Saving:
         self._backend.share_out(partial(slots.fill, payloads), slots.count)
 
     def _describe(self, slots: SlotBatch, indices: Indices, lengths: Words, good: Indices) -> Indices:
-        """Say what stands in the slots, and keep those of the blocks that the codec could hold."""
+        """Say what stands in the slots, and keep those of the blocks that are good."""
         if good.size < indices.size:
             slots.keep(good)
             indices, lengths = indices[good], lengths[good]
@@ -206,14 +233,14 @@ class Saving:
         return indices
 
     def _encode(self, indices: Indices, records: BlockRecords, payloads: Addresses) -> tuple[Words, Indices]:
-        """Encode blocks; the lengths of their sections, and the places of those that the codec could hold."""
+        """Encode blocks; the lengths of their sections, and the places of those before the first void one."""
         blocks = self._blocks
         lengths, void = self._backend.encode(records.codec, blocks.kv, blocks.pages[indices], payloads, self._stream)
         self._payload_bytes[indices] = lengths.sum(axis=1)
         if records.codec.exact or not void.any():
             return lengths, np.arange(indices.size)
         self._void[indices[void]] = True
-        return lengths, np.flatnonzero(~void)
+        return lengths, np.arange(int(void.argmax()))
 
     @contextmanager
     def _memory(self, count: int, records: BlockRecords) -> Iterator[Addresses]:
@@ -233,7 +260,7 @@ class Saving:
         header = records.template(self._digest, self._plan.part, self._lineage)
         step = max(PAGE_BYTES, self._plan.layout.block_bytes // _STEPS // PAGE_BYTES * PAGE_BYTES)
         with SlotBatch(mapped, most) as slots, self._memory(most, records) as payloads:
-            while todo.size:
+            while (todo := self._within_reach(todo)).size:
                 group = todo[:most]
                 lengths, _ = yield partial(self._encode, group, records, payloads[: group.size])
                 sizes = -(-(RECORD_HEADER_BYTES + lengths.sum(axis=1)) // step) * step
@@ -241,7 +268,7 @@ class Saving:
                 at = 0
                 while at < group.size:
                     alike = int(np.argmax(sizes[at:] != sizes[at])) or group.size - at
-                    claimed = yield from self._claim(mapped, slots, alike, int(sizes[at]))
+                    claimed = yield from self._claim(mapped, slots, group[at : at + alike], int(sizes[at]))
                     if not claimed:
                         return todo[at:]
                     some, indices = slice(at, at + claimed), group[at : at + claimed]
@@ -253,8 +280,9 @@ class Saving:
                 todo = todo[most:]
         return todo
 
-    def _claim(self, mapped: MappedSession, slots: SlotBatch, count: int, record_bytes: int) -> Work[int]:
+    def _claim(self, mapped: MappedSession, slots: SlotBatch, indices: Indices, record_bytes: int) -> Work[int]:
         """Take slots, having asked for them where there are none; 0 where blocks have to be sent instead."""
+        count = indices.size
         for _ in range(_TRIES):
             if self._session.mapped is not mapped or self._session.digest != self._digest:
                 return 0
@@ -265,7 +293,8 @@ class Saving:
                 yield self._operations.ping()
                 self._take_answers()
             elif claimed in (NO_LANE, NO_GRANT):
-                reserved = yield self._operations.reserve(mapped, record_bytes)
+                parent = self._blocks.parent_words[indices[0]].tobytes()
+                reserved = yield self._operations.reserve(mapped, record_bytes, parent, self._access)
                 self._take_answers()
                 if not reserved:
                     return 0
@@ -302,8 +331,15 @@ class Saving:
                 return
             for answer in answers[answers > _GOOD].tolist():
                 self._operations.answered(answer)
-            self._answers[indices] = answers
+            self._answer(indices, answers)
             waiting.popleft()
+
+    def _answer(self, indices: Indices, answers: Words) -> None:
+        """Note what became of blocks."""
+        self._answers[indices] = answers
+        refused = indices[answers == _NO_ROOM]
+        if refused.size:
+            self._last = min(self._last, int(refused.min()))
 
     def _take_last_answers(self) -> Work[None]:
         self._take_answers()
@@ -337,6 +373,7 @@ class Saving:
         group = todo[:most]
         with self._memory(most, records) as addresses:
             lengths, good = yield partial(self._encode, group, records, addresses)
+            rest = np.concatenate((group[good.size :], todo[most:]))
             headers: list[bytes] = []
             payloads: list[memoryview] = []
             large = RECORD_HEADER_BYTES + lengths[good].sum(axis=1) > self._session.max_record_bytes
@@ -349,8 +386,9 @@ class Saving:
                 headers.append(self._header(int(group[place]), records, lengths[place].tolist(), payload))
             asks = self._operations.record_asks(headers, payloads, self._access)
             if asks:
-                self._answers[group[good]] = yield self._operations.send_puts(asks, good.size, self._digest)
-        return todo[most:]
+                answers = yield self._operations.send_puts(asks, good.size, self._digest)
+                self._answer(group[good], np.array(answers, np.int64))
+        return rest
 
     def _refuse_large(self, indices: Indices, record_bytes: int) -> None:
         """Answer for blocks whose records the daemon cannot take."""
