@@ -1,0 +1,116 @@
+"""What the scheduler's half of the connector tells the workers' halves with each step, and what they answer.
+
+Both are pickled by the engine between its own processes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
+
+__all__ = ["LoadJob", "SaveJob", "StepJobs", "StepReport"]
+
+Pages = tuple[tuple[int, ...], ...]
+"""For each KV group the pages of all store blocks of a job, in order; page 0 is no page."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadJob:
+    """Store blocks to be loaded for a request.
+
+    Attributes:
+        request_id: of the engine's request.
+        keys: of the store blocks.
+        pages: where they belong.
+        skip_tokens: tokens of the first block that the engine has already: their pages are in use and stay as they are.
+        prefix: pages of KV group 0 before the first block.
+        wait: whether this step computes on them.
+    """
+
+    request_id: str
+    keys: tuple[bytes, ...]
+    pages: Pages
+    skip_tokens: int
+    prefix: tuple[int, ...]
+    wait: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SaveJob:
+    """Store blocks whose KV is complete after this step.
+
+    Attributes:
+        number: of the job; reports name it.
+        request_id: of the engine's request.
+        first: index of the first block in its prompt.
+        keys: of the store blocks.
+        parent: key of the block before the first, None for a prompt's beginning.
+        pages: where they are.
+        prefix: pages of KV group 0 before the first block.
+        generation: of the namespace, as the scheduler knew it.
+    """
+
+    number: int
+    request_id: str
+    first: int
+    keys: tuple[bytes, ...]
+    parent: bytes | None
+    pages: Pages
+    prefix: tuple[int, ...]
+    generation: int
+
+
+@dataclass(slots=True)
+class StepJobs(KVConnectorMetadata):
+    """The work of one step.
+
+    Attributes:
+        step: number of the step.
+        seen: the last step whose failed loads the scheduler has dealt with.
+        generation: of the namespace; workers that are in an older one join it.
+        loads, saves: see there.
+        computed: for each request scheduled now its pages of KV group 0: those before this step, those written in it.
+        flush: jobs whose pages are about to be used for something else.
+        finished: requests whose pages are kept until their saves are done.
+    """
+
+    step: int = 0
+    seen: int = 0
+    generation: int = -1
+    loads: list[LoadJob] = field(default_factory=list)
+    saves: list[SaveJob] = field(default_factory=list)
+    computed: list[tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
+    flush: frozenset[int] = frozenset()
+    finished: frozenset[str] = frozenset()
+
+
+@dataclass(slots=True)
+class StepReport(KVConnectorWorkerMetadata):
+    """What workers did since their last report; numbers of workers where it is counted.
+
+    Attributes:
+        saved: jobs that are over, whatever became of them.
+        dropped: jobs that were not done because what they would have saved was computed on a failed load.
+        loaded: requests whose loads are over.
+        failed_step: the last step in which a load failed, 0 for none.
+    """
+
+    saved: Counter[int] = field(default_factory=Counter)
+    dropped: set[int] = field(default_factory=set)
+    loaded: Counter[str] = field(default_factory=Counter)
+    failed_step: int = 0
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
+        """This report with another worker's."""
+        assert isinstance(other, StepReport)
+        return StepReport(
+            self.saved + other.saved,
+            self.dropped | other.dropped,
+            self.loaded + other.loaded,
+            max(self.failed_step, other.failed_step),
+        )
+
+    def __bool__(self) -> bool:
+        return bool(self.saved or self.dropped or self.loaded or self.failed_step)
