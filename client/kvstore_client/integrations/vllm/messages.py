@@ -44,7 +44,6 @@ class SaveJob:
     Attributes:
         number: of the job; reports name it.
         request_id: of the engine's request.
-        first: index of the first block in its prompt.
         keys: of the store blocks.
         parent: key of the block before the first, None for a prompt's beginning.
         pages: where they are.
@@ -54,7 +53,6 @@ class SaveJob:
 
     number: int
     request_id: str
-    first: int
     keys: tuple[bytes, ...]
     parent: bytes | None
     pages: Pages
@@ -67,8 +65,6 @@ class StepJobs(KVConnectorMetadata):
     """The work of one step.
 
     Attributes:
-        step: number of the step.
-        seen: the last step whose failed loads the scheduler has dealt with.
         generation: of the namespace; workers that are in an older one join it.
         loads, saves: see there.
         computed: for each request scheduled now its pages of KV group 0: those before this step, those written in it.
@@ -76,8 +72,6 @@ class StepJobs(KVConnectorMetadata):
         finished: requests whose pages are kept until their saves are done.
     """
 
-    step: int = 0
-    seen: int = 0
     generation: int = -1
     loads: list[LoadJob] = field(default_factory=list)
     saves: list[SaveJob] = field(default_factory=list)
@@ -92,25 +86,18 @@ class StepReport(KVConnectorWorkerMetadata):
 
     Attributes:
         saved: jobs that are over, whatever became of them.
-        dropped: jobs that were not done because what they would have saved was computed on a failed load.
         loaded: requests whose loads are over.
-        failed_step: the last step in which a load failed, 0 for none.
+        failed: those of them of which a block could not be loaded.
     """
 
     saved: Counter[int] = field(default_factory=Counter)
-    dropped: set[int] = field(default_factory=set)
     loaded: Counter[str] = field(default_factory=Counter)
-    failed_step: int = 0
+    failed: set[str] = field(default_factory=set)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         """This report with another worker's."""
         assert isinstance(other, StepReport)
-        return StepReport(
-            self.saved + other.saved,
-            self.dropped | other.dropped,
-            self.loaded + other.loaded,
-            max(self.failed_step, other.failed_step),
-        )
+        return StepReport(self.saved + other.saved, self.loaded + other.loaded, self.failed | other.failed)
 
     def __bool__(self) -> bool:
-        return bool(self.saved or self.dropped or self.loaded or self.failed_step)
+        return bool(self.saved or self.loaded or self.failed)
