@@ -37,7 +37,7 @@ __all__ = ["KVStoreConnector"]
 _log: Final = logging.getLogger("kvstore_client")
 
 
-class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
+class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
     """Loads the KV of prompts' beginnings from a kvstore daemon, and stores what the engine computes.
 
     Named in vLLM's ``--kv-transfer-config`` as ``kv_connector``, with ``kv_connector_module_path``

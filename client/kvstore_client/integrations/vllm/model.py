@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import torch
 from vllm.config import VllmConfig
+from vllm.platforms import current_platform
 from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
@@ -21,10 +22,12 @@ from vllm.v1.kv_cache_interface import (
 from kvstore.errors import InvalidArgument
 from kvstore_client.integrations.vllm.settings import ConnectorSettings
 from kvstore_client.tensors import TensorStore, store_layout
+from kvstore_kernels.codecs import get_codec
 from kvstore_kernels.layout import KVLayout, Layout, MLALayout
 
 __all__ = ["EngineGroup", "EngineModel", "describe_model", "open_store"]
 
+_KNOWN_PACKINGS: Final = ("vec", "vec16")
 _PLAIN: Final = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
 
@@ -54,7 +57,8 @@ class EngineModel:
     """What both halves of the connector derive, equally.
 
     Attributes:
-        name, revision: of the model; the revision has a digest of what else changes KV (quantisation, overrides).
+        name, revision: of the model.
+        digest: of what else changes its KV: quantisation, overrides of its configuration, packing by the processor.
         groups: whose KV is stored.
         table_groups: KV groups of the engine, which block tables have.
         block_tokens: tokens of a store block.
@@ -66,6 +70,7 @@ class EngineModel:
 
     name: str
     revision: str
+    digest: str
     groups: tuple[EngineGroup, ...]
     table_groups: int
     block_tokens: int
@@ -110,6 +115,7 @@ def describe_model(settings: ConnectorSettings, vllm_config: VllmConfig, kv_cach
     return EngineModel(
         name=vllm_config.model_config.model,
         revision=_revision(settings, vllm_config),
+        digest=_digest(vllm_config, [_packing(group, vllm_config, settings.codec) for group in groups]),
         groups=groups,
         table_groups=len(kv_cache_config.kv_cache_groups),
         block_tokens=tokens,
@@ -132,7 +138,7 @@ def open_store(settings: ConnectorSettings, model: EngineModel, group: int, time
         settings.codec,
         model=model.name,
         revision=model.revision,
-        name=settings.name,
+        name=f"{settings.name}/{model.digest}",
         tenant_salt=settings.tenant_salt.encode(),
         shard=model.shard,
         shards=model.shards,
@@ -218,25 +224,47 @@ def _check_stages(vllm_config: VllmConfig, groups: Sequence[EngineGroup], stages
     here = sum(len(group.layer_names) for group in groups)
     if here * stages != total:
         raise InvalidArgument(
-            f"pipeline stages of unequal depth ({here} of {total} layers here, {stages} stages): their parts of a block "
-            "do not match each other; choose a number of stages that divides the layers"
+            f"pipeline stages of unequal depth ({here} of {total} layers here, {stages} stages): their parts of "
+            "a block do not match each other; choose a number of stages that divides the layers"
         )
 
 
 def _revision(settings: ConnectorSettings, vllm_config: VllmConfig) -> str:
-    """The revision of the weights, and a digest of what else makes equal tokens have other KV; "" where unknown."""
+    """The revision of the weights, "" where nobody said it."""
     model = vllm_config.model_config
-    named = settings.revision or model.revision or getattr(model.hf_config, "_commit_hash", None) or ""
-    if not named:
-        return ""
+    return str(settings.revision or model.revision or getattr(model.hf_config, "_commit_hash", None) or "")
+
+
+def _digest(vllm_config: VllmConfig, packings: Sequence[str]) -> str:
+    """Of what else makes equal tokens have other KV, or the same KV other bytes."""
+    model = vllm_config.model_config
     changes = (
         str(model.dtype),
         str(model.quantization),
-        repr(getattr(model, "hf_overrides", None)),
-        repr(
-            getattr(model.hf_text_config, "rope_parameters", None)
-            or getattr(model.hf_text_config, "rope_scaling", None)
-        ),
+        repr(model.hf_overrides),
+        *(repr(getattr(model.hf_text_config, name, None)) for name in ("rope_parameters", "rope_scaling")),
         str(vllm_config.cache_config.cache_dtype),
+        *packings,
     )
-    return f"{named}+{sha256('|'.join(changes).encode()).hexdigest()[:16]}"
+    return sha256("|".join(changes).encode()).hexdigest()[:16]
+
+
+def _packing(group: EngineGroup, vllm_config: VllmConfig, codec: str) -> str:
+    """How vLLM's CPU attention orders the numbers of a page, "" on other devices, where strides say it.
+
+    Raises:
+        InvalidArgument: a codec that has to know the order, where it is not known.
+    """
+    if not current_platform.is_cpu() or isinstance(group.layout, MLALayout):
+        return ""
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    dtype = vllm_config.model_config.dtype
+    head_dim = None if group.opaque else group.layout.head_dim
+    packing = str(_get_attn_isa(dtype, group.page_tokens, head_dim, str(vllm_config.cache_config.cache_dtype)))
+    if packing not in _KNOWN_PACKINGS and not group.opaque and not get_codec(codec).exact:
+        raise InvalidArgument(
+            f"vLLM packs KV for {packing!r} on this processor, in an order that lossy codecs do not know yet; use "
+            "codec raw, lossless or lossless-zstd"
+        )
+    return packing

@@ -338,8 +338,8 @@ class SchedulerHalf:
         done = self._store.call(invalidate, False)
         if not done:
             _log.error(
-                "kvstore connector: the daemon cannot be reached, so what it has of the old weights still counts; reset "
-                "the prefix cache again when it is there"
+                "kvstore connector: the daemon cannot be reached, so what it has of the old weights still counts: "
+                "reset the prefix cache again when it is there"
             )
         return done
 

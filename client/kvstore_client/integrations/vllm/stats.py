@@ -30,8 +30,10 @@ _COUNTED: Final = {
 }
 
 
-class ConnectorStats(KVConnectorStats):  # type: ignore[misc]
+class ConnectorStats(KVConnectorStats):
     """Counts since the last step."""
+
+    data: dict[str, Any]
 
     def add(self, name: str, count: float) -> None:
         """Count."""
@@ -71,7 +73,7 @@ class ConnectorStats(KVConnectorStats):  # type: ignore[misc]
         return not self.data
 
 
-class ConnectorProm(KVConnectorPromMetrics):  # type: ignore[misc]
+class ConnectorProm(KVConnectorPromMetrics):
     """The same as counters ``vllm:kvstore_*``."""
 
     def __init__(

@@ -151,13 +151,14 @@ class WorkerHalf:
         sent = self._awaited - busy
         self._awaited -= sent
         received = set()
-        for name, future in list(self._loading.items()):
-            if future.done():
+        for name, load in list(self._loading.items()):
+            if load.done():
                 del self._loading[name]
                 job = self._load_jobs.pop(name)
-                if future.exception() is not None:
-                    _log.error("kvstore connector: a load failed", exc_info=future.exception())
-                self._loaded(job, 0 if future.exception() is not None else future.result())
+                error = load.exception()
+                if error is not None:
+                    _log.error("kvstore connector: a load failed", exc_info=error)
+                self._loaded(job, 0 if error is not None else load.result())
                 received.add(name)
         failed, self._failed = self._failed & received, self._failed - received
         return sent, received, failed
