@@ -1,6 +1,6 @@
 """One vLLM engine on the CPU: reads commands as JSON lines, answers with tokens, times and counts.
 
-Run as a program: ``vllm_engine.py OPTIONS``; OPTIONS is JSON: ``model``, ``extra`` (``kv_connector_extra_config``, null:
+Run as a program: ``vllm_engine.py OPTIONS``; OPTIONS is JSON: ``model``, ``extra`` (kv_connector_extra_config; null:
 no connector), and ``role``, ``policy``, ``block_size``, ``batched_tokens``, ``suppress`` (loads do nothing),
 ``dtype``, ``dummy`` (random weights, nothing but a config.json is needed).
 Commands: ``{"prompts": [[tokens]], "max_tokens": n, "logprobs": n}``, ``{"reset": true, "connector": bool}``,
