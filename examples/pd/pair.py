@@ -87,12 +87,14 @@ class Engine:
         self.ask([7] * 32, 2)
 
     def ask(self, tokens: list[int], max_tokens: int) -> dict[str, Any]:
+        """Greedy tokens behind a prompt."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({"tokens": tokens, "max_tokens": max_tokens}) + "\n")
         self._process.stdin.flush()
         return self._answer()
 
     def close(self) -> None:
+        """Have it end."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(60)
@@ -128,6 +130,7 @@ def tiny_model(directory: Path) -> str:
 
 
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(description="Prefill and decode in two vLLM engines that share a kvstore daemon.")
     parser.add_argument("model", nargs="?", help="folder or name of a model")
     parser.add_argument("--tiny", action="store_true", help="make a small Llama of random weights instead")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from daemon_process import DaemonProcess, wait_until
-from engines.vllm_engine import VOCABULARY, make_model
+from engines.vllm_engine import VOCABULARY, make_model, make_other_model
 from engines.vllm_process import EngineProcess
 
 from kvstore_client import Client
@@ -263,6 +263,35 @@ def test_stored_bytes_are_what_the_engine_reads(
         answer = other.generate([prompt(0)])
         assert answer["cached"] == [0]
         assert answer["tokens"] == base["long"]
+
+
+@pytest.mark.parametrize("kind", ["windows", "latent"])
+def test_other_kinds_of_attention(daemon: DaemonProcess, log: Path, tmp_path: Path, kind: str) -> None:
+    """Full attention and sliding windows in two KV groups; latent attention."""
+    make_other_model(tmp_path / "model", kind)
+    asked = prompt(11, 1100)
+    options: dict[str, Any] = {"dtype": "bfloat16"} if kind == "latent" else {}
+    with EngineProcess(tmp_path / "model", None, log, **options) as engine:
+        expected = engine.generate([asked], max_tokens=16)["tokens"]
+    with EngineProcess(tmp_path / "model", settings(daemon), log, **options) as engine:
+        assert engine.generate([asked], max_tokens=16)["tokens"] == expected
+        assert engine.reset()
+        hit = engine.generate([asked], max_tokens=16)
+        assert (hit["tokens"], hit["cached"]) == (expected, [1088])
+        assert hit["counts"]["blocks_saved"] == 17 * (2 if kind == "windows" else 1)
+        if kind == "windows":
+            assert engine.reset()
+            engine.ask(fail=1)
+            failed = engine.generate([asked], max_tokens=16)
+            assert failed["tokens"] == expected
+            assert failed["counts"]["load_failures"] == 1
+    with EngineProcess(tmp_path / "model", settings(daemon), log, **options) as fresh:
+        loaded = fresh.generate([asked], max_tokens=16)
+        assert (loaded["tokens"], loaded["cached"]) == (expected, [1088])
+    with EngineProcess(tmp_path / "model", settings(daemon), log, suppress=True, **options) as control:
+        suppressed = control.generate([asked], max_tokens=16)
+        assert suppressed["cached"] == [1088]
+        assert suppressed["tokens"] != expected
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,45 @@ def make_model(directory: Path, **changes: Any) -> None:
     LlamaForCausalLM(LlamaConfig(**(settings | changes))).save_pretrained(directory)
 
 
+def make_other_model(directory: Path, kind: str) -> None:
+    """A Gemma with ``windows`` in every other layer, or a DeepSeek with ``latent`` attention and no experts."""
+    import torch
+    import transformers
+
+    torch.manual_seed(1)
+    settings = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 4096,
+        "initializer_range": 0.06,
+    }
+    model: Any
+    if kind == "windows":
+        windows = {"num_key_value_heads": 2, "head_dim": 64, "sliding_window": 256, "sliding_window_pattern": 2}
+        model = transformers.Gemma3ForCausalLM(
+            transformers.Gemma3TextConfig(**settings, **windows, query_pre_attn_scalar=64)
+        )
+    else:
+        latent = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 64, "v_head_dim": 64}
+        dense = {"first_k_dense_replace": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1}
+        model = transformers.DeepseekV2ForCausalLM(
+            transformers.DeepseekV2Config(
+                **settings,
+                **latent,
+                **dense,
+                num_key_value_heads=4,
+                q_lora_rank=None,
+                moe_intermediate_size=64,
+                n_group=1,
+                topk_group=1,
+            )
+        )
+    model.to(torch.float32).save_pretrained(directory)
+
+
 def suppress_loads() -> None:
     """Have every load say that it is done, and write nothing."""
     from kvstore_client.integrations.vllm.worker import WorkerHalf

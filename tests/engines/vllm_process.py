@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
@@ -56,17 +57,26 @@ class EngineProcess:
         self._buffer = b""
 
     def __enter__(self) -> Self:
-        self._answer(START_S)
-        # The first request of an engine takes seconds more than others.
-        self.generate([[5] * 40], max_tokens=2)
+        try:
+            self._answer(START_S)
+            # The first request of an engine takes seconds more than others.
+            self.generate([[5] * 40], max_tokens=2)
+        except BaseException as error:
+            self._end(error)
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._end(error)
+
+    def _end(self, error: BaseException | None) -> None:
+        """Have it end; where nothing failed before, it must do so by itself."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         try:
             self._process.wait(60)
         except subprocess.TimeoutExpired:
@@ -92,8 +102,16 @@ class EngineProcess:
         return self.ask(prompts=prompts, **options)
 
     def reset(self, *, connector: bool = False) -> bool:
-        """Empty the engine's own prefix cache, and by wish that of the connector."""
-        return bool(self.ask(reset=True, connector=connector)["reset"])
+        """Empty the engine's own prefix cache, and by wish that of the connector; whether it could.
+
+        Blocks of a request that ended are in use until its saves are done, which the engine sees when it steps.
+        """
+        end = time.monotonic() + 30
+        while not self.ask(reset=True, connector=connector)["reset"]:
+            if time.monotonic() > end:
+                return False
+            self.generate([[5] * 40], max_tokens=2)
+        return True
 
     def log(self) -> str:
         """What it wrote so far."""

@@ -601,3 +601,18 @@ def test_the_example_of_the_page_runs(daemon: DaemonProcess, monkeypatch: pytest
         assert not torch.equal(then[:, :32], now[:, :32])
     for target in re.findall(r"\]\(([^)#]+)\)", page):
         assert (Path(__file__).parents[2] / "docs" / target).exists(), target
+
+
+@pytest.mark.parametrize("codec", ["raw", "lossless", "kivi4"])
+def test_prepare_writes_to_nothing_but_its_spare_pages(daemon: DaemonProcess, codec: str) -> None:
+    layout = KVLayout(2, 2, 64, "float32", 64)
+    layers = [np.random.default_rng(layer).standard_normal((2, 3, 64, 2, 64), np.float32) for layer in range(2)]
+    before = [layer.copy() for layer in layers]
+    cache = PagedKV.from_layers(layout, layers, "kv page token head dim")
+    with TensorStore(layout, codec, name="prepare", endpoint=daemon.endpoint) as store:
+        store.prepare(cache)
+        assert store.client.stats().dram.blocks == 0
+    for layer, old in zip(layers, before, strict=True):
+        np.testing.assert_array_equal(layer[:, 1:], old[:, 1:])
+        if codec != "kivi4":
+            np.testing.assert_array_equal(layer, old)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Final, Literal, Self
 
+import numpy as np
+
 from kvstore.errors import InvalidArgument
 from kvstore.protocol.keys import chain_keys
 from kvstore.protocol.namespace import Namespace
@@ -155,6 +157,29 @@ class BaseTensorStore:
         if backend is None:
             backend = self._backends[kv.device] = backend_for(kv, self._threads)
         return backend
+
+    def prepare(self, kv: PagedKV) -> None:
+        """Compile, or load, what saving from and loading into a cache needs, which the first calls would do otherwise.
+
+        Args:
+            kv: of this store's layout, with a block's pages at least; its first pages are decoded into: use spare ones.
+
+        Raises:
+            InvalidArgument: a codec does not take these pages.
+        """
+        backend = self._backend(kv)
+        pages = np.arange(kv.block_pages, dtype=np.int32).reshape(1, -1)
+        for records in (self._plan.records, self._plan.exact_records):
+            unable = backend.check(records.codec, kv)
+            if unable:
+                raise InvalidArgument(unable)
+            memory = backend.scratch.take(records.max_payload_bytes)
+            try:
+                payload = np.array([memory.ctypes.data], np.uint64)
+                lengths, _ = backend.encode(records.codec, kv, pages, payload, None)
+                backend.decode(records.codec, kv, pages, payload, lengths, None)
+            finally:
+                backend.scratch.put(memory)
 
     def _checked(self, blocks: Blocks, stream: object) -> Backend:
         """The kernels for blocks.

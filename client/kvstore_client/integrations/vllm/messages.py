@@ -21,19 +21,21 @@ class LoadJob:
     """Store blocks to be loaded for a request.
 
     Attributes:
+        number: of the job; reports name it.
         request_id: of the engine's request.
         keys: of the store blocks.
         pages: where they belong.
         skip_tokens: tokens of the first block that the engine has already: their pages are in use and stay as they are.
-        prefix: pages of KV group 0 before the first block.
+        before: page of KV group 0 before the first block, 0 for none.
         wait: whether this step computes on them.
     """
 
+    number: int
     request_id: str
     keys: tuple[bytes, ...]
     pages: Pages
     skip_tokens: int
-    prefix: tuple[int, ...]
+    before: int
     wait: bool
 
 
@@ -47,7 +49,6 @@ class SaveJob:
         keys: of the store blocks.
         parent: key of the block before the first, None for a prompt's beginning.
         pages: where they are.
-        prefix: pages of KV group 0 before the first block.
         generation: of the namespace, as the scheduler knew it.
     """
 
@@ -56,7 +57,6 @@ class SaveJob:
     keys: tuple[bytes, ...]
     parent: bytes | None
     pages: Pages
-    prefix: tuple[int, ...]
     generation: int
 
 
@@ -67,7 +67,8 @@ class StepJobs(KVConnectorMetadata):
     Attributes:
         generation: of the namespace; workers that are in an older one join it.
         loads, saves: see there.
-        computed: for each request scheduled now its pages of KV group 0: those before this step, those written in it.
+        computed: for each request scheduled now, of KV group 0, the page before those that are written in this step, 0
+            for none, and these.
         flush: jobs whose pages are about to be used for something else.
         finished: requests whose pages are kept until their saves are done.
     """
@@ -75,7 +76,7 @@ class StepJobs(KVConnectorMetadata):
     generation: int = -1
     loads: list[LoadJob] = field(default_factory=list)
     saves: list[SaveJob] = field(default_factory=list)
-    computed: list[tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
+    computed: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
     flush: frozenset[int] = frozenset()
     finished: frozenset[str] = frozenset()
 
@@ -86,13 +87,13 @@ class StepReport(KVConnectorWorkerMetadata):
 
     Attributes:
         saved: jobs that are over, whatever became of them.
-        loaded: requests whose loads are over.
-        failed: those of them of which a block could not be loaded.
+        loaded: loads that are over.
+        failed: those of them of which a block is missing.
     """
 
     saved: Counter[int] = field(default_factory=Counter)
-    loaded: Counter[str] = field(default_factory=Counter)
-    failed: set[str] = field(default_factory=set)
+    loaded: Counter[int] = field(default_factory=Counter)
+    failed: set[int] = field(default_factory=set)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         """This report with another worker's."""

@@ -34,9 +34,6 @@ class _Request:
         matched_keys: number of keys that the match was made for.
         local_tokens: that the engine had itself when it asked.
         handed: store blocks, from the prompt's first, that were handed to be saved or came from the store.
-        load_first: first store block of its load.
-        load_pages: pages that its load writes, until all workers said how it ended.
-        load_missing: workers that did not.
         open_jobs: saves that workers have not reported.
         savable: False where its KV may mix two generations of weights.
     """
@@ -47,11 +44,25 @@ class _Request:
     match_until: float = 0.0
     local_tokens: int = 0
     handed: int = 0
-    load_first: int = 0
-    load_pages: frozenset[int] = frozenset()
-    load_missing: int = 0
     open_jobs: set[int] = field(default_factory=set)
     savable: bool = True
+
+
+@dataclass(slots=True)
+class _Load:
+    """A load whose end not all workers reported.
+
+    Attributes:
+        request_id: whose.
+        first: its first store block.
+        pages: of KV group 0 that it writes.
+        missing: workers that did not report.
+    """
+
+    request_id: str
+    first: int
+    pages: frozenset[int]
+    missing: int
 
 
 class SchedulerHalf:
@@ -78,6 +89,7 @@ class SchedulerHalf:
         self._requests: dict[str, _Request] = {}
         self._jobs: dict[int, tuple[str, int]] = {}
         """Saves that are not reported by all workers: the request, and how many reports are missing."""
+        self._loading: dict[int, _Load] = {}
         self._unsure: Counter[int] = Counter()
         """Pages of KV group 0 under loads whose end is not known: nothing computed on them is saved yet."""
         self._ended: dict[str, tuple[Sequence[Sequence[int]], int]] = {}
@@ -171,18 +183,23 @@ class SchedulerHalf:
         pages = self._pages(tables, first, end)
         prefix = self._prefix(tables, first)
         skip = local - first * size
-        wait = not self._async_load
-        self._planned.append(LoadJob(request.request_id, tuple(keys[first:end]), pages, skip, prefix, wait))
-        self._load_ended(state)
-        state.load_pages = frozenset(pages[0][skip // self._model.groups[0].page_tokens :])
-        state.load_first, state.load_missing = first, self._model.workers
-        self._unsure.update(state.load_pages)
+        number, self._next_job = self._next_job, self._next_job + 1
+        self._planned.append(
+            LoadJob(
+                number,
+                request.request_id,
+                tuple(keys[first:end]),
+                pages,
+                skip,
+                prefix[-1] if prefix else 0,
+                not self._async_load,
+            )
+        )
+        written = frozenset(pages[0][skip // self._model.groups[0].page_tokens :])
+        self._loading[number] = _Load(request.request_id, first, written, self._model.workers)
+        self._unsure.update(written)
         # What comes from the store is in it: saving begins behind it.
         state.handed = max(state.handed, end)
-
-    def _load_ended(self, state: _Request) -> None:
-        self._unsure -= Counter(state.load_pages)
-        state.load_pages, state.load_missing = frozenset(), 0
 
     def _pages(self, tables: Sequence[Sequence[int]], first: int, end: int) -> tuple[tuple[int, ...], ...]:
         pages = []
@@ -228,7 +245,9 @@ class SchedulerHalf:
         group = self._model.groups[0]
         table = tables[group.index]
         first = before // group.page_tokens
-        jobs.computed.append((tuple(table[:first]), tuple(table[first : -(-after // group.page_tokens)])))
+        written = tuple(table[first : -(-after // group.page_tokens)])
+        if before % group.page_tokens == 0 or len(written) > 1:
+            jobs.computed.append((table[first - 1] if first else 0, written))
 
     def _plan_saves(self, jobs: StepJobs, state: _Request, tables: Sequence[Sequence[int]], computed: int) -> bool:
         """Hand out the store blocks whose tokens are known, and computed after this step.
@@ -257,7 +276,6 @@ class SchedulerHalf:
                 tuple(keys[first:end]),
                 keys[first - 1] if first else None,
                 pages,
-                prefix,
                 jobs.generation,
             )
         )
@@ -292,17 +310,20 @@ class SchedulerHalf:
                 state.open_jobs.discard(number)
                 if state.request.is_finished() and not state.open_jobs and name not in self._ended:
                     self._forget(name)
-        for name, workers in report.loaded.items():
-            state = self._requests.get(name)
-            if state is None:
+        for number, workers in report.loaded.items():
+            load = self._loading.get(number)
+            if load is None:
                 continue
-            if name in report.failed:
+            state = self._requests.get(load.request_id)
+            if number in report.failed and state is not None:
                 # What was to come from the store will be computed, and can be saved then.
-                state.handed = min(state.handed, state.load_first)
-            state.load_missing -= workers
-            if state.load_missing <= 0:
-                self._load_ended(state)
-                self._release(state)
+                state.handed = min(state.handed, load.first)
+            load.missing -= workers
+            if load.missing <= 0:
+                del self._loading[number]
+                self._unsure -= Counter(load.pages)
+                if state is not None:
+                    self._release(state)
 
     def finished(self, request: Any, tables: Sequence[Sequence[int]]) -> bool:
         """A request ended; whether its blocks must be kept until its saves are done."""
@@ -322,7 +343,6 @@ class SchedulerHalf:
     def _forget(self, name: str) -> None:
         state = self._requests.pop(name, None)
         if state is not None:
-            self._load_ended(state)
             self._release(state)
 
     def reset(self) -> bool:

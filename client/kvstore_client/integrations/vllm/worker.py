@@ -59,7 +59,7 @@ class WorkerHalf:
         self._failed: set[str] = set()
         self._generation = -1
         self._fidelity = np.full(0, _EXACT, np.uint8)
-        """Of what stands in each page of KV group 0: 255 where it is exact, and was computed on what is."""
+        """Of what stands in each page of KV group 0 and before it: 255 where all of it is exact."""
         self._report = StepReport()
         self.stats = ConnectorStats()
 
@@ -72,7 +72,7 @@ class WorkerHalf:
         self._caches = [GroupCache.of(group, kv_caches) for group in self._model.groups]
         self._fidelity = np.full(self._caches[0].pages.num_pages, _EXACT, np.uint8)
         for cache, store in zip(self._caches, self._stores, strict=True):
-            store.call(lambda store, cache=cache: store._backend(cache.pages), None)  # type: ignore[misc]
+            store.call(partial(TensorStore.prepare, kv=cache.spare), None)
 
     def close(self) -> None:
         """End the threads, after what they do now, and say goodbye."""
@@ -130,7 +130,7 @@ class WorkerHalf:
             if not self._model.writes:
                 self._report.saved[job.number] += 1
             else:
-                lineage = self._lineage((*job.prefix, *job.pages[0]))
+                lineage = self._lineage(job.pages[0][-1])
                 event = _event(self._caches[0])
                 if self._async_save:
                     self._saving[job.number] = job, self._savers.submit(self._save, job, lineage, event)
@@ -181,7 +181,7 @@ class WorkerHalf:
         """Load a job's blocks for all KV groups; how many leading ones are there."""
         begin = time.perf_counter()
         good = len(job.keys)
-        lineage = self._lineage(job.prefix)
+        lineage = self._lineage(job.before)
         fidelity = np.full(good, lineage, np.uint8)
         for index, cache in enumerate(self._caches):
             loaded, levels = self._load_group(job, index, cache, lineage, event)
@@ -257,11 +257,11 @@ class WorkerHalf:
 
     def _loaded(self, job: LoadJob, good: int) -> None:
         """Take over how a load ended."""
-        self._report.loaded[job.request_id] += 1
+        self._report.loaded[job.number] += 1
         if good == len(job.keys):
             return
         self.stats.add("load_failures", 1)
-        self._report.failed.add(job.request_id)
+        self._report.failed.add(job.number)
         if len(self._caches) > 1 or self._model.table_groups > 1:
             self._failed.add(job.request_id)
             return
@@ -298,14 +298,13 @@ class WorkerHalf:
 
     # -------------------------------------------------------------- fidelity
 
-    def _lineage(self, pages: tuple[int, ...]) -> int:
-        """The effective fidelity of what stands in these pages."""
-        return int(self._fidelity[np.array(pages, np.int64)].min()) if pages else _EXACT
+    def _lineage(self, page: int) -> int:
+        """The effective fidelity of what stands in a page and before it; page 0 is no page."""
+        return int(self._fidelity[page]) if page else _EXACT
 
-    def _mark(self, before: tuple[int, ...], written: tuple[int, ...]) -> None:
+    def _mark(self, before: int, written: tuple[int, ...]) -> None:
         """Pages that a step writes are as good as what stands before them."""
-        if written:
-            self._fidelity[np.array(written, np.int64)] = self._lineage(before)
+        self._fidelity[np.array(written, np.int64)] = self._lineage(before)
 
 
 def _event(cache: GroupCache) -> Any:
