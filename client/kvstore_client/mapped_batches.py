@@ -251,6 +251,10 @@ class HeldBatch:
         """Addresses of the payloads that are held."""
         return np.ascontiguousarray(self._items[: self.count, _HELD_TARGET]).view(np.uint64)
 
+    def lengths(self) -> Words:
+        """Bytes of the payloads that are held."""
+        return self._items[: self.count, _HELD_RESULT]
+
     def payload(self, index: int) -> memoryview:
         """One of the payloads that are held, read-only."""
         begin = int(self._items[index, _HELD_TARGET]) - self.mapped.arena_address

@@ -90,7 +90,7 @@ class SharedMemory:
         header: of the index.
         arena_view: all of the arena, read-only; a slot of it may be read while a hazard holds it.
         arena_address: where it begins in this process.
-        slab_bytes: of the slabs that it is cut into.
+        slab_bytes, slab_count: of the slabs that it is cut into.
         address: of the block of words that compiled functions take.
 
     Raises:
@@ -143,7 +143,7 @@ class SharedMemory:
         finally:
             os.close(fd)
         arena = decode_arena_header(self._arena_map[:PAGE_BYTES])
-        self.slab_bytes = arena.slab_bytes
+        self.slab_bytes, self.slab_count = arena.slab_bytes, arena.slab_count
         ours = welcome.incarnation
         if arena.arena_bytes != size or self.header.arena_bytes != size:
             raise NotMapped("arena and index are not as large as they say")

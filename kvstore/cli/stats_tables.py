@@ -18,6 +18,8 @@ from kvstore.protocol.messages import DaemonStats, DramStats, EvictionStats, Nam
 
 __all__ = ["stats_tables", "waiting"]
 
+_MOST_UNFILLED: Final = 1 / 8
+"""Share of the memory that slots may leave unused before it is said to be too much."""
 _MOST_ROWS: Final = 16
 _BAR_CELLS: Final = 16
 
@@ -90,12 +92,19 @@ def _tiers(stats: DaemonStats) -> RenderableType:
     return Group(made, Text(f"problem: {dram.problem}", style="bold red")) if dram.problem else made
 
 
-def _memory(dram: DramStats) -> Table:
+def _unfilled_bytes(dram: DramStats) -> int:
+    """Bytes of slabs that slots of their size do not fill."""
+    filled = sum((one.used_slots + one.free_slots) * one.slot_bytes for one in dram.classes)
+    return max(sum(one.slabs for one in dram.classes) * dram.slab_bytes - filled, 0)
+
+
+def _memory(dram: DramStats) -> RenderableType:
+    unfilled = _unfilled_bytes(dram)
     slabs = f"{render.size(dram.slab_bytes)} each, {render.count(dram.free_slabs)} free"
     arena = render.size(dram.arena_bytes)
     if dram.populated_bytes < dram.arena_bytes:
         arena += f", {render.ratio(dram.populated_bytes, dram.arena_bytes)} populated"
-    return render.facts(
+    made = render.facts(
         "DRAM memory",
         [
             ("arena", arena),
@@ -103,9 +112,17 @@ def _memory(dram: DramStats) -> Table:
             ("granted", f"{render.size(dram.granted_bytes)} lent for writing"),
             ("limbo", f"{render.size(dram.limbo_bytes)} freed but perhaps still read"),
             ("slabs", slabs),
+            ("unfilled", f"{render.size(unfilled)} of slabs, by slots of their size"),
             ("index", _index(dram)),
         ],
     )
+    if unfilled <= dram.arena_bytes * _MOST_UNFILLED:
+        return made
+    advice = (
+        f"{render.ratio(unfilled, dram.arena_bytes)} of the memory is in slabs that slots do not fill: restart the "
+        "daemon, or set dram.slab_bytes to a multiple of the most frequent slot size"
+    )
+    return Group(made, Text(advice, style="bold red"))
 
 
 def _index(dram: DramStats) -> str:

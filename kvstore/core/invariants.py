@@ -94,7 +94,7 @@ def _check_slabs(store: Store) -> None:
         _require(slab.used == used[slab.index], f"slab {slab.index} counts {slab.used} slots, {used[slab.index]} found")
         _require(slab.cut == slab.used + len(slab.free), f"slab {slab.index} lost a slot")
         _require(len(set(slab.free)) == len(slab.free), f"slab {slab.index} has a slot free twice")
-        free_slabs += slab.usable and not slab.slot_pages
+        free_slabs += slab.usable and not slab.slot_pages and slab.within is None
     _require(free_slabs == store.slabs.free_slabs, "empty slabs are miscounted")
     for slots in store.slabs.classes.values():
         slabs = slots.slabs.values()

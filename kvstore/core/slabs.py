@@ -3,23 +3,43 @@
 The arena is cut into slabs of equal size; a slab belongs to one slot class (one slot size) or to none. A slot is named
 by its first page: ``offset = slot * 4096``. Slot 0 is the arena's header and never given out. Exact classes exist for
 record sizes that namespaces declare; other records go into classes whose sizes grow by at most 12.5 %.
+
+Slots that leave much of a slab unused get several adjacent slabs that are cut as one: with up to eight, less than an
+eighth is left, whatever the slot size. A size that nobody declared gets no more at once than it has already, for there
+may be many such sizes. Where no adjacent slabs are free, fewer do.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Final
 
 from kvstore.format.constants import PAGE_BYTES
+
+_MOST_JOINED: Final = 8
+_MOST_UNUSED: Final = 1 / 8
 
 
 @dataclass(slots=True, eq=False)
 class Slab:
-    """One slab. ``slot_pages`` 0: in no class; ``draining``: takes no new slots until it is empty."""
+    """One slab, or several adjacent ones that are cut as one, of which this is the first.
+
+    Attributes:
+        index, first_page, pages: its place and size; of all that are cut as one.
+        usable: its memory is there.
+        joined: how many slabs are cut as one.
+        within: the first of those that it is cut as one with, None where that is itself.
+        slot_pages: 0: in no class.
+        slots, cut, used: slots that fit, that were ever given out since it got its class, and that are in use.
+        draining: takes no new slots until it is empty.
+    """
 
     index: int
     first_page: int
     pages: int
     usable: bool = False
+    joined: int = 1
+    within: Slab | None = None
     slot_pages: int = 0
     slots: int = 0
     cut: int = 0
@@ -34,9 +54,10 @@ class Slab:
 
 @dataclass(slots=True, eq=False)
 class SlotClass:
-    """All slabs of one slot size. ``open``: those that can give a slot, the last one first."""
+    """All slabs of one slot size: how many (``joined``), and which can give a slot (``open``, the last one first)."""
 
     slot_pages: int
+    joined: int = 0
     slabs: dict[int, Slab] = field(default_factory=dict)
     open: dict[int, Slab] = field(default_factory=dict)
     used_slots: int = 0
@@ -66,7 +87,7 @@ class SlabAllocator:
         self._first_page = first_page
         self.slabs = [Slab(index, first_page + index * self._pages, self._pages) for index in range(slab_count)]
         self.classes: dict[int, SlotClass] = {}
-        self._empty: list[Slab] = []
+        self._empty: dict[int, Slab] = {}
         self._exact: set[int] = set()
         self.usable_slabs = 0
 
@@ -81,7 +102,7 @@ class SlabAllocator:
         if not slab.usable:
             slab.usable = True
             self.usable_slabs += 1
-            self._empty.append(slab)
+            self._empty[index] = slab
 
     def declare(self, record_bytes: int) -> None:
         """Give records of this size slots of their exact size (rounded up to pages)."""
@@ -115,13 +136,41 @@ class SlabAllocator:
             del slots.open[slab.index]
         return slot
 
+    def _unused(self, pages: int, joined: int) -> float:
+        """Share of so many slabs that slots of a size leave unused."""
+        return joined * self._pages % pages / (joined * self._pages)
+
+    def _take_empty(self, pages: int, most: int) -> Slab:
+        """An empty slab, or the first of up to ``most`` adjacent ones that slots of a size fill well, joined."""
+        best = 1
+        while best < most and self._unused(pages, best) > _MOST_UNUSED:
+            best += 1
+        if best == 1:
+            return self._empty.popitem()[1]
+        runs: list[list[int]] = []
+        for index in sorted(self._empty):
+            if runs and runs[-1][-1] == index - 1:
+                runs[-1].append(index)
+            else:
+                runs.append([index])
+        # The shortest that is long enough, so that long ones stay; else what the longest has of use.
+        run = min((run for run in runs if len(run) >= best), key=len, default=None) or max(runs, key=len)
+        joined = min(range(1, min(best, len(run)) + 1), key=lambda count: self._unused(pages, count))
+        slab = self._empty.pop(run[0])
+        for index in run[1:joined]:
+            self._empty.pop(index).within = slab
+        slab.joined = joined
+        slab.pages = joined * self._pages
+        return slab
+
     def _cut(self, pages: int) -> SlotClass:
-        slab = self._empty.pop()
         slots = self.classes.get(pages)
         if slots is None:
             slots = self.classes[pages] = SlotClass(pages)
+        slab = self._take_empty(pages, _MOST_JOINED if pages in self._exact else min(_MOST_JOINED, slots.joined or 1))
+        slots.joined += slab.joined
         slab.slot_pages = pages
-        slab.slots = self._pages // pages
+        slab.slots = slab.pages // pages
         slab.cut = 0
         slots.slabs[slab.index] = slots.open[slab.index] = slab
         slots.free_slots += slab.slots
@@ -129,7 +178,8 @@ class SlabAllocator:
 
     def slab_of(self, slot: int) -> Slab:
         """The slab that a slot lies in."""
-        return self.slabs[(slot - self._first_page) // self._pages]
+        slab = self.slabs[(slot - self._first_page) // self._pages]
+        return slab.within or slab
 
     def free(self, slot: int) -> None:
         """Take a slot back. A slab without used slots leaves its class at once."""
@@ -151,15 +201,19 @@ class SlabAllocator:
         del slots.slabs[slab.index]
         if not slots.slabs:
             del self.classes[slab.slot_pages]
+        slots.joined -= slab.joined
+        for index in range(slab.index, slab.index + slab.joined):
+            self.slabs[index].within = None
+            self._empty[index] = self.slabs[index]
         slab.slot_pages = slab.slots = slab.cut = 0
+        slab.joined, slab.pages = 1, self._pages
         slab.draining = False
         slab.free.clear()
-        self._empty.append(slab)
 
     def slots_short_of_a_slab(self, slot_bytes: int) -> int:
         """How many slots of this size must come free until they are as many as any one slab of theirs has."""
         slots = self.classes[slot_bytes // PAGE_BYTES]
-        return self._pages // slots.slot_pages - slots.free_slots
+        return min(slab.slots for slab in slots.slabs.values()) - slots.free_slots
 
     def vacatable(self, slot_bytes: int) -> list[Slab]:
         """Slabs of other classes whose used slots would fit into the rest of their class, emptiest first."""

@@ -117,7 +117,7 @@ class Statistics:
             classes=[
                 SlotClassStats(
                     slot_bytes=slots.slot_pages * PAGE_BYTES,
-                    slabs=len(slots.slabs),
+                    slabs=slots.joined,
                     used_slots=slots.used_slots,
                     free_slots=slots.free_slots,
                 )

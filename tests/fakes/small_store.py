@@ -41,7 +41,8 @@ class SmallStore:
 
     Args:
         capacity_pages, grant_pages: of the store.
-        slab_pages: of each slab; there are as many as capacity and grants need.
+        slab_pages: of each slab.
+        slabs: how many; as many as capacity and grants need where nothing is said.
         parts: of the namespace.
         namespace: another one than ``Namespace(name="small", parts=parts)``.
         records: most at a time.
@@ -54,12 +55,13 @@ class SmallStore:
         grant_pages: int = 8,
         *,
         slab_pages: int = 4,
+        slabs: int = 0,
         parts: int = 1,
         records: int = 1 << 62,
         places: Callable[[Identity], tuple[int, int]] | None = None,
         namespace: Namespace | None = None,
     ) -> None:
-        slabs = -(-(capacity_pages + grant_pages) // slab_pages)
+        slabs = slabs or -(-(capacity_pages + grant_pages) // slab_pages)
         limits = StoreLimits(
             capacity_bytes=capacity_pages * PAGE_BYTES,
             grant_bytes=grant_pages * PAGE_BYTES,

@@ -311,7 +311,7 @@ class ClientsOfASmallTier(RuleBasedStateMachine):
 @pytest.mark.timeout(150)
 @pytest.mark.parametrize("flags", [("--slab", "64KiB"), ("--slab", "1MiB")], ids=["slots", "bytes"])
 def test_clients_of_a_small_tier_are_told_what_is_there(flags: tuple[str, str]):
-    grant = "128KiB" if "64KiB" in flags else "1MiB"
+    grant = "64KiB" if "64KiB" in flags else "1MiB"
     with DaemonProcess(*flags, capacity="1536KiB", grant=grant) as daemon:
         machine = type("ClientsOfTheSmallTier", (ClientsOfASmallTier,), {"daemon": daemon})
         run_state_machine_as_test(

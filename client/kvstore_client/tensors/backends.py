@@ -85,8 +85,8 @@ class Backend:
         self._threads = threads
         self.scratch = Scratch(self._allocate)
 
-    def reaches(self, mapped: MappedSession, payloads: Addresses) -> bool:
-        """Whether the kernels can read and write these payloads in slots; where they cannot, they are copied."""
+    def reaches(self, mapped: MappedSession, payloads: Addresses, payload_bytes: Words | int) -> bool:
+        """Whether the kernels can read and write payloads of so many bytes in slots; else they are copied."""
         return True
 
     def share_out(self, work: Callable[[int, int], None], count: int) -> None:

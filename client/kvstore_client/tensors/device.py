@@ -48,13 +48,21 @@ class _Pinned:
         self._runtime = runtime
         self._first_slab = mapped.arena_address + ARENA_HEADER_BYTES
         self._slab_bytes = mapped.slab_bytes
+        self._slab_count = mapped.slab_count
         self._addresses: dict[int, int] = {}
         self._pinning = threading.Lock()
         self.usable = mapped.writable
 
-    def pin(self, payloads: Addresses) -> bool:
-        """Pin the slabs that payloads lie in; False where that cannot be done, now and from then on."""
-        slabs = np.unique((payloads.view(np.int64) - self._first_slab) // self._slab_bytes).tolist()
+    def pin(self, payloads: Addresses, payload_bytes: Words | int) -> bool:
+        """Pin the slabs that payloads lie in; False where that cannot be done, now and from then on.
+
+        A payload may go on into the slab behind its own. Kernels read and write it as one piece all the same: what is
+        registered has the same addresses for the device.
+        """
+        begin = payloads.view(np.int64) - self._first_slab
+        ends = begin + (payload_bytes - 1)
+        slabs = np.unique(np.concatenate((begin, ends)) // self._slab_bytes)
+        slabs = slabs[slabs < self._slab_count].tolist()
         with self._pinning:
             for slab in slabs:
                 if slab not in self._addresses and self.usable:
@@ -89,7 +97,7 @@ class _DeviceBackend(Backend):
         device = cupy.cuda.runtime.getDevice()
         self._same_addresses = bool(cupy.cuda.runtime.deviceGetAttribute(_CAN_USE_HOST_POINTER, device))
 
-    def reaches(self, mapped: MappedSession, payloads: Addresses) -> bool:
+    def reaches(self, mapped: MappedSession, payloads: Addresses, payload_bytes: Words | int) -> bool:
         """As ``Backend.reaches``; pins what is not pinned yet."""
         if not self._same_addresses:
             return False
@@ -99,7 +107,7 @@ class _DeviceBackend(Backend):
             mapped.note_device()
             arena = self._arenas[mapped] = _Pinned(self._cupy.cuda.runtime, mapped)
             weakref.finalize(mapped, arena.release).atexit = False
-        return arena.pin(payloads)
+        return arena.pin(payloads, payload_bytes)
 
     def _allocate(self, least_bytes: int) -> Bytes:
         memory: Bytes = np.frombuffer(self._cupy.cuda.alloc_pinned_memory(least_bytes), np.uint8, least_bytes)

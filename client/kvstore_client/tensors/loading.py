@@ -125,7 +125,7 @@ class Loading:
     def _decode_held(self, held: HeldBatch, runs: list[Run], count: int) -> tuple[int, Problem | None]:
         """Decode the first ``count`` records that are held; how many leading ones count, and why the next does not."""
         payloads = held.payloads()
-        if self._backend.reaches(held.mapped, payloads):
+        if self._backend.reaches(held.mapped, payloads, held.lengths()):
             decoded, problem = self._decode(payloads, runs)
         else:
             decoded, problem = self._decode_copies([held.payload(index) for index in range(count)], runs)

@@ -210,7 +210,7 @@ class Saving:
     def _encode_into(self, slots: SlotBatch, indices: Indices, records: BlockRecords) -> Indices:
         """Encode blocks into the slots that are held; those before the first void one, whose slots are kept."""
         payloads = slots.payloads()
-        if self._backend.reaches(slots.mapped, payloads):
+        if self._backend.reaches(slots.mapped, payloads, records.max_payload_bytes):
             lengths, good = self._encode(indices, records, payloads)
             indices = self._describe(slots, indices, lengths, good)
             self._backend.share_out(slots.seal, slots.count)

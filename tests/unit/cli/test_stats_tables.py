@@ -8,6 +8,7 @@ from rich.console import Console, RenderableType
 from sample_stats import sample_stats
 
 from kvstore.cli.stats_tables import stats_tables, waiting
+from kvstore.protocol.messages import SlotClassStats
 
 
 def lines(renderable: RenderableType) -> list[str]:
@@ -73,3 +74,16 @@ def test_stats_leave_out_the_client_that_asked() -> None:
 
 def test_waiting_says_so_and_why() -> None:
     assert lines(waiting("nobody answers")) == ["waiting for the daemon ...", "nobody answers"]
+
+
+def test_stats_say_when_slots_fill_slabs_badly() -> None:
+    stats = sample_stats()
+    assert not any("slots do not fill" in line for line in lines(stats_tables(stats)))
+    half = stats.dram.slab_bytes * 51 // 100
+    slabs = stats.dram.arena_bytes // stats.dram.slab_bytes
+    stats.dram.classes = [SlotClassStats(slot_bytes=half, slabs=slabs, used_slots=slabs, free_slots=0)]
+    text = lines(stats_tables(stats))
+    assert row(text, "unfilled")[1:3] != ["0", "B"]
+    (advice,) = [line for line in text if "slots do not fill" in line]
+    assert advice.startswith("49.0 %")
+    assert "dram.slab_bytes" in advice

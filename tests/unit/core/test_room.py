@@ -20,8 +20,8 @@ STORED = (PutStatus.STORED, Reason.NONE)
 
 
 def short_of_slots(slots: int = 6) -> SmallStore:
-    """One slot a slab, and a capacity that they can never fill."""
-    return SmallStore(capacity_pages=4 * slots - 4, grant_pages=4, slab_pages=4)
+    """Memory for so many slots only, and a capacity that they can never fill."""
+    return SmallStore(capacity_pages=4 * slots, grant_pages=4, slab_pages=3, slabs=slots)
 
 
 def put_one(small: SmallStore, letter: str, at: str, access: int) -> tuple[PutStatus, Reason]:

@@ -95,17 +95,21 @@ def test_vacatable_slabs_are_those_whose_slots_fit_elsewhere_emptiest_first():
 class SlabsAgainstSet(RuleBasedStateMachine):
     """No page is given out twice; whatever was freed can be had again; counts are right."""
 
-    @initialize(slab_pages=st.sampled_from([1, 4, 7, 32]), count=st.integers(1, 5))
+    @initialize(slab_pages=st.sampled_from([1, 4, 7, 32]), count=st.integers(1, 12))
     def start(self, slab_pages: int, count: int) -> None:
         self.slab_pages = slab_pages
         self.slabs = SlabAllocator(count, slab_pages * PAGE_BYTES, FIRST_PAGE)
         self.taken: dict[int, int] = {}
         self.slabs.make_usable(0)
 
-    @rule(index=st.integers(0, 4))
+    @rule(index=st.integers(0, 11))
     def populate(self, index: int) -> None:
         if index < len(self.slabs.slabs):
             self.slabs.make_usable(index)
+
+    @rule(pages=st.integers(1, 32))
+    def declare(self, pages: int) -> None:
+        self.slabs.declare(min(pages, self.slab_pages) * PAGE_BYTES)
 
     @rule(pages=st.integers(1, 32), count=st.integers(1, 8))
     def allocate(self, pages: int, count: int) -> None:
@@ -146,7 +150,7 @@ class SlabsAgainstSet(RuleBasedStateMachine):
             size = slab.slot_pages
             held = [slot for slot in slab.cut_slots() if slot in self.taken]
             assert len(held) == slab.used
-            empty = self.slabs.free_slabs
+            empty, joined = self.slabs.free_slabs, slab.joined
             self.slabs.drain(slab)
             for _ in held:
                 target = self.slabs.allocate(size * PAGE_BYTES)
@@ -158,7 +162,7 @@ class SlabsAgainstSet(RuleBasedStateMachine):
                 del self.taken[slot]
                 self.slabs.free(slot)
             assert slab.slot_pages == 0
-            assert self.slabs.free_slabs == empty + 1
+            assert self.slabs.free_slabs == empty + joined
 
     @invariant()
     def counts_are_right(self) -> None:
@@ -169,11 +173,14 @@ class SlabsAgainstSet(RuleBasedStateMachine):
             used[slab.index] += 1
         for slab in self.slabs.slabs:
             assert slab.used == used[slab.index]
-        assert self.slabs.free_slabs == sum(slab.usable and not slab.used for slab in self.slabs.slabs)
+        empty = [slab.usable and not slab.used and slab.within is None for slab in self.slabs.slabs]
+        assert self.slabs.free_slabs == sum(empty)
+        assert sum(slab.joined for slab in self.slabs.slabs if slab.within is None) == len(self.slabs.slabs)
         for pages, slots in self.slabs.classes.items():
             assert slots.used_slots == sum(length == pages for length in self.taken.values())
             short = self.slabs.slots_short_of_a_slab(pages * PAGE_BYTES)
-            assert short == self.slab_pages // pages - slots.free_slots
+            assert short == min(slab.slots for slab in slots.slabs.values()) - slots.free_slots
+            assert slots.joined == sum(slab.joined for slab in slots.slabs.values())
 
     def teardown(self) -> None:
         for slot in list(self.taken):
@@ -202,3 +209,51 @@ def test_allocate_gives_every_slot_of_a_slab(pages: int):
         FIRST_PAGE + index * pages for index in range(8 // pages)
     ]
     assert slabs.allocate(pages * PAGE_BYTES) is None
+
+
+@pytest.mark.parametrize("pages", range(1, 65))
+@pytest.mark.parametrize("declared", [True, False], ids=["declared", "not declared"])
+def test_slots_of_any_size_leave_less_than_an_eighth_unused(pages: int, declared: bool):
+    """But for what the last slabs leave, and at first where nobody declared the size."""
+    slabs = SlabAllocator(80, 64 * PAGE_BYTES, FIRST_PAGE)
+    for index in range(80):
+        slabs.make_usable(index)
+    if declared:
+        slabs.declare(pages * PAGE_BYTES)
+    pages = slabs.slot_bytes_for(pages * PAGE_BYTES) // PAGE_BYTES
+    count = 0
+    while slabs.allocate(pages * PAGE_BYTES) is not None:
+        count += 1
+    assert count * pages >= (80 - 8) * 64 * 7 / 8
+    if pages <= 8 or 64 % pages == 0:
+        assert all(slab.joined == 1 for slab in slabs.slabs), "slabs are joined where nothing is gained"
+
+
+def test_slabs_that_are_joined_come_apart_when_they_are_empty():
+    slabs = SlabAllocator(4, 8 * PAGE_BYTES, FIRST_PAGE)
+    for index in range(4):
+        slabs.make_usable(index)
+    slabs.declare(5 * PAGE_BYTES)
+    taken = [slabs.allocate(5 * PAGE_BYTES) for _ in range(6)]
+    assert None not in taken
+    assert slabs.free_slabs == 0
+    joined = list(slabs.classes[5].slabs.values())
+    assert [(slab.joined, slab.slots) for slab in joined] == [(2, 3)] * 2
+    assert slabs.classes[5].joined == 4
+    for slot in taken:
+        assert slot is not None
+        assert slabs.slab_of(slot) in joined
+        slabs.free(slot)
+    assert slabs.free_slabs == 4
+    assert [slabs.allocate(8 * PAGE_BYTES) is not None for _ in range(5)] == [True] * 4 + [False]
+
+
+def test_slabs_that_are_not_adjacent_are_cut_by_themselves():
+    slabs = SlabAllocator(5, 8 * PAGE_BYTES, FIRST_PAGE)
+    slabs.declare(5 * PAGE_BYTES)
+    for index in (0, 2, 4):
+        slabs.make_usable(index)
+    assert [slabs.allocate(5 * PAGE_BYTES) is not None for _ in range(4)] == [True] * 3 + [False]
+    slabs.make_usable(1)
+    slabs.make_usable(3)
+    assert [slabs.allocate(5 * PAGE_BYTES) is not None for _ in range(3)] == [True] * 2 + [False]
