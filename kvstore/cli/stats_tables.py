@@ -6,6 +6,7 @@ The client that asked is left out of the clients, where it would be noise.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Final
 
@@ -219,10 +220,12 @@ def _slots(dram: DramStats) -> RenderableType | None:
 def _namespaces(namespaces: Sequence[NamespaceStats]) -> RenderableType | None:
     if not namespaces:
         return None
+    labels = Counter(one.label for one in namespaces)
     made = render.table("Namespaces", ["namespace", "generation", "blocks", "used"])
     for one in sorted(namespaces, key=lambda one: -one.slot_bytes)[:_MOST_ROWS]:
         cells = (str(one.generation), render.count(one.blocks), render.size(one.slot_bytes))
-        made.add_row(render.plain(one.name), *cells)
+        # What differs in something else, such as the revision or a tenant's salt, is told apart by its digest.
+        made.add_row(render.plain(one.label if labels[one.label] == 1 else f"{one.label} {one.digest}"), *cells)
     return _with_more(made, len(namespaces))
 
 

@@ -39,12 +39,14 @@ class LeasesEnded(msgspec.Struct, frozen=True):
 class Joined(msgspec.Struct, frozen=True):
     """A client joins a namespace; ``generation`` is -1 for the current one, or the one it was in before.
 
-    ``record_bytes``: sizes of records the client is going to write, for exact slots.
+    ``record_bytes``: sizes of records the client is going to write, for exact slots. ``session``: the client's, 0 for
+    none; as long as it is open the namespace is not forgotten.
     """
 
     description: Namespace
     record_bytes: tuple[int, ...] = ()
     generation: int = -1
+    session: int = 0
 
 
 class SlotWanted(msgspec.Struct, frozen=True):
@@ -147,9 +149,10 @@ class ClearWanted(msgspec.Struct, frozen=True):
 
 
 class InvalidateWanted(msgspec.Struct, frozen=True):
-    """What a client in ``generation`` of a namespace computes from now on differs from before."""
+    """What a client in a generation of a namespace computes from now on differs from before; it joins the next one."""
 
     namespace_id: int
+    session: int = 0
 
 
 class Displaced(msgspec.Struct, frozen=True):

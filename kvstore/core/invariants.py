@@ -21,9 +21,13 @@ def validate_state(store: Store) -> None:
     _check_accounting(store)
     _check_slabs(store)
     blocks: set[Block] = set()
-    for namespace in store.namespaces.by_id.values():
+    members = Counter(namespace for session in store.sessions.values() for namespace in session.namespaces)
+    for identity, namespace in store.namespaces.by_id.items():
+        _require(namespace.id == identity, f"namespace {namespace.id} is filed under {identity}")
+        _require(namespace.members == members.pop(namespace, 0), f"namespace {identity} miscounts its members")
         _check_tree(namespace)
         blocks.update(namespace.blocks.values())
+    _require(not members, "a namespace was forgotten that has members")
     _require(len(blocks) == store.block_count, f"{store.block_count} blocks counted, {len(blocks)} found")
     _require(store.policy.held() == len(blocks), f"policy holds {store.policy.held()} of {len(blocks)} blocks")
     _check_leases(store)

@@ -12,6 +12,10 @@ from kvstore.protocol.namespace import Namespace
 
 MAX_NAMESPACE_ID: Final = (1 << 16) - 1
 
+MOST_IDLE: Final = 64
+"""Namespaces that are remembered although they have neither blocks nor members, the latest ones. Each is about 1 KiB;
+one that was forgotten and is joined again costs another id."""
+
 ORPHAN_DEPTH: Final = 1 << 32
 """Depth of a block whose parent is not there: of a request's blocks it leaves first, since nobody can reach it."""
 
@@ -21,6 +25,7 @@ class NamespaceState:
 
     Attributes:
         current: False once the namespace was invalidated; it then holds no blocks for ever.
+        members: sessions that joined it and are open.
         codecs: ids of the codecs that its records may be of.
         exact: only records of effective fidelity 255 may be in it.
         lossy_records: resident records whose effective fidelity is below 255.
@@ -37,6 +42,7 @@ class NamespaceState:
         "generation",
         "id",
         "lossy_records",
+        "members",
         "orphans",
         "parts",
         "slot_bytes",
@@ -54,7 +60,13 @@ class NamespaceState:
         self.orphans: dict[bytes, set[Block]] = {}
         self.slot_bytes = 0
         self.lossy_records = 0
+        self.members = 0
         self.current = True
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is lost with it: a later generation that is current must be remembered."""
+        return not self.blocks and not self.members and not (self.current and self.generation)
 
     def leading(self, keys: Iterable[bytes]) -> list[Block]:
         """The longest run of complete blocks from the first key on."""
@@ -142,6 +154,8 @@ class Namespaces:
     def __init__(self) -> None:
         self.by_id: dict[int, NamespaceState] = {}
         self._current: dict[bytes, NamespaceState] = {}
+        self._idle: dict[int, NamespaceState] = {}
+        self._last_id = 0
 
     def join(self, description: Namespace) -> NamespaceState:
         """The current generation of a namespace, made if it is new.
@@ -166,13 +180,33 @@ class Namespaces:
         """The current generation of the namespace that ``state`` is or was."""
         return self._current[state.description.canonical()]
 
+    def note_idle(self, state: NamespaceState) -> None:
+        """A namespace has no blocks or no members any more; it may be forgotten when there are too many like it."""
+        if state.idle:
+            self._idle.pop(state.id, None)
+            self._idle[state.id] = state
+
+    def forget_idle(self) -> list[NamespaceState]:
+        """Forget the namespaces that have been idle for longest, but for so many; those that were current."""
+        forgotten: list[NamespaceState] = []
+        while len(self._idle) > MOST_IDLE:
+            state = self._idle.pop(next(iter(self._idle)))
+            if state.idle:
+                del self.by_id[state.id]
+                if state.current:
+                    del self._current[state.description.canonical()]
+                    state.current = False
+                    forgotten.append(state)
+        return forgotten
+
     def _add(self, description: Namespace, generation: int) -> NamespaceState:
-        identity = len(self.by_id) + 1
+        identity = self._last_id + 1
         if identity > MAX_NAMESPACE_ID:
             raise InvalidArgument(
                 f"this daemon has given out all {MAX_NAMESPACE_ID} namespace ids (namespaces and invalidations "
                 "together); restart it"
             )
+        self._last_id = identity
         state = NamespaceState(identity, description, generation)
         self.by_id[identity] = state
         self._current[description.canonical()] = state

@@ -111,6 +111,7 @@ class SessionState:
     id: int
     grants: dict[int, Record] = field(default_factory=dict)
     granted_bytes: int = 0
+    namespaces: set[NamespaceState] = field(default_factory=set)
 
 
 class _Placing:
@@ -252,28 +253,46 @@ class Store:
         session = self.sessions.pop(event.session)
         self._leases_ended(event)
         slots = [self._to_limbo(record, "its client is gone") for record in session.grants.values()]
-        return [Withdraw(slots)] if slots else []
+        for namespace in session.namespaces:
+            namespace.members -= 1
+            self.namespaces.note_idle(namespace)
+        return [*([Withdraw(slots)] if slots else []), *self._forget_namespaces()]
+
+    def _forget_namespaces(self) -> list[Instruction]:
+        return [EndNamespace(state.id) for state in self.namespaces.forget_idle()]
+
+    def _enter(self, session: int, namespace: NamespaceState) -> None:
+        """A session joins a namespace, in which it may be already."""
+        joined = self.sessions[session].namespaces if session else None
+        if joined is not None and namespace not in joined:
+            joined.add(namespace)
+            namespace.members += 1
 
     def _joined(self, event: Joined) -> list[Instruction]:
         for record_bytes in event.record_bytes:
             self.slabs.declare(record_bytes)
         namespace = self.namespaces.join(event.description)
-        if event.generation < 0 or event.generation == namespace.generation:
-            return [Namespaced(namespace)]
-        if event.generation < namespace.generation:
+        if -1 < event.generation < namespace.generation:
             return [Namespaced(namespace, stale=True)]
-        return self._advance(namespace, event.generation)
+        if event.generation > namespace.generation:
+            return self._advance(namespace, event.generation, event.session)
+        self._enter(event.session, namespace)
+        return [*self._forget_namespaces(), Namespaced(namespace)]
 
     def _invalidate_wanted(self, event: InvalidateWanted) -> list[Instruction]:
         namespace = self.namespaces.by_id[event.namespace_id]
         if not namespace.current:
-            return [Namespaced(self.namespaces.current_of(namespace))]
-        return self._advance(namespace, namespace.generation + 1)
+            successor = self.namespaces.current_of(namespace)
+            self._enter(event.session, successor)
+            return [Namespaced(successor)]
+        return self._advance(namespace, namespace.generation + 1, event.session)
 
-    def _advance(self, namespace: NamespaceState, generation: int) -> list[Instruction]:
+    def _advance(self, namespace: NamespaceState, generation: int, session: int) -> list[Instruction]:
         # First what may fail for want of ids: the blocks are not lost for nothing then.
         successor = self.namespaces.advance(namespace, generation)
         withdrawn = self._withdraw_all(list(namespace.blocks.values()))
+        self.namespaces.note_idle(namespace)
+        self._enter(session, successor)
         return [EndNamespace(namespace.id), *withdrawn, Namespaced(successor)]
 
     def _slot_wanted(self, event: SlotWanted) -> list[Instruction]:
@@ -719,6 +738,8 @@ class Store:
         self.policy.discard(block)
         namespace = block.namespace
         namespace.remove(block)
+        if not namespace.blocks:
+            self.namespaces.note_idle(namespace)
         namespace.slot_bytes -= block.slot_bytes
         self.block_count -= 1
         if namespace.lossy_records:

@@ -66,7 +66,7 @@ class StatsCollector(Collector):
         blocks: dict[str, int] = {}
         slot_bytes: dict[str, int] = {}
         for namespace in namespaces:
-            label = namespace.name
+            label = namespace.label
             if label not in self._namespace_labels:
                 if len(self._namespace_labels) < MAX_NAMESPACE_LABELS:
                     self._namespace_labels.add(label)

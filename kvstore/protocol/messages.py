@@ -14,7 +14,7 @@ import msgspec
 
 from kvstore.format.constants import FIDELITY_EXACT
 from kvstore.protocol.keys import KEY_BYTES
-from kvstore.protocol.namespace import Namespace
+from kvstore.protocol.namespace import UNNAMED, Namespace
 from kvstore.protocol.version import (
     MAX_DECLARED_SIZES,
     MAX_GENERATION,
@@ -378,12 +378,30 @@ class Reserved(Reply, tag=112):
 
 
 class NamespaceStats(msgspec.Struct, kw_only=True):
-    """One namespace: its name, generation, resident blocks and slot bytes."""
+    """One namespace.
+
+    Attributes:
+        name, model, codec: of its description.
+        digest: the first 8 hexadecimal digits of its digest in this generation.
+        generation: the current one.
+        blocks, slot_bytes: that are resident.
+    """
 
     name: str
     generation: Unsigned
     blocks: Unsigned
     slot_bytes: Unsigned
+    model: str = ""
+    codec: str = ""
+    digest: str = ""
+
+    @property
+    def label(self) -> str:
+        """What people call it: its name, or where nobody gave it one its model and codec."""
+        model = self.model.rstrip("/").rpartition("/")[2]
+        if self.name != UNNAMED or not model:
+            return self.name
+        return f"{model} {self.codec}"
 
 
 class SlotClassStats(msgspec.Struct, kw_only=True):

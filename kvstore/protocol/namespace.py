@@ -26,6 +26,10 @@ def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+UNNAMED: Final = "default"
+"""Name of a namespace to which nobody gave one."""
+
+
 class Namespace(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Description of a namespace; two clients share blocks when all fields are equal.
 
@@ -44,7 +48,7 @@ class Namespace(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             codecs nor what was computed on such.
     """
 
-    name: str = "default"
+    name: str = UNNAMED
     model: str = ""
     revision: str = ""
     layout: str = ""

@@ -294,7 +294,7 @@ class Requests:
             RECORD_HEADER_BYTES + size for size in sizes if RECORD_HEADER_BYTES + size <= self._store.max_record_bytes
         )
         try:
-            answer = self._executor.apply(Joined(request.namespace, fitting, request.generation))
+            answer = self._executor.apply(Joined(request.namespace, fitting, request.generation, session.id))
         except InvalidArgument as error:
             raise Refused(ErrorCode.LIMIT, str(error)) from None
         return self._attached(session, request.id, answer)
@@ -438,7 +438,7 @@ class Requests:
                 f"namespace id {state.id} is generation {state.generation}, not {request.generation}",
             )
         try:
-            answer = self._executor.apply(InvalidateWanted(request.namespace_id))
+            answer = self._executor.apply(InvalidateWanted(request.namespace_id, session.id))
         except InvalidArgument as error:
             raise Refused(ErrorCode.LIMIT, str(error)) from None
         return self._attached(session, request.id, answer)

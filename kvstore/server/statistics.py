@@ -89,6 +89,9 @@ class Statistics:
                     generation=state.generation,
                     blocks=len(state.blocks),
                     slot_bytes=state.slot_bytes,
+                    model=state.description.model,
+                    codec=state.description.codec,
+                    digest=state.digest.hex()[:8],
                 )
                 for state in self.store.namespaces.by_id.values()
                 if state.current

@@ -260,7 +260,13 @@ REPLIES_3: dict[str, AnyReply] = {
     "exists-reply": ExistsReply(*reply(6), bytes([TierId.DRAM, TierId.NONE]), bytes([85, 0])),
     "stats-reply": StatsReply(
         *reply(13),
-        msgspec.structs.replace(MAPPED_STATS, puts=msgspec.structs.replace(MAPPED_STATS.puts, replaced=1)),
+        msgspec.structs.replace(
+            MAPPED_STATS,
+            puts=msgspec.structs.replace(MAPPED_STATS.puts, replaced=1),
+            namespaces=[
+                msgspec.structs.replace(MAPPED_STATS.namespaces[0], model="llama", codec="raw", digest=DIGEST.hex()[:8])
+            ],
+        ),
     ),
 }
 PAYLOAD_FRAMES = {

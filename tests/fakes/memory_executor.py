@@ -184,7 +184,8 @@ class MemoryExecutor:
             assert slot not in self._withdrawn, f"slot {slot} is withdrawn twice"
             if slot in self._entries:
                 namespace_id = self._unpublish(slot)[0]
-                current = self.store.namespaces.by_id[namespace_id].current
+                state = self.store.namespaces.by_id.get(namespace_id)
+                current = state is not None and state.current
                 assert current or namespace_id in self.ended, f"namespace {namespace_id} was not ended before its slots"
         self._withdrawn.update(slots)
         if self.quiesce_at_once:
@@ -265,7 +266,8 @@ class MemoryExecutor:
 
     def _end_namespace(self, namespace_id: int) -> None:
         assert namespace_id not in self.ended, f"namespace {namespace_id} ends twice"
-        assert not self.store.namespaces.by_id[namespace_id].current
+        state = self.store.namespaces.by_id.get(namespace_id)
+        assert state is None or not state.current
         self.ended.add(namespace_id)
 
     def forget(self, slot: int) -> None:

@@ -77,7 +77,7 @@ class SmallStore:
         self.namespace = self.join(Namespace(name="small", parts=parts) if namespace is None else namespace)
 
     def join(self, description: Namespace) -> NamespaceState:
-        answer = self.executor.apply(Joined(description))
+        answer = self.executor.apply(Joined(description, session=SESSION))
         assert isinstance(answer, Namespaced)
         return answer.namespace
 

@@ -296,14 +296,15 @@ class StoreMachine(RuleBasedStateMachine):
         description=st.integers(0, len(DESCRIPTIONS) - 1),
         pages=st.lists(st.integers(1, 19), max_size=2),
         ahead=st.sampled_from([-2, -1, 0, 0, 0, 0, 1, 2]),
+        place=SESSIONS,
     )
-    def join(self, description: int, pages: list[int], ahead: int) -> None:
+    def join(self, description: int, pages: list[int], ahead: int, place: int = 0) -> None:
         """Join in the current generation (``ahead`` 0), an old one, or a later one that another daemon was in."""
         name = DESCRIPTIONS[description].name
         now = self.model.namespaces.get(self.current.get(name, 0))
         generation = -1 if now is None or not ahead else max(now.generation + ahead, 0)
         record_bytes = tuple(PAGE_BYTES * count - 5 for count in pages)
-        answer = self.apply(Joined(DESCRIPTIONS[description], record_bytes, generation))
+        answer = self.apply(Joined(DESCRIPTIONS[description], record_bytes, generation, self.pick_session(place)))
         assert isinstance(answer, Namespaced)
         assert answer.stale == (now is not None and -1 < generation < now.generation)
         if now is not None and generation <= now.generation:

@@ -8,7 +8,7 @@ from rich.console import Console, RenderableType
 from sample_stats import sample_stats
 
 from kvstore.cli.stats_tables import stats_tables, waiting
-from kvstore.protocol.messages import SlotClassStats
+from kvstore.protocol.messages import NamespaceStats, SlotClassStats
 
 
 def lines(renderable: RenderableType) -> list[str]:
@@ -87,3 +87,23 @@ def test_stats_say_when_slots_fill_slabs_badly() -> None:
     (advice,) = [line for line in text if "slots do not fill" in line]
     assert advice.startswith("49.0 %")
     assert "dram.slab_bytes" in advice
+
+
+def test_stats_tell_namespaces_apart_that_nobody_named() -> None:
+    stats = sample_stats(namespaces=0)
+    stats.namespaces = [
+        NamespaceStats(name="default", generation=0, blocks=1, slot_bytes=size, model=model, codec=codec, digest=digest)
+        for size, model, codec, digest in [
+            (5, "meta-llama/Llama-3.1-8B", "kivi4", "aaaaaaaa"),
+            (4, "/models/qwen3/", "int8", "bbbbbbbb"),
+            (3, "/models/qwen3/", "int8", "cccccccc"),
+            (2, "", "raw", "dddddddd"),
+        ]
+    ]
+    text = lines(stats_tables(stats))
+    assert row(text, "Llama-3.1-8B")[1] == "kivi4"
+    assert [line.split()[:3] for line in text if line.split()[:1] == ["qwen3"]] == [
+        ["qwen3", "int8", "bbbbbbbb"],
+        ["qwen3", "int8", "cccccccc"],
+    ]
+    assert row(text, "default")[1:3] == ["0", "1"]

@@ -55,7 +55,7 @@ RELEASED = {
     14: ("Verify", REQUEST_FIELDS),
     15: ("Ping", REQUEST_FIELDS),
     16: ("Bye", REQUEST_FIELDS),
-    17: ("Reserve", f"{REQUEST_FIELDS} record_bytes lane"),
+    17: ("Reserve", f"{REQUEST_FIELDS} record_bytes lane parent"),
     101: ("ErrorReply", f"{REPLY_FIELDS} code message"),
     102: (
         "Welcome",
