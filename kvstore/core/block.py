@@ -5,6 +5,8 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import TYPE_CHECKING, Final
 
+from kvstore.core.journal import UNTOLD
+
 if TYPE_CHECKING:
     from kvstore.core.namespaces import NamespaceState
 
@@ -72,7 +74,10 @@ class Record:
 
 
 class Block:
-    """A block with at least one resident record. See ``kvstore.policy.base.Evictable`` for the policy's view."""
+    """A block with at least one resident record. See ``kvstore.policy.base.Evictable`` for the policy's view.
+
+    ``told`` is the journal's: its place among the blocks that were told of.
+    """
 
     __slots__ = (
         "access",
@@ -85,6 +90,7 @@ class Block:
         "parent_key",
         "parts",
         "slot_bytes",
+        "told",
     )
 
     def __init__(self, namespace: NamespaceState, key: bytes, parent_key: bytes) -> None:
@@ -98,6 +104,7 @@ class Block:
         self.slot_bytes = 0
         self.leases = 0
         self.access = -1
+        self.told = UNTOLD
 
     @property
     def complete(self) -> bool:

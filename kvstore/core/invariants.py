@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from kvstore.core.block import Block, RecordState
+from kvstore.core.journal import UNTOLD
 from kvstore.core.namespaces import NamespaceState
 from kvstore.core.store import Store
 from kvstore.errors import InvariantViolation
@@ -31,6 +32,7 @@ def validate_state(store: Store) -> None:
     _require(len(blocks) == store.block_count, f"{store.block_count} blocks counted, {len(blocks)} found")
     _require(store.policy.held() == len(blocks), f"policy holds {store.policy.held()} of {len(blocks)} blocks")
     _check_leases(store)
+    _check_journal(store, blocks)
     for block in blocks:
         for part, record in block.parts.items():
             _require(record.block is block and record.part == part, f"record of slot {record.slot} is of no block")
@@ -152,3 +154,18 @@ def _check_leases(store: Store) -> None:
     for namespace in store.namespaces.by_id.values():
         for block in namespace.blocks.values():
             _require(block.leases == held[block], f"block {block.key.hex()[:12]} counts {block.leases} leases")
+
+
+def _check_journal(store: Store, blocks: set[Block]) -> None:
+    journal = store.journal
+    if journal is None:
+        return
+    told, waiting = journal.told(), set(journal.waiting_blocks())
+    _require(len(told) == len(journal), f"the journal counts {len(journal)} blocks as told, {len(told)} found")
+    for block in told:
+        name = block.key.hex()[:12]
+        _require(block.told != UNTOLD, f"block {name} was told and does not know it")
+        _require(block in blocks or block in waiting, f"block {name} is gone, and nobody will be told")
+    for block in blocks | waiting:
+        changed = block.complete != (block.told != UNTOLD)
+        _require(changed == (block in waiting), f"block {block.key.hex()[:12]}: what waits is not the change")

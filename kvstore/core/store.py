@@ -50,6 +50,7 @@ from kvstore.core.instructions import (
     TryAgain,
     Withdraw,
 )
+from kvstore.core.journal import Journal
 from kvstore.core.leases import Leases
 from kvstore.core.namespaces import ORPHAN_DEPTH, Namespaces, NamespaceState, descendants
 from kvstore.core.slabs import Slab, SlabAllocator
@@ -145,12 +146,16 @@ class Store:
         limits: hard limits.
         slabs: the arena's slots; the store alone allocates from it.
         policy: chooses what leaves.
+        journal: is told of each block that becomes complete or stops being so; None where nobody wants to know.
     """
 
-    def __init__(self, limits: StoreLimits, slabs: SlabAllocator, policy: EvictionPolicy) -> None:
+    def __init__(
+        self, limits: StoreLimits, slabs: SlabAllocator, policy: EvictionPolicy, journal: Journal | None = None
+    ) -> None:
         self.limits = limits
         self.slabs = slabs
         self.policy = policy
+        self.journal = journal
         self.namespaces = Namespaces()
         self.leases = Leases()
         self.sessions: dict[int, SessionState] = {}
@@ -523,6 +528,8 @@ class Store:
         self.resident_bytes += record.slot_bytes
         self.resident_record_bytes += record.record_bytes
         self.record_count += 1
+        if self.journal is not None:
+            self.journal.note(block)
 
     def _detach(self, record: Record) -> None:
         """Inverse of ``_attach``: the record stays as it is, but belongs to nothing and is not counted."""
@@ -535,6 +542,8 @@ class Store:
         if record.fidelity < FIDELITY_EXACT:
             namespace.lossy_records -= 1
         self._count_resident(record, -1)
+        if self.journal is not None:
+            self.journal.note(block)
 
     def _count_resident(self, record: Record, by: int = 1) -> None:
         self.resident_bytes += by * record.slot_bytes
@@ -731,6 +740,8 @@ class Store:
     def _withdraw_all(self, blocks: list[Block]) -> list[Instruction]:
         slots = [slot for block in blocks for slot in self._unlink(block, "cleared")]
         self.counters.removed_blocks += len(blocks)
+        if self.journal is not None and not self.block_count:
+            self.journal.emptied()
         return [Withdraw(slots)] if slots else []
 
     def _unlink(self, block: Block, cause: str) -> list[int]:
@@ -747,6 +758,8 @@ class Store:
         slots = [self._to_limbo(record, cause) for record in block.parts.values()]
         block.parts = {}
         block.slot_bytes = 0
+        if self.journal is not None:
+            self.journal.note(block)
         return slots
 
     def _to_limbo(self, record: Record, cause: str, *, counted: bool = True) -> int:

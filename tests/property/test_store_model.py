@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import pytest
 from fakes.memory_executor import MemoryExecutor, spread
 from fakes.store_model import Identity, ModelBlock, ModelNamespace, StoreModel
+from fakes.told_index import ToldIndex
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -57,6 +58,7 @@ from kvstore.core.instructions import (
     Withdraw,
 )
 from kvstore.core.invariants import validate_state
+from kvstore.core.journal import Journal
 from kvstore.core.slabs import SlabAllocator
 from kvstore.core.store import Store, StoreLimits
 from kvstore.policy.lru import Lru
@@ -145,7 +147,9 @@ class StoreMachine(RuleBasedStateMachine):
             leases_per_session=LEASES_PER_SESSION,
             max_records=arena.records,
         )
-        self.store = Store(self.limits, SlabAllocator(arena.slabs, arena.slab_pages * PAGE_BYTES, 512), Lru())
+        slabs = SlabAllocator(arena.slabs, arena.slab_pages * PAGE_BYTES, 512)
+        self.store = Store(self.limits, slabs, Lru(), Journal())
+        self.told = ToldIndex()
         places = spread(arena.buckets) if arena.buckets else None
         self.executor = MemoryExecutor(self.store, now_ns=1, quiesce_at_once=quiesce_at_once, places=places)
         self.model = StoreModel()
@@ -820,6 +824,26 @@ class StoreMachine(RuleBasedStateMachine):
         for slot in self.executor.pinned:
             assert store.records[slot].state in (RecordState.RESIDENT, RecordState.LIMBO)
 
+    @rule(count=st.integers(1, 4) | st.just(1000), really=RARELY)
+    def somebody_is_told(self, count: int, really: bool) -> None:
+        """Events are sent, some or all that wait: in between, changes meet in the journal."""
+        if really or count < 1000:
+            self.told.follow(self.store, count)
+
+    @invariant()
+    def what_was_told_is_what_was_complete(self) -> None:
+        self.told.check(self.store)
+
+    @rule(cursor=st.integers(-2, 40), count=st.integers(1, 9))
+    def snapshot_page(self, cursor: int, count: int) -> None:
+        """A snapshot that begins now, or an old one that goes on."""
+        self.told.read_page(self.store, cursor, count)
+
+    @rule()
+    def snapshot(self) -> None:
+        """All pages together are what was told."""
+        assert self.told.read_all(self.store, 3) == self.told.blocks
+
     def teardown(self) -> None:
         """Everything goes; nothing is left."""
         if not hasattr(self, "store"):
@@ -834,6 +858,9 @@ class StoreMachine(RuleBasedStateMachine):
             self.executor.quiesce(self.executor.waiting)
         validate_state(self.store)
         store = self.store
+        self.told.follow(store, 1 << 30)
+        self.told.check(store)
+        assert not self.told.blocks
         assert not store.records
         assert not store.block_count
         assert not store.policy.held()
