@@ -20,7 +20,13 @@ from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from kvstore.errors import InvalidArgument
-from kvstore.protocol.endpoint import check_endpoint, default_arena_directory, default_endpoint
+from kvstore.protocol.endpoint import (
+    check_endpoint,
+    check_event_endpoint,
+    default_arena_directory,
+    default_endpoint,
+    default_event_endpoints,
+)
 from kvstore.protocol.version import MAX_LEASE_MS
 from kvstore.settings_sources import load_settings
 from kvstore.sizes import format_size, parse_size
@@ -28,6 +34,7 @@ from kvstore.sizes import format_size, parse_size
 __all__ = [
     "AccessSettings",
     "DramSettings",
+    "EventSettings",
     "EvictionSettings",
     "LimitSettings",
     "Settings",
@@ -92,6 +99,10 @@ def _check_directory(directory: Path) -> Path:
     if not expanded.is_absolute():
         raise InvalidArgument(f"'{directory}' must be an absolute path")
     return expanded
+
+
+def _check_event_endpoint(endpoint: str) -> str:
+    return check_event_endpoint(endpoint) if endpoint else ""
 
 
 def _check_group(group: str) -> str:
@@ -247,6 +258,31 @@ class EvictionSettings(_Section):
     """Name of the policy."""
 
 
+class EventSettings(_Section):
+    """KV events: which blocks come and go, for routers."""
+
+    publish: bool = False
+    """Whether they are published."""
+
+    endpoint: Annotated[str, AfterValidator(_check_event_endpoint)] = ""
+    """Where subscribers connect, ``ipc://`` or ``tcp://``; empty: the daemon's own endpoint with ``.events``."""
+
+    replay_endpoint: Annotated[str, AfterValidator(_check_event_endpoint)] = ""
+    """Where missed batches and snapshots are had; empty: the daemon's own endpoint with ``.replay``."""
+
+    topic: str = ""
+    """First frame of each batch."""
+
+    buffer_steps: Count = 10_000
+    """Batches that are kept for replays."""
+
+    hwm: Count = 100_000
+    """Batches that wait for one subscriber before it loses some."""
+
+    heartbeat_s: Annotated[Seconds, Field(ge=0.01, le=3600)] = 1.0
+    """After how long without a batch an empty one is published."""
+
+
 class Settings(BaseSettings):
     """All settings of a daemon; immutable. ``Settings.load`` reads them, the constructor takes explicit values."""
 
@@ -264,6 +300,7 @@ class Settings(BaseSettings):
     access: AccessSettings = AccessSettings()
     limits: LimitSettings = LimitSettings()
     eviction: EvictionSettings = EvictionSettings()
+    events: EventSettings = EventSettings()
 
     @classmethod
     def settings_customise_sources(
@@ -303,6 +340,31 @@ class Settings(BaseSettings):
     def arena_directory(self) -> Path:
         """Directory of the arena, derived from the endpoint unless it is set."""
         return self.dram.directory or default_arena_directory(self.endpoint)
+
+    @property
+    def event_endpoints(self) -> tuple[str, str]:
+        """Where KV events are published and replayed, derived from the endpoint unless they are set."""
+        published, replayed = default_event_endpoints(self.endpoint)
+        return self.events.endpoint or published, self.events.replay_endpoint or replayed
+
+    @model_validator(mode="after")
+    def _check_event_endpoints(self) -> Self:
+        if not self.events.publish:
+            return self
+        published, replayed = self.event_endpoints
+        if len({self.endpoint, published, replayed}) < 3:
+            raise _conflict(
+                f"endpoint ({self.endpoint}), events.endpoint ({published}) and events.replay_endpoint ({replayed}) "
+                "must be three different ones",
+                "events.endpoint",
+                "events.replay_endpoint",
+            )
+        for endpoint in (published, replayed):
+            try:
+                check_event_endpoint(endpoint)
+            except InvalidArgument as error:
+                raise _conflict(f"{error}; or set events.endpoint and events.replay_endpoint", "endpoint") from None
+        return self
 
     @model_validator(mode="after")
     def _check_grants(self) -> Self:

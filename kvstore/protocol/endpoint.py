@@ -12,6 +12,7 @@ from typing import Final
 from kvstore.errors import InvalidArgument
 
 IPC_PREFIX: Final = "ipc://"
+TCP_PREFIX: Final = "tcp://"
 IPC_PATH_BYTES: Final = 107
 """Longest path of a unix socket on Linux, without the closing zero."""
 
@@ -62,6 +63,27 @@ def check_endpoint(endpoint: object) -> str:
             f"{IPC_PATH_BYTES}; use a shorter one"
         )
     return IPC_PREFIX + path
+
+
+def check_event_endpoint(endpoint: object) -> str:
+    """Return a usable endpoint for KV events: ``ipc://`` as of ``check_endpoint``, or ``tcp://HOST:PORT``.
+
+    Over tcp there is neither encryption nor authentication: events tell keys, never contents.
+
+    Raises:
+        InvalidArgument: it is neither.
+    """
+    if isinstance(endpoint, str) and endpoint.startswith(TCP_PREFIX):
+        host, colon, port = endpoint.removeprefix(TCP_PREFIX).rpartition(":")
+        if not (host and colon and port.isascii() and port.isdigit() and 0 < int(port) <= 65535):
+            raise InvalidArgument(f"endpoint {endpoint!r} must be tcp://HOST:PORT, for example tcp://*:5557")
+        return endpoint
+    return check_endpoint(endpoint)
+
+
+def default_event_endpoints(endpoint: str) -> tuple[str, str]:
+    """Where a daemon at ``endpoint`` publishes KV events and replays them, unless it is told otherwise."""
+    return f"{endpoint}.events", f"{endpoint}.replay"
 
 
 def ipc_path(endpoint: str) -> Path:

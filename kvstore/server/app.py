@@ -17,6 +17,7 @@ import uvloop
 
 import kvstore
 from kvstore.core.events import PopulationEnded, SlabPopulated, Ticked
+from kvstore.core.journal import Journal
 from kvstore.core.slabs import SlabAllocator
 from kvstore.core.store import Store, StoreLimits
 from kvstore.errors import InvalidArgument, SettingsError
@@ -28,6 +29,7 @@ from kvstore.policy.registry import make_policy
 from kvstore.protocol.endpoint import default_arena_directory, default_directory, ipc_path
 from kvstore.server.counters import RequestCounters
 from kvstore.server.descriptors import reserve_descriptors
+from kvstore.server.events import EventPublisher
 from kvstore.server.executor import Executor
 from kvstore.server.gets import Reads
 from kvstore.server.http import start_http
@@ -120,6 +122,23 @@ class Daemon:
         store, arena, index = self._make_store(directory, incarnation, mode, gid)
         executor = Executor(store, arena, self._clock, index)
         executor.apply(SlabPopulated(0))
+        publisher = None
+        if store.journal is not None:
+            publisher = EventPublisher(
+                store.journal,
+                endpoint=settings.event_endpoints[0],
+                replay_endpoint=settings.event_endpoints[1],
+                topic=settings.events.topic,
+                buffer_steps=settings.events.buffer_steps,
+                hwm=settings.events.hwm,
+                heartbeat_s=settings.events.heartbeat_s,
+                incarnation=incarnation,
+                mode=mode,
+                gid=gid,
+                wall_clock=time.time,
+                log=RepeatedLog(self._log),
+            )
+            self._undo.callback(publisher.close)
         sessions = Sessions(
             directory,
             incarnation,
@@ -198,6 +217,8 @@ class Daemon:
             http = await start_http(settings.http, lambda: self._statistics.snapshot(self._clock()), self._readiness)
             self._undo.push_async_callback(http.stop)
             http_address = http.address
+        if publisher is not None:
+            publisher.start(loop)
         transport.start(loop)
         self._ticker = asyncio.create_task(self._tick())
         self._undo.push_async_callback(self._end_ticker)
@@ -215,6 +236,7 @@ class Daemon:
             version=kvstore.__version__,
             index=str(index.path) if index is not None else "none: dram.mapped is off",
             hbm="none: this version has no GPU tier",
+            events=settings.event_endpoints[0] if publisher is not None else "off",
         )
 
     def _make_store(self, directory: Path, incarnation: int, mode: int, gid: int) -> tuple[Store, Arena, Index | None]:
@@ -252,6 +274,7 @@ class Daemon:
             ),
             SlabAllocator(slabs, slab_bytes, FIRST_SLAB_PAGE),
             policy,
+            Journal() if settings.events.publish else None,
         )
         return store, arena, index
 

@@ -12,13 +12,13 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Final
 
 import zmq
 
 from kvstore.errors import PermissionRefused
 from kvstore.format.record import Buffer
+from kvstore.protocol.endpoint import ipc_path
 from kvstore.protocol.version import MAX_OUTSTANDING_REQUESTS, MAX_PAYLOAD_FRAMES
 
 DRAIN_MESSAGES: Final = 64
@@ -62,19 +62,13 @@ class RouterTransport:
         self._socket.setsockopt(zmq.RCVHWM, 2 * MAX_OUTSTANDING_REQUESTS)
         self._socket.setsockopt(zmq.LINGER, _LINGER_MS)
         self._socket.setsockopt(zmq.BACKLOG, _BACKLOG)
-        self._path = Path(endpoint.removeprefix("ipc://"))
-        umask = os.umask(0o177)
+        self._path = ipc_path(endpoint)
         try:
-            self._socket.bind(endpoint)
-            os.chmod(self._path, mode)
-            if gid >= 0:
-                os.chown(self._path, -1, gid)
-        except (zmq.ZMQError, OSError) as error:
+            bind_ipc(self._socket, endpoint, mode, gid)
+        except PermissionRefused:
             self._socket.close(0)
             self._context.term()
-            raise PermissionRefused(f"cannot make the socket {self._path}: {error.strerror}") from None
-        finally:
-            os.umask(umask)
+            raise
         self._fd = int(self._socket.getsockopt(zmq.FD))
         self._loop: asyncio.AbstractEventLoop | None = None
         self._scheduled = False
@@ -167,6 +161,25 @@ class RouterTransport:
         self._context.term()
         with contextlib.suppress(FileNotFoundError):
             self._path.unlink()
+
+
+def bind_ipc(socket: zmq.Socket[bytes], endpoint: str, mode: int, gid: int) -> None:
+    """Bind a socket whose file has these permissions from the first moment on; ``gid`` -1 leaves the group.
+
+    Raises:
+        PermissionRefused: the socket file cannot be made.
+    """
+    path = ipc_path(endpoint)
+    umask = os.umask(0o177)
+    try:
+        socket.bind(endpoint)
+        os.chmod(path, mode)
+        if gid >= 0:
+            os.chown(path, -1, gid)
+    except (zmq.ZMQError, OSError) as error:
+        raise PermissionRefused(f"cannot make the socket {path}: {error.strerror}") from None
+    finally:
+        os.umask(umask)
 
 
 def frame_buffer(frame: zmq.Frame) -> Buffer:

@@ -58,8 +58,8 @@ def make_directory(path: Path, mode: int, gid: int = -1, *, private: bool = True
         raise PermissionRefused(f"cannot write into {path}; choose another place or fix its permissions")
 
 
-def require_socket_or_nothing(path: Path) -> None:
-    """Refuse a path where binding a socket would replace something that is no socket.
+def require_socket_or_nothing(path: Path, setting: str = "--endpoint") -> None:
+    """Refuse a path, chosen by ``setting``, where binding a socket would replace something that is no socket.
 
     Raises:
         ResourceTaken: a file, directory or link is there.
@@ -69,7 +69,7 @@ def require_socket_or_nothing(path: Path) -> None:
     except OSError:
         return
     if not stat.S_ISSOCK(kind):
-        raise ResourceTaken(f"{path} exists and is no socket; remove it or choose another --endpoint")
+        raise ResourceTaken(f"{path} exists and is no socket; remove it or choose another {setting}")
 
 
 class OwnerLock:
