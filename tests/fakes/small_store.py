@@ -9,11 +9,13 @@ from fakes.memory_executor import Identity, MemoryExecutor
 from kvstore.core.block import Block, Record, runs_of
 from kvstore.core.events import (
     Accessed,
+    ClearWanted,
     Committed,
     CommittedRecord,
     Joined,
     LeaseWanted,
     PopulationEnded,
+    RemoveWanted,
     SessionOpened,
     SlabPopulated,
 )
@@ -119,6 +121,12 @@ class SmallStore:
 
     def touch(self, letters: str) -> None:
         self.executor.apply(Accessed(SESSION, 0, runs_of(self.blocks(letters)), len(letters)))
+
+    def remove(self, letters: str) -> None:
+        self.executor.apply(RemoveWanted(self.namespace.id, [key_of(letter) for letter in letters]))
+
+    def clear_all(self) -> None:
+        self.executor.apply(ClearWanted(self.namespace.id))
 
     def lease(self, letters: str, duration_ns: int = 10**9) -> int:
         answer = self.executor.apply(LeaseWanted(SESSION, self.blocks(letters), duration_ns))

@@ -55,7 +55,8 @@ def key_of(name: str, number: int) -> bytes:
 class Traffic:
     """A client that does what clients do, at random, in one namespace, with keys from a small range."""
 
-    def __init__(self, daemon: DaemonProcess, name: str, seed: int, keys: int = 400) -> None:
+    def __init__(self, daemon: DaemonProcess, name: str, seed: int, keys: int = 400, clears: bool = True) -> None:
+        self.clears = clears
         self.client: Client = daemon.connect(namespace=name, timeout=20.0)
         self.random = random.Random(seed)
         self.keys = [key_of(name, number) for number in range(keys)]
@@ -71,7 +72,7 @@ class Traffic:
             self.put(keys, parent)
         elif choice < 0.97:
             self.client.remove(keys)
-        else:
+        elif self.clears:
             self.client.clear()
 
     def put(self, keys: list[bytes], parent: bytes | None = None, data: bytes = bytes(PAYLOAD_BYTES)) -> None:
@@ -151,7 +152,7 @@ def test_late_consumer_begins_with_a_snapshot(daemon: DaemonProcess, traffic: Tr
 
 def test_snapshot_of_many_pages_while_blocks_come_and_go() -> None:
     with publishing(capacity="16MiB") as daemon:
-        traffic = Traffic(daemon, "pages", seed=3, keys=2500)
+        traffic = Traffic(daemon, "pages", seed=3, keys=2500, clears=False)
         for first in range(0, 2500, 50):
             traffic.put(traffic.keys[first : first + 50])
         for seed in range(5):
@@ -285,19 +286,42 @@ def test_namespace_of_parts_is_told_when_all_of_them_are_there(daemon: DaemonPro
 # ---------------------------------------------------------------- the wire
 
 
+class Sockets:
+    """Sockets of a peer that is none of ours, closed at the end."""
+
+    def __init__(self) -> None:
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._open: list[zmq.Socket[bytes]] = []
+
+    def _socket(self, kind: int, endpoint: str, hwm: int) -> zmq.Socket[bytes]:
+        socket = self._context.socket(kind)
+        self._open.append(socket)
+        socket.setsockopt(zmq.RCVTIMEO, 5000)
+        socket.setsockopt(zmq.RCVHWM, hwm)
+        if kind == zmq.SUB:
+            socket.setsockopt(zmq.SUBSCRIBE, b"")
+        socket.connect(endpoint)
+        return socket
+
+    def sub(self, daemon: DaemonProcess, hwm: int = 1000) -> zmq.Socket[bytes]:
+        """A subscriber to everything."""
+        return self._socket(zmq.SUB, f"{daemon.endpoint}.events", hwm)
+
+    def dealer(self, daemon: DaemonProcess, hwm: int = 1000) -> zmq.Socket[bytes]:
+        """Somebody who asks for replays and snapshots."""
+        return self._socket(zmq.DEALER, f"{daemon.endpoint}.replay", hwm)
+
+    def close(self) -> None:
+        for socket in self._open:
+            socket.close(0)
+        self._context.term()
+
+
 @pytest.fixture
-def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
-    made: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+def sockets() -> Iterator[Sockets]:
+    made = Sockets()
     yield made
-    made.destroy(linger=0)
-
-
-def asking(context: zmq.Context[zmq.Socket[bytes]], daemon: DaemonProcess) -> zmq.Socket[bytes]:
-    dealer = context.socket(zmq.DEALER)
-    dealer.setsockopt(zmq.RCVTIMEO, 5000)
-    dealer.setsockopt(zmq.LINGER, 0)
-    dealer.connect(f"{daemon.endpoint}.replay")
-    return dealer
+    made.close()
 
 
 def replayed(dealer: zmq.Socket[bytes]) -> list[tuple[bytes, int, bytes]]:
@@ -311,14 +335,13 @@ def replayed(dealer: zmq.Socket[bytes]) -> list[tuple[bytes, int, bytes]]:
         found.append((topic, decode_number(sequence), payload))
 
 
-def test_requests_that_are_none_are_ignored(context: zmq.Context[zmq.Socket[bytes]], traffic: Traffic) -> None:
-    daemon_requests: list[list[bytes]] = [
+def test_requests_that_are_none_are_ignored(sockets: Sockets) -> None:
+    malformed: list[list[bytes]] = [
         [b""],
         [b"", b""],
         [b"", b"1"],
         [b"", bytes(9)],
         [b"x", bytes(8)],
-        [b"", b"snapshot"],
         [b"", b"snapshot", b""],
         [b"", b"snapshot", bytes(9)],
         [b"", b"Snapshot", bytes(8)],
@@ -326,36 +349,33 @@ def test_requests_that_are_none_are_ignored(context: zmq.Context[zmq.Socket[byte
         [b"x"] * 500,
     ]
     with publishing() as daemon:
-        for request in daemon_requests:
-            dealer = asking(context, daemon)
+        for request in malformed:
+            dealer = sockets.dealer(daemon)
             dealer.send_multipart(request)
             assert not dealer.poll(20), f"{request} was answered"
             # The same connection goes on.
             dealer.send_multipart(replay_request(1 << 62))
             assert replayed(dealer) == []
         for cursor in (-(1 << 63), -1, 1 << 40, (1 << 63) - 1):
-            dealer = asking(context, daemon)
+            dealer = sockets.dealer(daemon)
             dealer.send_multipart(snapshot_request(cursor))
             page = decode_snapshot_reply(dealer.recv_multipart())
             assert page.cursor == -1
-        dealer = asking(context, daemon)
+        dealer = sockets.dealer(daemon)
         dealer.send_multipart([b"", b"\xff" * 8])
         assert replayed(dealer) == []
         # A frame that is far too large ends the connection, and nothing else.
         dealer.send_multipart([b"", bytes(1 << 20)])
-        fresh = asking(context, daemon)
+        fresh = sockets.dealer(daemon)
         fresh.send_multipart(snapshot_request(0))
         assert decode_snapshot_reply(fresh.recv_multipart()).incarnation
         with daemon.connect() as client:
             assert client.stats().server.bad_requests == 0
 
 
-def test_replay_gives_what_was_published_byte_for_byte(context: zmq.Context[zmq.Socket[bytes]]) -> None:
+def test_replay_gives_what_was_published_byte_for_byte(sockets: Sockets) -> None:
     with publishing(topic="kv@here") as daemon:
-        sub = context.socket(zmq.SUB)
-        sub.setsockopt(zmq.SUBSCRIBE, b"kv@here")
-        sub.setsockopt(zmq.RCVTIMEO, 5000)
-        sub.connect(f"{daemon.endpoint}.events")
+        sub = sockets.sub(daemon)
         published = [sub.recv_multipart()]  # a heartbeat: the subscription has arrived
         traffic = Traffic(daemon, "bytes", seed=8)
         for _ in range(20):
@@ -374,7 +394,7 @@ def test_replay_gives_what_was_published_byte_for_byte(context: zmq.Context[zmq.
             assert heartbeat == (number not in with_events)
             assert heartbeat or topic == b"kv@here"
             assert incarnation_of(topic, decode_batch(payload))
-        dealer = asking(context, daemon)
+        dealer = sockets.dealer(daemon)
         dealer.send_multipart(replay_request(first))
         again = replayed(dealer)
         assert again[0][1] == first
@@ -382,23 +402,17 @@ def test_replay_gives_what_was_published_byte_for_byte(context: zmq.Context[zmq.
         assert all(told[number] == (topic, payload) for topic, number, payload in again if number in with_events)
 
 
-def test_consumers_that_do_not_read_hold_nobody_up(context: zmq.Context[zmq.Socket[bytes]]) -> None:
+def test_consumers_that_do_not_read_hold_nobody_up(sockets: Sockets) -> None:
     with publishing(hwm="10", capacity="1MiB") as daemon:
         traffic = Traffic(daemon, "slow", seed=9)
-        stuck = context.socket(zmq.SUB)
-        stuck.setsockopt(zmq.RCVHWM, 1)
-        stuck.setsockopt(zmq.SUBSCRIBE, b"")
-        stuck.connect(f"{daemon.endpoint}.events")
+        sockets.sub(daemon, hwm=1)
         for _ in range(100):
             traffic.step()
         # Each asks for all there is and takes none of it; some of them vanish.
-        silent = []
         for number in range(12):
-            dealer = asking(context, daemon)
-            dealer.setsockopt(zmq.RCVHWM, 1)
+            dealer = sockets.dealer(daemon, hwm=1)
             for _ in range(6):
                 dealer.send_multipart(replay_request(0))
-            (silent if number % 2 else [dealer.close]).append(dealer)
             if not number % 2:
                 dealer.close(0)
         with EventConsumer(daemon.endpoint, timeout=10.0) as consumer:
@@ -417,12 +431,9 @@ def test_consumers_that_do_not_read_hold_nobody_up(context: zmq.Context[zmq.Sock
         traffic.close()
 
 
-def test_clean_stop_says_that_all_blocks_are_gone(context: zmq.Context[zmq.Socket[bytes]]) -> None:
+def test_clean_stop_says_that_all_blocks_are_gone(sockets: Sockets) -> None:
     with publishing() as daemon:
-        sub = context.socket(zmq.SUB)
-        sub.setsockopt(zmq.SUBSCRIBE, b"")
-        sub.setsockopt(zmq.RCVTIMEO, 5000)
-        sub.connect(f"{daemon.endpoint}.events")
+        sub = sockets.sub(daemon)
         sub.recv_multipart()
         daemon.terminate()
         events: list[Any] = []
@@ -433,24 +444,24 @@ def test_clean_stop_says_that_all_blocks_are_gone(context: zmq.Context[zmq.Socke
         assert daemon.files() == []
 
 
-def test_clearing_everything_is_one_event(daemon: DaemonProcess, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+def test_clearing_everything_is_one_event(sockets: Sockets) -> None:
     with publishing() as own:
         traffic, other = Traffic(own, "one", seed=1), Traffic(own, "two", seed=2)
-        sub = context.socket(zmq.SUB)
-        sub.setsockopt(zmq.SUBSCRIBE, b"")
-        sub.setsockopt(zmq.RCVTIMEO, 5000)
-        sub.connect(f"{own.endpoint}.events")
+        sub = sockets.sub(own)
         sub.recv_multipart()
         for each in (traffic, other):
             each.put(each.keys[:9], data=b"there")
         time.sleep(0.2)
-        kinds = []
         for each in (traffic, other):
             each.client.clear()
             time.sleep(0.2)
-        while len(kinds) < 4:
+        kinds: list[str] = []
+        while AllBlocksCleared.__name__ not in kinds:
             kinds += [type(event).__name__ for event in decode_batch(sub.recv_multipart()[2]).events]
-        assert kinds == ["BlockStored", "BlockStored", "BlockRemoved", "AllBlocksCleared"]
+        # A put may be told in pieces; a clear is told at once.
+        stored = kinds.count("BlockStored")
+        assert 2 <= stored <= 18
+        assert kinds[stored:] == ["BlockRemoved", "AllBlocksCleared"]
         traffic.close()
         other.close()
 
