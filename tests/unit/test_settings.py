@@ -377,3 +377,43 @@ def test_capacity_below_a_mebibyte_needs_a_slab_size() -> None:
 def test_arena_directory_set_is_used_with_the_home_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
     assert Settings.load(None, {"dram.directory": "~/arena"}, environ={}).arena_directory == Path("/home/someone/arena")
+
+
+# ---------------------------------------------------------------- events
+
+
+def test_event_endpoints_are_beside_the_daemon_s_own_unless_set():
+    settings = Settings(endpoint="/tmp/k/kv.sock")
+    assert not settings.events.publish
+    assert settings.event_endpoints == ("ipc:///tmp/k/kv.sock.events", "ipc:///tmp/k/kv.sock.replay")
+    tree = {"events.endpoint": "tcp://*:5557", "events.replay_endpoint": "/tmp/k/again", "events.publish": "true"}
+    settings = Settings.load(overrides=tree, environ={})
+    assert settings.event_endpoints == ("tcp://*:5557", "ipc:///tmp/k/again")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"events.endpoint": "tcp://*"}, "must be tcp://HOST:PORT"),
+        ({"events.endpoint": "tcp://:5557"}, "must be tcp://HOST:PORT"),
+        ({"events.endpoint": "tcp://*:0"}, "must be tcp://HOST:PORT"),
+        ({"events.endpoint": "inproc://events"}, "unknown transport"),
+        ({"events.buffer_steps": 0}, "should be greater than or equal to 1"),
+        ({"events.heartbeat_s": 0}, "should be greater than"),
+        ({"events.heartbeat_s": True}, "must be a number"),
+        ({"events.publish": "perhaps"}, "should be a valid boolean"),
+        (
+            {"events.publish": True, "events.endpoint": "/tmp/k/e", "events.replay_endpoint": "/tmp/k/e"},
+            "must be three different ones",
+        ),
+        (
+            {"events.publish": True, "endpoint": "/tmp/k/kv.sock", "events.endpoint": "/tmp/k/kv.sock"},
+            "must be three different ones",
+        ),
+        ({"events.publish": True, "endpoint": "/tmp/" + "k" * 102}, "set events.endpoint and events.replay_endpoint"),
+    ],
+)
+def test_event_settings_that_cannot_be_are_refused(overrides: dict[str, object], message: str):
+    with pytest.raises(SettingsError, match=message) as caught:
+        Settings.load(overrides=overrides, environ={})
+    assert "\n" not in str(caught.value)

@@ -81,17 +81,16 @@ def test_better_record_is_no_event() -> None:
 
 
 def test_moved_record_is_no_event() -> None:
-    small, journal, _ = journaled(capacity_pages=12, grant_pages=4, slab_pages=4)
-    small.put("abcd")
-    small.put("efgh", at="d")
+    small, journal, _ = journaled(capacity_pages=64, grant_pages=16, slab_pages=8)
+    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789!?"
+    for letter in letters:
+        small.put(letter)
+    small.remove(letters[::2])
     drained(journal)
-    small.remove("bcefgh")
-    drained(journal)
-    small.put("x", pages=3)
-    small.put("y", pages=3)
-    moved = small.store.counters.moved_records
-    assert moved, "nothing moved; the sizes of this test are wrong"
-    assert drained(journal) == "+x +y"
+    for letter in "#$%&":
+        small.put(letter, pages=8)
+    assert small.store.counters.moved_records, "nothing moved; the sizes of this test are wrong"
+    assert drained(journal) == "+# +$ +% +&"
     validate_state(small.store)
 
 
