@@ -176,13 +176,7 @@ def test_batches_of_vllm_are_read() -> None:
                 theirs.BlockStored(
                     block_hashes=KEYS[:1], parent_block_hash=None, token_ids=[1, 2], medium="GPU", group_idx=0, **stored
                 ),
-                theirs.BlockStored(
-                    block_hashes=[2**63],
-                    parent_block_hash=11,
-                    token_ids=[3, 4],
-                    block_size=2,
-                    **{**stored, "medium": None},
-                ),
+                theirs.BlockStored(block_hashes=[2**63], parent_block_hash=11, token_ids=[3, 4], medium=None, **stored),
                 theirs.BlockRemoved(block_hashes=[2**63], medium="GPU", group_idx=0),
             ],
         )
