@@ -135,6 +135,7 @@ def main() -> None:
         block_size=options.get("block_size", 32),
         max_model_len=options.get("max_model_len", 4096),
         max_num_seqs=4,
+        max_logprobs=VOCABULARY,
         enforce_eager=True,
         enable_prefix_caching=True,
         seed=0,
