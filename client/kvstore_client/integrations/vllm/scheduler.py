@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from vllm.v1.request import RequestStatus
+
 from kvstore_client.client import Match
 from kvstore_client.integrations.reachable import Reachable
 from kvstore_client.integrations.vllm.messages import LoadJob, SaveJob, StepJobs, StepReport
@@ -259,7 +261,7 @@ class SchedulerHalf:
         if end <= first:
             return True
         prefix, pages = self._prefix(tables, first), self._pages(tables, first, end)
-        if self._unsure and not self._unsure.keys().isdisjoint(prefix):
+        if self._unsure and not self._unsure.keys().isdisjoint((*prefix, *pages[0])):
             return False
         size = self._model.block_tokens
         for each, group in zip(pages, self._model.groups, strict=True):
@@ -315,9 +317,11 @@ class SchedulerHalf:
             if load is None:
                 continue
             state = self._requests.get(load.request_id)
-            if number in report.failed and state is not None:
-                # What was to come from the store will be computed, and can be saved then.
-                state.handed = min(state.handed, load.first)
+            if number in report.failed:
+                if state is not None:
+                    # What was to come from the store will be computed, and can be saved then.
+                    state.handed = min(state.handed, load.first)
+                self._drop_ended(load.pages)
             load.missing -= workers
             if load.missing <= 0:
                 del self._loading[number]
@@ -325,11 +329,22 @@ class SchedulerHalf:
                 if state is not None:
                     self._release(state)
 
+    def _drop_ended(self, pages: frozenset[int]) -> None:
+        """Requests that ended before their load failed are not computed again: what they hold is worth nothing."""
+        group = self._model.groups[0].index
+        for name, (tables, _) in list(self._ended.items()):
+            if not pages.isdisjoint(tables[group]):
+                del self._ended[name]
+                self._finished.add(name)
+
     def finished(self, request: Any, tables: Sequence[Sequence[int]]) -> bool:
         """A request ended; whether its blocks must be kept until its saves are done."""
         state = self._requests.get(request.request_id)
         if state is None:
             return False
+        if request.status == RequestStatus.FINISHED_ERROR:
+            # Its load failed and vLLM was not told to compute it.
+            state.savable = False
         if request.num_computed_tokens and self._complete(state, request.num_computed_tokens) > state.handed:
             # Of its last step: handed out with the next one.
             self._ended[request.request_id] = [list(table) for table in tables], request.num_computed_tokens
