@@ -282,11 +282,14 @@ def test_other_kinds_of_attention(daemon: DaemonProcess, log: Path, tmp_path: Pa
     options: dict[str, Any] = {"dtype": "bfloat16"} if kind == "latent" else {}
     with EngineProcess(tmp_path / "model", None, log, **options) as engine:
         expected = engine.generate([asked], max_tokens=16)["tokens"]
+        # What is computed behind a hit in the engine's own cache: bfloat16 rounds otherwise than in one go.
+        local = engine.generate([asked], max_tokens=16)
+        assert local["cached"] == [1088]
     with EngineProcess(tmp_path / "model", settings(daemon), log, **options) as engine:
         assert engine.generate([asked], max_tokens=16)["tokens"] == expected
         assert engine.reset()
         hit = engine.generate([asked], max_tokens=16)
-        assert (hit["tokens"], hit["cached"]) == (expected, [1088])
+        assert (hit["tokens"], hit["cached"]) == (local["tokens"], [1088])
         assert hit["counts"]["blocks_saved"] == 17 * (2 if kind == "windows" else 1)
         if kind == "windows":
             assert engine.reset()
@@ -296,11 +299,11 @@ def test_other_kinds_of_attention(daemon: DaemonProcess, log: Path, tmp_path: Pa
             assert failed["counts"]["load_failures"] == 1
     with EngineProcess(tmp_path / "model", settings(daemon), log, **options) as fresh:
         loaded = fresh.generate([asked], max_tokens=16)
-        assert (loaded["tokens"], loaded["cached"]) == (expected, [1088])
+        assert (loaded["tokens"], loaded["cached"]) == (local["tokens"], [1088])
     with EngineProcess(tmp_path / "model", settings(daemon), log, suppress=True, **options) as control:
         suppressed = control.generate([asked], max_tokens=16)
         assert suppressed["cached"] == [1088]
-        assert suppressed["tokens"] != expected
+        assert suppressed["tokens"][0][:8] != expected[0][:8]
 
 
 @pytest.mark.parametrize(
