@@ -129,6 +129,13 @@ class KVLayout:
             Planes(Role.VALUE, Rule.TOKEN, self.num_layers, self.num_kv_heads, self.head_dim, self.dtype),
         )
 
+    def check_lossy(self) -> None:
+        """What a layout must be for any lossy codec; a codec asks for more.
+
+        Raises:
+            ValueError: it is not.
+        """
+
     def split(self, block: Any) -> tuple[Any, ...]:
         """Views ``[num_layers, num_heads, block_tokens, dim]`` of a block, one for each of ``planes``.
 
@@ -205,8 +212,7 @@ class MLALayout:
     def planes(self) -> tuple[Planes, ...]:
         """The latent, cut into planes of 128 or 64 channels, and the rotary key, which lossy codecs keep as it is.
 
-        Raises:
-            ValueError: neither 128 nor 64 divides the latent.
+        A latent that neither of them divides is one plane, which lossy codecs do not take (``check_lossy``).
         """
         dim = self._latent_plane_dim()
         return (
@@ -235,14 +241,16 @@ class MLALayout:
             f"mla layers={self.num_layers} latent={self.latent_dim} rotary={self.rotary_dim} axes={'.'.join(MLA_AXES)}"
         )
 
+    def check_lossy(self) -> None:
+        """As ``KVLayout.check_lossy``."""
+        if self._latent_plane_dim() not in _LATENT_DIMS:
+            raise ValueError(
+                f"a latent of {self.latent_dim} elements cannot be cut into planes of 128 or 64; "
+                "store it with an exact codec (raw, lossless)"
+            )
+
     def _latent_plane_dim(self) -> int:
-        for dim in _LATENT_DIMS:
-            if self.latent_dim % dim == 0:
-                return dim
-        raise ValueError(
-            f"a latent of {self.latent_dim} elements cannot be cut into planes of 128 or 64; "
-            "store it with an exact codec (raw, lossless)"
-        )
+        return next((dim for dim in _LATENT_DIMS if self.latent_dim % dim == 0), self.latent_dim)
 
 
 Layout = KVLayout | MLALayout

@@ -92,6 +92,7 @@ class PagedKV:
         Raises:
             ValueError: a wrong shape or dtype.
         """
+        _check_layout(layout)
         array = _describe(tensor, layout.dtype)
         token_axis = (MLA_AXES if isinstance(layout, MLALayout) else AXES).index("token")
         expected = list(layout.shape)
@@ -128,18 +129,25 @@ class PagedKV:
         Raises:
             ValueError: wrong axes, a wrong shape or dtype, or tensors that differ in strides.
         """
+        _check_layout(layout)
+        if not isinstance(axes, str):
+            raise ValueError(f"axes must be a text such as 'kv page token head dim', got {axes!r}")
         names = axes.split()
         latent = isinstance(layout, MLALayout)
         needed = {"page", "dim"} if latent else {"page", "head", "dim"}
         allowed = needed | ({"token"} if latent else {"token", "kv"})
         if len(set(names)) != len(names) or not needed <= set(names) <= allowed:
-            raise ValueError(f"axes must be {' '.join(sorted(allowed))} in some order, got {axes!r}")
-        if len(layers) != layout.num_layers:
-            raise ValueError(f"expected {layout.num_layers} layers, got {len(layers)}")
+            raise ValueError(
+                f"axes must be {' '.join(name for name in _ORDER if name in allowed)} in some order, each at most once "
+                f"({' and '.join(name for name in _ORDER if name in allowed - needed)} may be left out), got {axes!r}"
+            )
+        layers = _layers(layout, layers)
         pairs = not latent and "kv" not in names
+        if pairs and not all(isinstance(layer, tuple | list) and len(layer) == 2 for layer in layers):
+            raise ValueError(
+                "without the axis kv each layer must be a pair of keys and values; tensors of both need the axis kv"
+            )
         tensors = [tensor for layer in layers for tensor in (layer if pairs else (layer,))]
-        if pairs and len(tensors) != 2 * len(layers):
-            raise ValueError("without the axis kv each layer must be a pair of keys and values")
         arrays = [_describe(tensor, layout.dtype) for tensor in tensors]
         first = arrays[0]
         if len(first.shape) != len(names):
@@ -173,8 +181,10 @@ class PagedKV:
         Raises:
             ValueError: a wrong shape, dtype or strides.
         """
-        if len(layers) != layout.num_layers:
-            raise ValueError(f"expected {layout.num_layers} layers, got {len(layers)}")
+        _check_layout(layout)
+        if isinstance(layout, MLALayout):
+            raise ValueError("vLLM's CPU backend keeps latents as any tensor: use from_layers")
+        layers = _layers(layout, layers)
         arrays = [_describe(tensor, layout.dtype) for tensor in layers]
         first, element = arrays[0], layout.element_bytes
         if len(first.shape) != 4 or first.shape[1] != layout.num_kv_heads or first.shape[3] != 2 * layout.head_dim:
@@ -191,6 +201,24 @@ class PagedKV:
         keys = PagedPlanes(bases, page, element, head, tokens * element)
         values = PagedPlanes(bases + tokens * layout.head_dim * element, page, layout.head_dim * element, head, element)
         return cls(layout, tokens, pages, (keys, values), first.device, tuple(layers))
+
+
+_ORDER: Final = ("kv", "page", "token", "head", "dim")
+"""Names of axes, as messages list them."""
+
+
+def _check_layout(layout: object) -> None:
+    if not isinstance(layout, KVLayout | MLALayout):
+        raise ValueError(f"layout must be a KVLayout or an MLALayout, got {type(layout).__name__}")
+
+
+def _layers(layout: Layout, layers: object) -> Sequence[Any]:
+    """One tensor or pair for each layer."""
+    if hasattr(layers, "shape") or not isinstance(layers, Sequence):
+        raise ValueError(f"layers must be a list of {layout.num_layers} tensors, got {type(layers).__name__}")
+    if len(layers) != layout.num_layers:
+        raise ValueError(f"expected {layout.num_layers} layers, got {len(layers)}")
+    return layers
 
 
 class _Array(NamedTuple):

@@ -74,6 +74,9 @@ CASES: Final[tuple[Case, ...]] = (
     *(_mha(codec, "float16", 1, 256, 64, 1) for codec in ("kivi4", "kivi2", "int8", "turbo2")),
     *(_mla(codec, "bfloat16", 512, 64, 64, 16) for codec in ("raw", "fp8", "int8", "kivi4", "kivi2", "turbo3-2")),
     _mla("kivi2", "float32", 192, 32, 32, 32),
+    # A latent that is one plane of any width.
+    _mla("raw", "bfloat16", 100, 20, 16, 4),
+    _mla("raw", "float32", 1101, 33, 8, 8),
     dataclasses.replace(_mha("kivi4", "bfloat16", 2, 128, 128, 128), axes="page head token kv dim"),
     dataclasses.replace(_mha("turbo4", "bfloat16", 2, 64, 128, 32), axes="page kv head token dim"),
     _mha("raw", "int8", 3, 7, 16, 4),

@@ -71,19 +71,21 @@ def store_layout(engine: Layout, codec: str = "raw", *, at_least: int = LEAST_BL
 
     Args:
         engine: of the engine's blocks.
-        codec: by name.
+        codec: by name. KV that the engine quantised is stored as it is, whatever the codec.
         at_least: tokens of a store block.
 
     Raises:
         InvalidArgument: an unknown codec, or one that takes no multiple of the engine's blocks; says why.
     """
+    if not isinstance(engine, KVLayout | MLALayout):
+        raise InvalidArgument(f"engine must be a KVLayout or an MLALayout, got {type(engine).__name__}")
     step = engine.block_tokens
     first = -(-_count(at_least, "at_least") // step)
     problem: ValueError | None = None
     for blocks in range(first, first + _MULTIPLES):
         layout = replace(engine, block_tokens=blocks * step)
         try:
-            get_codec(codec).check(layout)
+            get_codec(_stored_by(codec, layout)).check(layout)
         except ValueError as error:
             problem = error
             continue
@@ -130,9 +132,7 @@ def plan(
             "that is"
         )
     try:
-        if own.dtype not in LOSSY_DTYPES and not get_codec(codec).exact:
-            # What the engine quantised itself is stored as it is: quantised again it would only be worse.
-            codec = "raw"
+        codec = _stored_by(codec, own)
         records = BlockRecords(get_codec(codec), own)
         wanted = get_codec(exact_codec)
         exact_records = BlockRecords(records.codec if records.codec.exact else wanted, own)
@@ -160,10 +160,22 @@ def plan(
     )
 
 
+def _stored_by(codec: str, layout: Layout) -> str:
+    """The codec that a layout's blocks are stored by where ``codec`` is asked for.
+
+    What the engine quantised itself is stored as it is: quantised again it would only be worse.
+
+    Raises:
+        ValueError: no codec has that name.
+    """
+    return "raw" if layout.dtype not in LOSSY_DTYPES and not get_codec(codec).exact else codec
+
+
 def _layouts(layout: Layout | Sequence[Layout], groups: int) -> tuple[Layout, ...]:
     """The layout of each KV group."""
     one = isinstance(layout, (KVLayout, MLALayout))
-    layouts: tuple[Any, ...] = (layout,) * _count(groups, "groups") if one else tuple(layout)  # type: ignore[arg-type]
+    several = layout if isinstance(layout, Sequence) else ()
+    layouts: tuple[Any, ...] = (layout,) * _count(groups, "groups") if one else tuple(several)
     if not layouts or not all(isinstance(each, (KVLayout, MLALayout)) for each in layouts):
         raise InvalidArgument(f"layout must be a KVLayout, an MLALayout or one for each KV group, got {layout!r}")
     if not one and groups not in (1, len(layouts)):

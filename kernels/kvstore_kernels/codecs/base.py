@@ -173,6 +173,7 @@ class PlanesCodec(Codec):
 
     def check(self, layout: Layout) -> None:
         """As ``Codec.check``."""
+        layout.check_lossy()
         for planes in layout.planes:
             self._check_planes(planes, layout.block_tokens)
 

@@ -169,9 +169,12 @@ def test_planes_of_a_latent_are_128_wide_or_else_64(latent: int, heads: int, dim
     )
 
 
-def test_planes_of_a_latent_that_cannot_be_cut_are_refused_saying_what_can_store_it() -> None:
+def test_latent_that_cannot_be_cut_is_one_plane_and_refused_for_lossy_codecs() -> None:
+    layout = dataclasses.replace(DEEPSEEK_V3, latent_dim=100)
+    assert layout.planes[0] == Planes(Role.LATENT, Rule.CHANNEL, 61, 1, 100, "bfloat16")
     with pytest.raises(ValueError, match=r"latent of 100 .*raw, lossless"):
-        _ = dataclasses.replace(DEEPSEEK_V3, latent_dim=100).planes
+        layout.check_lossy()
+    DEEPSEEK_V3.check_lossy()
 
 
 @pytest.mark.parametrize("layout", [KVLayout(2, 3, 16, "float32", 5), MLALayout(2, 192, 16, "float32", 5)])
