@@ -148,7 +148,8 @@ def test_prefill_in_chunks_goes_on_from_the_prefix(open_store: Open, llama: Any)
     with store.load(ids) as cache:
         cold = generate(llama, ids, cache, prefill_chunk_size=50)
     assert torch.equal(cold, generate(llama, ids))
-    assert store.stats.stored_blocks == 5
+    # transformers 5.0 counts wrong positions behind the last chunk: then the prompt is saved, and nothing after it.
+    assert store.stats.stored_blocks == (4 if cache.unsaved else 5)
     cache = store.load(ids[:, :200])
     if CHUNKS_GO_ON:
         assert torch.equal(generate(llama, ids, cache, prefill_chunk_size=50), cold)
@@ -324,16 +325,22 @@ def test_assisted_generation_saves_only_what_stayed(open_store: Open, llama: Any
     assert store.stats.stored_blocks == 6
     stored_equals_computed(store, llama, cold, 6)
     assert torch.equal(generate(llama, ids, store.load(ids), max_new_tokens=90), cold)
-    with pytest.raises(InvalidArgument, match=r"assisted generation; .* pass it empty\(\)"):
-        generate(llama, ids, store.load(ids), assistant_model=assistant)
+    # Versions of transformers that read the whole prompt again on top of the prefix would generate something else.
+    problem, output = "", cold
+    try:
+        output = generate(llama, ids, store.load(ids), assistant_model=assistant, max_new_tokens=90)
+    except InvalidArgument as error:
+        problem = str(error)
+    assert torch.equal(output, cold)
+    assert not problem or "(assisted generation; " in problem
 
 
 def test_prompt_lookup_saves_only_what_stayed(open_store: Open, llama: Any) -> None:
     store = open_store(llama)
     ids = torch.cat([prompt_of(100), prompt_of(100), prompt_of(60)], dim=1)
     with store.empty() as cache:
-        output = generate(llama, ids, cache, prompt_lookup_num_tokens=8, max_new_tokens=80)
-    assert torch.equal(output, generate(llama, ids, max_new_tokens=80))
+        output = generate(llama, ids, cache, prompt_lookup_num_tokens=8, max_new_tokens=80, eos_token_id=0)
+    assert torch.equal(output, generate(llama, ids, max_new_tokens=80, eos_token_id=0))
     assert store.stats.stored_blocks == 5
     stored_equals_computed(store, llama, output, 5)
 

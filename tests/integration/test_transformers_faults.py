@@ -167,7 +167,7 @@ MLA: dict[str, Any] = {
     "v_head_dim": 16,
     "qk_nope_head_dim": 16,
 }
-LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+LONGROPE = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ class StoreLink:
             except (InvalidArgument, ForkedClient):
                 raise
             except Throttled as error:
-                _log.info("the store is busy: %s", error)
+                _log.info("the store is busy: %s", str(error))
             except KVStoreError as error:
                 self._lost(error)
             else:
@@ -95,7 +95,8 @@ class StoreLink:
             said, self._away = self._away, True
             self._away_until = time.monotonic() + PAUSE_S
         if not said:
-            _log.warning("going on without the store, which is tried again after %g s: %s", PAUSE_S, error)
+            # As text: a record that is kept would keep the error, its frames, and with them the memory that was mapped.
+            _log.warning("going on without the store, which is tried again after %g s: %s", PAUSE_S, str(error))
 
     def _found(self) -> None:
         with self._lock:
