@@ -71,8 +71,11 @@ class LMCacheServer:
         command = [sys.executable, "-m", "lmcache.v1.multiprocess.http_server", "--instance-id", "tests"]
         command += ["--port", str(self.rpc_port), "--http-port", str(self.http_port), "--host", "127.0.0.1"]
         command += ["--chunk-size", str(CHUNK_TOKENS), "--l1-size-gb", str(self._l1_gb), "--eviction-policy", "LRU"]
+        command += ["--eviction-trigger-watermark", "0.5", "--eviction-ratio", "0.8"]
         command += ["--prometheus-port", str(free_port()), "--l2-adapter", json.dumps(self._entry)]
-        environ = child_environment({"LMCACHE_DISABLE_BANNER": "1", "LMCACHE_TRACK_USAGE": "false", "DO_NOT_TRACK": "1"})
+        environ = child_environment(
+            {"LMCACHE_DISABLE_BANNER": "1", "LMCACHE_TRACK_USAGE": "false", "DO_NOT_TRACK": "1"}
+        )
         with self.log_path.open("wb") as log:
             self._process = subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         self.wait(lambda: self._answers("/healthcheck"), "it serves")
@@ -157,7 +160,8 @@ class Worker:
 
     def __init__(self, server: LMCacheServer, dtype: torch.dtype = torch.bfloat16) -> None:
         self.layers = {
-            f"layer.{index}": torch.zeros((2, PAGES, CHUNK_TOKENS, HEADS, HEAD_DIM), dtype=dtype) for index in range(LAYERS)
+            f"layer.{index}": torch.zeros((2, PAGES, CHUNK_TOKENS, HEADS, HEAD_DIM), dtype=dtype)
+            for index in range(LAYERS)
         }
         self._context = zmq.Context()
         self._context.setsockopt(zmq.LINGER, 0)
@@ -173,9 +177,7 @@ class Worker:
             _WAIT_S,
             layout_hints={"kv_layout": "NHD"},
             engine_group_infos=[
-                EngineGroupInfo(
-                    engine_group_id=0, layer_indices=tuple(range(LAYERS)), tokens_per_block=CHUNK_TOKENS
-                )
+                EngineGroupInfo(engine_group_id=0, layer_indices=tuple(range(LAYERS)), tokens_per_block=CHUNK_TOKENS)
             ],
             engine_type=EngineType.VLLM,
         )

@@ -1,7 +1,7 @@
 """Plugin for LMCache's own test-suite: its mock L2 adapter is ours, with a daemon and a namespace for each one made.
 
-Loaded by ``test_lmcache.py`` with ``-p``, in a process of its own, before LMCache's tests import the mock. What the tests
-ask of the mock beyond the interface is answered by asking the store: how many objects there are, which, and how many are
+Loaded by ``test_lmcache.py`` in a process of its own, before LMCache's tests import the mock. What these tests
+ask of the mock beyond the interface is answered by asking the store: how many objects there are, which, how many are
 locked. A mock's bandwidth is kept by waiting, so that its tests of slow adapters find one.
 """
 
