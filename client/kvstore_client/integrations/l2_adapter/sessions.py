@@ -203,8 +203,16 @@ class Sessions:
             if self._closed:
                 raise ConnectionLost("the adapter is closed")
             if slot.session is None:
+                if time.monotonic() < self._not_before:
+                    # Others waited here for a connection that was not made.
+                    self.skipped += 1
+                    raise StoreAway
                 self._warn_of_revision(place)
-                slot.session = self._connect(place, self._settings)
+                try:
+                    slot.session = self._connect(place, self._settings)
+                except _AWAY as error:
+                    self._failed(error)
+                    raise StoreAway from error
             return slot.session
 
     def _warn_of_revision(self, place: Place) -> None:
