@@ -25,3 +25,8 @@ class Counters:
         with self._lock:
             counts, self._counts = self._counts, Counter()
         return {key: float(count) for key, count in counts.items()}
+
+    def so_far(self) -> dict[str, float]:
+        """What was counted since the last ``take``, by name and labels in one word."""
+        with self._lock:
+            return {".".join((name, *labels)): float(count) for (name, labels), count in sorted(self._counts.items())}

@@ -6,16 +6,15 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 import numpy as np
 
 from kvstore.errors import InvalidArgument, KVStoreError, Throttled
 from kvstore.protocol.keys import BlockKey
 from kvstore_client.integrations.row_tier.counters import Counters
-from kvstore_client.tensors import TensorStore
 
-__all__ = ["CONNECTING", "DOWN", "UP", "StoreLink"]
+__all__ = ["CONNECTING", "DOWN", "UP", "Linked", "StoreLink"]
 
 CONNECTING: Final = "connecting"
 UP: Final = "up"
@@ -30,7 +29,25 @@ _JOIN_S: Final = 1.0
 _log: Final = logging.getLogger("kvstore_client")
 
 
-class StoreLink:
+class Linked(Protocol):
+    """What a link connects to: a ``TensorStore``, or several stores of one daemon."""
+
+    @property
+    def client(self) -> Any:
+        """Asked whether the daemon is there."""
+
+    @property
+    def part(self) -> int:
+        """Of a block, that this process stores."""
+
+    def close(self) -> None:
+        """End the connection."""
+
+
+S = TypeVar("S", bound=Linked)
+
+
+class StoreLink(Generic[S]):
     """The store of a tier, while there is one.
 
     A thread of its own connects, asks now and then, and connects again. Nobody else waits for a daemon that is not
@@ -42,6 +59,7 @@ class StoreLink:
         counters: ``state_changes`` are counted.
         retry_s: most seconds between attempts.
         timeout_s: of one operation.
+        what: who says it, in the log.
 
     Attributes:
         state: ``connecting`` until the first attempt ended, ``up`` or ``down``.
@@ -49,14 +67,16 @@ class StoreLink:
 
     def __init__(
         self,
-        connect: Callable[[], TensorStore],
+        connect: Callable[[], S],
         counters: Counters,
         *,
         ready: Callable[[], bool] = lambda: True,
         retry_s: float = 2.0,
         timeout_s: float = 2.0,
+        what: str = "kvstore tier",
     ) -> None:
         self.state = CONNECTING
+        self._what = what
         self._connect, self._ready = connect, ready
         self._counters = counters
         self._retry_s = retry_s
@@ -67,12 +87,12 @@ class StoreLink:
         self._final = False
         self._invalidations = 0
         """That are due: nothing is served before they are done."""
-        self._store: TensorStore | None = None
+        self._store: S | None = None
         self._thread = threading.Thread(target=self._run, name="kvstore-tier-link", daemon=True)
         self._thread.start()
 
     @property
-    def store(self) -> TensorStore | None:
+    def store(self) -> S | None:
         """The store, None where there is none now."""
         return self._store if self.state == UP else None
 
@@ -97,7 +117,7 @@ class StoreLink:
         if isinstance(error, (Throttled, InvalidArgument)):
             return
         if not isinstance(error, KVStoreError):
-            _log.error("kvstore tier: a transfer failed: %r", error, exc_info=error)
+            _log.error("%s: a transfer failed: %r", self._what, error, exc_info=error)
             return
         self._change(DOWN, str(error))
         self._wake.set()
@@ -132,7 +152,7 @@ class StoreLink:
                 self._wake.wait(_LOOK_S if good else pause_s)
                 self._wake.clear()
         except Exception as error:
-            _log.error("kvstore tier: connecting ended: %r", error, exc_info=error)
+            _log.error("%s: connecting ended: %r", self._what, error, exc_info=error)
             self._change(DOWN, str(error))
         finally:
             store, self._store = self._store, None
@@ -173,6 +193,6 @@ class StoreLink:
         if state == UP:
             store = self._store
             how = "" if store is None or store.client.mapped else f" over the socket ({store.client.unmapped})"
-            _log.warning("kvstore tier: connected to %s%s", store.client.endpoint if store else "", how)
+            _log.warning("%s: connected to %s%s", self._what, store.client.endpoint if store else "", how)
         else:
-            _log.warning("kvstore tier: no store, the engine goes on without it: %s", why)
+            _log.warning("%s: no store, the engine goes on without it: %s", self._what, why)
