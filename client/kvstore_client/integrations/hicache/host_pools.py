@@ -134,7 +134,7 @@ def page_ids(indices: object, count: int, tokens: int) -> npt.NDArray[np.int64]:
     if hasattr(given, "detach"):
         given = given.detach().cpu().numpy()
     rows = np.asarray(given)
-    if rows.dtype.kind not in "iu" or rows.size != count * tokens:
+    if rows.size != count * tokens or (rows.size and rows.dtype.kind not in "iu"):
         raise InvalidArgument(
             f"{count} pages of {tokens} tokens need {count * tokens} host indices, got {rows.size} of {rows.dtype}"
         )
