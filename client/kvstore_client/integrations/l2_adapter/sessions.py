@@ -10,18 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
-from kvstore.errors import (
-    ConnectionLost,
-    DaemonUnavailable,
-    DeadlineExceeded,
-    InvalidArgument,
-    PermissionRefused,
-    ProtocolMismatch,
-    RemoteError,
-)
+from kvstore.errors import ConnectionLost, InvalidArgument, Throttled
 from kvstore_client.client import Client
 from kvstore_client.integrations.l2_adapter.places import PIECE_BYTES, Place
 from kvstore_client.integrations.l2_adapter.settings import AdapterSettings
+from kvstore_client.integrations.reachable import AWAY
 from kvstore_client.tensors import TensorStore
 
 __all__ = ["Session", "Sessions", "StoreAway", "connect"]
@@ -30,14 +23,7 @@ R = TypeVar("R")
 
 _log: Final = logging.getLogger("kvstore_client")
 
-_AWAY: Final = (
-    ConnectionLost,
-    DaemonUnavailable,
-    DeadlineExceeded,
-    PermissionRefused,
-    ProtocolMismatch,
-    RemoteError,
-)
+_AWAY: Final = tuple(error for error in AWAY if error is not Throttled)
 """What a daemon that cannot serve raises. A wrong argument is no absence, nor is a daemon that is busy now."""
 
 
