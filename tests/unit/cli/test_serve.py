@@ -50,13 +50,23 @@ def test_serve_with_every_flag_sets_every_setting(
     )
     more = "--log-level debug --log-format json --mode 0660 --group 4321 --set limits.max_sessions=7 --set http=x"
     mapped = "--set dram.mapped=false --set dram.max_records=1000"
-    assert kvstore(monkeypatch, "serve", *flags.split(), *more.split(), *mapped.split()) == 0
+    events = "--set events.publish=true --set events.endpoint=/tmp/e.sock --set events.heartbeat_s=2"
+    assert kvstore(monkeypatch, "serve", *flags.split(), *more.split(), *mapped.split(), *events.split()) == 0
     (settings,) = started
     assert settings.model_dump(mode="json") == {
         "endpoint": "ipc:///tmp/k.sock",
         "http": "off",
         "log_level": "debug",
         "log_format": "json",
+        "events": {
+            "publish": True,
+            "endpoint": "ipc:///tmp/e.sock",
+            "replay_endpoint": "",
+            "topic": "",
+            "buffer_steps": 10_000,
+            "hwm": 100_000,
+            "heartbeat_s": 2.0,
+        },
         "dram": {
             "directory": os.path.join(os.path.realpath(tmp_path), "arena"),
             "capacity_bytes": 8 << 30,
