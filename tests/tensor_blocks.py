@@ -127,7 +127,7 @@ def put_record(
 ) -> PutStatus:
     """Store a record by sending it, whatever its header says."""
     operations, session = client._operations, client._session
-    asks = operations.record_asks([header], [memoryview(payload)], 0)
+    asks = operations.record_asks([header], [memoryview(payload)], 0, b"")
     (answer,) = client._run(operations.send_puts(asks, 1, session.digest))
     return PutStatus(answer & 0xFF)
 

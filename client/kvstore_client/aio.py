@@ -358,8 +358,13 @@ class AsyncClient(BaseClient):
         if link is None or loop is None:
             self._slots.release()
             raise _LinkLost
-        request = self._session.request(ask, left_s)
         reply: asyncio.Future[Told] = loop.create_future()
+        refused = self._session.refused(ask)
+        if refused is not None:
+            self._slots.release()
+            reply.set_result(Told(refused, []))
+            return reply
+        request = self._session.request(ask, left_s)
         self._replies[request.id] = reply
         reply.add_done_callback(lambda _: self._ended(request.id))
         try:

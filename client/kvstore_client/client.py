@@ -381,6 +381,9 @@ class Client(BaseClient):
         """Send one request and wait for its reply."""
         if ask.pause_s:
             time.sleep(max(min(ask.pause_s, deadline - time.monotonic()), 0.0))
+        refused = self._session.refused(ask)
+        if refused is not None:
+            return Told(refused, [])
         request = self._session.request(ask, deadline - time.monotonic())
         try:
             link.send(encode(request), ask.payloads)
@@ -429,6 +432,10 @@ class Client(BaseClient):
                     self._unwaited_bytes + payload_bytes > UNWAITED_BYTES or len(self._unwaited) >= UNWAITED_REQUESTS
                 ):
                     self._note(self._receive(link, deadline))
+                refused = self._session.refused(ask)
+                if refused is not None:
+                    self._operations.note_unwaited(Told(refused, []), len(ask.payloads) // 2)
+                    return
                 request = self._session.request(ask, self.timeout)
                 link.send(encode(request), ask.payloads)
             except (_LinkLost, zmq.Again):

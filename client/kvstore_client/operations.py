@@ -210,21 +210,23 @@ class Operations:
             )
             for key, previous, payload in chain.blocks
         ]
-        return self.record_asks(headers, [payload for _, _, payload in chain.blocks], chain.access)
+        return self.record_asks(headers, [payload for _, _, payload in chain.blocks], chain.access, chain.digest)
 
-    def record_asks(self, headers: Sequence[bytes], payloads: Sequence[memoryview], access: int) -> list[Ask]:
-        """The requests that store records by sending them."""
+    def record_asks(
+        self, headers: Sequence[bytes], payloads: Sequence[memoryview], access: int, digest: bytes
+    ) -> list[Ask]:
+        """The requests that store records of the generation with that digest by sending them."""
         asks: list[Ask] = []
         frames: list[Buffer] = []
         total = 0
         for header, payload in zip(headers, payloads, strict=True):
             if frames and (total + payload.nbytes > _PUT_BYTES or len(frames) >= MAX_PAYLOAD_FRAMES):
-                asks.append(Ask(Put, (len(frames) // 2,), access, frames))
+                asks.append(Ask(Put, (len(frames) // 2,), access, frames, digest=digest))
                 frames, total = [], 0
             frames += (header, payload)
             total += payload.nbytes
         if frames:
-            asks.append(Ask(Put, (len(frames) // 2,), access, frames))
+            asks.append(Ask(Put, (len(frames) // 2,), access, frames, digest=digest))
         return asks
 
     def put_chain(self, chain: Chain) -> Steps[list[PutStatus]]:
@@ -331,15 +333,18 @@ class Operations:
                 raise RemoteError(ErrorCode.INTERNAL, f"the daemon gave an unknown answer: {reply.statuses.hex()}")
             for reason, refused in Counter(reply.reasons).items():
                 if reason:
-                    self._log_refusal(reason, refused)
+                    self._log_refusal(reason, refused, reply.id)
             answers += [status | reason << 8 for status, reason in zip(reply.statuses, reply.reasons, strict=True)]
         return answers
 
-    def _log_refusal(self, reason: int, records: int) -> None:
+    def _log_refusal(self, reason: int, records: int, request: int | None = None) -> None:
         if reason == Reason.STALE_NAMESPACE:
             # The answer may be to a put from before this client moved on itself; mapped memory knows.
             mapped = self._session.mapped
-            self._session.stale = mapped is None or not mapped.in_current_generation()
+            if mapped is not None:
+                self._session.stale = not mapped.in_current_generation()
+            elif request is None or request > self._session.joined_after:
+                self._session.stale = True
         now = time.monotonic()
         if now - self._logged.get(reason, -_LOG_EVERY_S) >= _LOG_EVERY_S:
             self._logged[reason] = now
@@ -355,7 +360,7 @@ class Operations:
             self._unflushed[PutStatus(status).name.lower()] += 1
             if reason:
                 self._unflushed_reasons[_reason_name(reason)] += 1
-                self._log_refusal(reason, 1)
+                self._log_refusal(reason, 1, reply.id)
 
     def note_mapped(self, mapped: MappedSession) -> None:
         """Count what became of puts through mapped memory that nobody waited for."""

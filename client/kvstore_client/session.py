@@ -6,7 +6,6 @@ No waiting here: the greeting is a generator like every operation (see ``kvstore
 from __future__ import annotations
 
 import fcntl
-import itertools
 import os
 import time
 from collections.abc import Generator, Sequence
@@ -28,7 +27,19 @@ from kvstore.errors import (
 from kvstore.format.record import Buffer
 from kvstore.mapped.index_file import MAPPED_LAYOUT
 from kvstore.mapped.session_file import decode_session_header, lock_request
-from kvstore.protocol.messages import AnyReply, Attach, Attached, ErrorReply, Hello, Reply, Request, Welcome
+from kvstore.protocol.messages import (
+    AnyReply,
+    Attach,
+    Attached,
+    ErrorReply,
+    Hello,
+    PutReply,
+    PutStatus,
+    Reason,
+    Reply,
+    Request,
+    Welcome,
+)
 from kvstore.protocol.namespace import Namespace
 from kvstore.protocol.version import PROTOCOL_OLDEST, PROTOCOL_VERSION
 
@@ -41,13 +52,22 @@ ReplyT = TypeVar("ReplyT", bound=Reply)
 
 @dataclass(slots=True)
 class Ask:
-    """A request to be made: its type, the fields behind the envelope, payload frames, a pause before it is sent."""
+    """A request to be made.
+
+    Attributes:
+        type, fields: what it is, and the fields behind the envelope.
+        access: the engine request.
+        payloads: payload frames.
+        pause_s: a pause before it is sent.
+        digest: of the generation that the records of a put are of; empty for other requests.
+    """
 
     type: type[Request]
     fields: tuple[Any, ...] = ()
     access: int = 0
     payloads: Sequence[Buffer] = ()
     pause_s: float = 0.0
+    digest: bytes = b""
 
 
 class Told(NamedTuple):
@@ -82,6 +102,7 @@ class Session:
         namespace_id: 0 before the greeting, and where the client's generation was over when it greeted.
         stale: the client's generation is known to be over: reads miss and puts are refused.
         generation: of the namespace, -1 before the first greeting.
+        joined_after: number of the last request before the generation was joined; answers up to it are of earlier ones.
         digest: 32 bytes, goes into every record.
         max_record_bytes: largest record the daemon takes, header included.
         wants_mapping: whether to ask for the daemon's memory.
@@ -104,7 +125,8 @@ class Session:
         self.directory = directory
         self._payload_bytes = tuple(payload_bytes)
         self._boot_id = _boot_id()
-        self._ids = itertools.count(1)
+        self._last_id = 0
+        self.joined_after = 0
         self._same_host = False
         self._lock_fd = -1
         self.in_own_process = False
@@ -122,8 +144,9 @@ class Session:
 
     def request(self, ask: Ask, timeout_s: float) -> Request:
         """The struct of a request in this session."""
+        self._last_id += 1
         return ask.type(
-            next(self._ids),
+            self._last_id,
             self.number,
             self.namespace_id,
             time.monotonic_ns() if self._same_host else 0,
@@ -132,6 +155,17 @@ class Session:
             ask.access,
             *ask.fields,
         )
+
+    def refused(self, ask: Ask) -> PutReply | None:
+        """The answer to a put whose generation this client left before it could be sent, else None.
+
+        To be asked at the moment of sending: another thread or task may move on at any other.
+        """
+        if not ask.digest or ask.digest == self.digest:
+            return None
+        records = len(ask.payloads) // 2
+        statuses, reasons = bytes([PutStatus.REJECTED]), bytes([Reason.STALE_NAMESPACE])
+        return PutReply(0, self.incarnation, statuses * records, reasons * records)
 
     def greet(self, in_own_process: bool) -> Steps[None]:
         """Open a session, lock its file, join the namespace in the generation the client was in.
@@ -185,6 +219,8 @@ class Session:
         self.namespace_id = attached.namespace_id
         self.stale = not attached.namespace_id
         if attached.namespace_id:
+            if self.digest != attached.digest:
+                self.joined_after = self._last_id
             self.generation = attached.generation
             self.digest = attached.digest
         if self.mapped is not None:

@@ -384,7 +384,7 @@ class Saving:
                 payload = _bytes_at(int(addresses[place]), int(lengths[place].sum()))
                 payloads.append(payload)
                 headers.append(self._header(int(group[place]), records, lengths[place].tolist(), payload))
-            asks = self._operations.record_asks(headers, payloads, self._access)
+            asks = self._operations.record_asks(headers, payloads, self._access, self._digest)
             if asks:
                 answers = yield self._operations.send_puts(asks, good.size, self._digest)
                 self._answer(group[good], np.array(answers, np.int64))
