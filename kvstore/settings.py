@@ -276,7 +276,7 @@ class EventSettings(_Section):
     buffer_steps: Count = 10_000
     """Batches that are kept for replays."""
 
-    hwm: Count = 100_000
+    hwm: Count = 10_000
     """Batches that wait for one subscriber before it loses some."""
 
     heartbeat_s: Annotated[Seconds, Field(ge=0.01, le=3600)] = 1.0

@@ -39,6 +39,8 @@ def type_text(kind: mi.Type) -> str:
             return f"map of {type_text(key)} to {type_text(value)}"
         case mi.StructType(cls=struct):
             return struct.__name__
+        case mi.UnionType(types=(one, mi.NoneType())):
+            return f"{type_text(one)} or nil"
     raise NotImplementedError(f"the page has no name for {kind}")
 
 

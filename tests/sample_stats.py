@@ -5,6 +5,7 @@ from __future__ import annotations
 from kvstore.protocol.messages import (
     DaemonStats,
     DramStats,
+    EventStats,
     EvictionStats,
     LookupStats,
     NamespaceStats,
@@ -17,7 +18,9 @@ from kvstore.protocol.messages import (
 MIB = 1 << 20
 
 
-def sample_stats(*, namespaces: int = 2, sessions: int = 1, problem: str = "", fresh: bool = False) -> DaemonStats:
+def sample_stats(
+    *, namespaces: int = 2, sessions: int = 1, problem: str = "", fresh: bool = False, events: bool = False
+) -> DaemonStats:
     """A busy daemon's statistics, or with ``fresh`` those of one that nobody has asked anything."""
     used = 0 if fresh else 1
     return DaemonStats(
@@ -101,4 +104,22 @@ def sample_stats(*, namespaces: int = 2, sessions: int = 1, problem: str = "", f
             for index in range(sessions)
         ],
         leases=used * 1,
+        events=EventStats(
+            endpoint="ipc:///run/kvstore/default.sock.events",
+            replay_endpoint="ipc:///run/kvstore/default.sock.replay",
+            sequence=1_795_655_053_617_998,
+            batches=1500,
+            heartbeats=40,
+            stored_blocks=90_000,
+            removed_blocks=78_000,
+            waiting_blocks=3,
+            kept_batches=1500,
+            kept_bytes=7 * MIB,
+            replays=12,
+            snapshots=2,
+            bad_requests=0,
+            dropped_requests=1,
+        )
+        if events
+        else None,
     )

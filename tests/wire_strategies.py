@@ -61,6 +61,10 @@ def _values(kind: mi.Type) -> st.SearchStrategy[object]:
             return NAMESPACES
         case mi.StructType(cls=struct):
             return messages(struct)
+        case mi.UnionType(types=kinds):
+            return st.one_of(*map(_values, kinds))
+        case mi.NoneType():
+            return st.none()
     raise NotImplementedError(f"no strategy for {kind}")
 
 

@@ -15,7 +15,15 @@ from rich.table import Table
 from rich.text import Text
 
 from kvstore.cli import render
-from kvstore.protocol.messages import DaemonStats, DramStats, EvictionStats, NamespaceStats, PutStats, SessionStats
+from kvstore.protocol.messages import (
+    DaemonStats,
+    DramStats,
+    EventStats,
+    EvictionStats,
+    NamespaceStats,
+    PutStats,
+    SessionStats,
+)
 
 __all__ = ["stats_tables", "waiting"]
 
@@ -61,8 +69,22 @@ def _daemon(stats: DaemonStats) -> Table:
             ("endpoint", stats.endpoint),
             ("daemon", f"pid {stats.pid}, up {render.duration(stats.uptime_s)}, incarnation {stats.incarnation}"),
             ("requests", ", ".join(_requests(stats))),
+            *([("events", ", ".join(_events(stats.events)))] if stats.events is not None else []),
         ],
     )
+
+
+def _events(events: EventStats) -> Iterator[str]:
+    yield f"{render.count(events.batches)} batches"
+    yield f"{render.count(events.stored_blocks)} blocks stored, {render.count(events.removed_blocks)} removed"
+    for number, what in (
+        (events.replays, "replays"),
+        (events.snapshots, "snapshots"),
+        (events.bad_requests, "malformed requests"),
+        (events.dropped_requests, "requests dropped"),
+    ):
+        if number:
+            yield f"{render.count(number)} {what}"
 
 
 def _requests(stats: DaemonStats) -> Iterator[str]:

@@ -16,6 +16,7 @@ from prometheus_client.registry import Collector
 from kvstore.protocol.messages import (
     DaemonStats,
     DramStats,
+    EventStats,
     EvictionStats,
     LookupStats,
     NamespaceStats,
@@ -57,6 +58,8 @@ class StatsCollector(Collector):
         yield from _puts(stats.puts)
         yield from _evictions(stats.eviction)
         yield from _server(stats.server)
+        if stats.events is not None:
+            yield from _events(stats.events)
         yield _gauge("kvstore_sessions", "Clients connected.", len(stats.sessions))
         yield _gauge("kvstore_leases", "Leases held by clients.", stats.leases)
         yield from self._namespaces(stats.namespaces)
@@ -176,3 +179,13 @@ def _server(server: ServerStats) -> Iterator[Metric]:
     yield _counter("kvstore_sessions_opened", "Clients that connected.", server.sessions_opened)
     lost = {"died": server.sessions_died, "expired": server.sessions_expired}
     yield _counters("kvstore_sessions_lost", "Clients that went without a word.", "cause", lost)
+
+
+def _events(events: EventStats) -> Iterator[Metric]:
+    batches = {"events": events.batches, "heartbeat": events.heartbeats}
+    yield _counters("kvstore_event_batches", "Batches of KV events published.", "kind", batches)
+    blocks = {"stored": events.stored_blocks, "removed": events.removed_blocks}
+    yield _counters("kvstore_event_blocks", "Blocks that KV events told of.", "change", blocks)
+    requests = {"replay": events.replays, "snapshot": events.snapshots}
+    requests |= {"malformed": events.bad_requests, "dropped": events.dropped_requests}
+    yield _counters("kvstore_event_requests", "Requests for missed KV events.", "kind", requests)

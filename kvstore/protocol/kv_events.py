@@ -81,6 +81,7 @@ class EventBatch(msgspec.Struct, frozen=True, array_like=True):
     data_parallel_rank: int | None = None
 
 
+_UNDECODABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError, OverflowError)
 _ENCODER: Final = msgspec.msgpack.Encoder()
 _DECODER: Final = msgspec.msgpack.Decoder(EventBatch)
 
@@ -98,7 +99,7 @@ def decode_batch(payload: bytes) -> EventBatch:
     """
     try:
         return _DECODER.decode(payload)
-    except msgspec.DecodeError as error:
+    except _UNDECODABLE as error:
         raise InvalidArgument(f"{len(payload)} bytes are no batch of KV events: {error}") from None
 
 

@@ -514,8 +514,39 @@ class ServerStats(msgspec.Struct, kw_only=True):
     queue_delay_ms: float
 
 
-class DaemonStats(msgspec.Struct, kw_only=True):
-    """Everything ``kvstore stats`` shows."""
+class EventStats(msgspec.Struct, kw_only=True):
+    """KV events, since the start.
+
+    Attributes:
+        endpoint, replay_endpoint: where they are published and had again.
+        sequence: number of the last batch.
+        batches, heartbeats: published with events, and without.
+        stored_blocks, removed_blocks: blocks that were told to have come, and to have gone one by one.
+        waiting_blocks: changes that are not published yet.
+        kept_batches, kept_bytes: what can be replayed.
+        replays, snapshots: requests for a replay, and for a snapshot's first page.
+        bad_requests: that were none.
+        dropped_requests: of peers that were too many, asked too much or did not read.
+    """
+
+    endpoint: str
+    replay_endpoint: str
+    sequence: Unsigned
+    batches: Unsigned
+    heartbeats: Unsigned
+    stored_blocks: Unsigned
+    removed_blocks: Unsigned
+    waiting_blocks: Unsigned
+    kept_batches: Unsigned
+    kept_bytes: Unsigned
+    replays: Unsigned
+    snapshots: Unsigned
+    bad_requests: Unsigned
+    dropped_requests: Unsigned
+
+
+class DaemonStats(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """Everything ``kvstore stats`` shows; ``events`` where they are published."""
 
     version: str
     pid: Unsigned
@@ -530,6 +561,7 @@ class DaemonStats(msgspec.Struct, kw_only=True):
     namespaces: list[NamespaceStats]
     sessions: list[SessionStats]
     leases: Unsigned
+    events: EventStats | None = None
 
 
 class StatsReply(Reply, tag=110):

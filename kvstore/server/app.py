@@ -208,6 +208,7 @@ class Daemon:
             counters=counters,
             mapping=mapping,
             index=index,
+            events=publisher,
         )
         requests.transport, requests.statistics = transport, self._statistics
         self._requests, self._executor, self._sessions, self._mapping = requests, executor, sessions, mapping

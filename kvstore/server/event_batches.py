@@ -74,16 +74,26 @@ class BatchRing:
         steps: most batches with events that are kept.
         most_bytes: of their payloads; the newest one is always kept.
         idle: payload of a batch without events.
+        first_sequence: number of the first batch.
+        most_bytes: of payloads that are kept; the newest batch is always kept.
     """
 
-    def __init__(self, steps: int, idle: bytes, most_bytes: int = RING_BYTES) -> None:
+    def __init__(self, steps: int, idle: bytes, first_sequence: int = 0, most_bytes: int = RING_BYTES) -> None:
         self._steps = steps
         self._most_bytes = most_bytes
         self.idle = idle
         self._batches: deque[tuple[int, bytes]] = deque()
         self._bytes = 0
-        self._complete_from = 0
-        self.next_sequence = 0
+        self._complete_from = first_sequence
+        self.next_sequence = first_sequence
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of all payloads together."""
+        return self._bytes
 
     def append(self, payload: bytes) -> int:
         """Keep a batch; its number."""

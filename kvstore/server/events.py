@@ -1,8 +1,8 @@
 """KV events: what the journal says is published in the format of vLLM's publisher, and can be had again.
 
-Covers: the PUB socket, one batch a turn of the event loop while blocks come and go, heartbeats while they do not,
-answers to requests for replays and snapshots. Does not cover: the ROUTER socket they come in by
-(``kvstore.server.event_replay``), bytes (``kvstore.protocol.kv_events``). See ``docs/events.md``.
+Covers: the PUB socket, a batch each few milliseconds while blocks come and go, heartbeats while they do not, answers to
+requests for replays and snapshots. Does not cover: the ROUTER socket they come in by (``kvstore.server.event_replay``),
+bytes (``kvstore.protocol.kv_events``). See ``docs/events.md``.
 
 Nobody is waited for. The PUB socket drops batches for a subscriber whose queue is full; sequence numbers show it.
 """
@@ -12,12 +12,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import zmq
 
-from kvstore.core.journal import Journal
+from kvstore.core.journal import Change, Journal
 from kvstore.errors import PermissionRefused, ResourceTaken
 from kvstore.observability.logs import RepeatedLog
 from kvstore.protocol.endpoint import IPC_PREFIX, ipc_path
@@ -31,6 +32,7 @@ from kvstore.protocol.kv_events import (
     heartbeat_topic,
     snapshot_reply,
 )
+from kvstore.protocol.messages import EventStats
 from kvstore.server.event_batches import BatchRing, events_of, stored_events
 from kvstore.server.event_replay import ReplaySocket, Replies
 from kvstore.server.transport import bind_ipc
@@ -42,8 +44,26 @@ BLOCKS_PER_BATCH: Final = 512
 PLACES_PER_PAGE: Final = 512
 """Places of the journal that a page of a snapshot looks at."""
 
+_GATHER_S: Final = 0.002
+"""How long changes are gathered for a batch: a message costs the daemon more than the blocks in it."""
+
+_SUBSCRIPTION_BYTES: Final = 1024
+"""Longest message that a subscriber may send. libzmq keeps some 50 bytes for each byte of a subscription."""
+
 _LINGER_MS: Final = 200
 _NOBLOCK: Final = int(zmq.NOBLOCK)
+
+
+@dataclass(slots=True)
+class _Counts:
+    """Since the start."""
+
+    batches: int = 0
+    heartbeats: int = 0
+    stored_blocks: int = 0
+    removed_blocks: int = 0
+    replays: int = 0
+    snapshots: int = 0
 
 
 class EventPublisher:
@@ -83,13 +103,18 @@ class EventPublisher:
         log: RepeatedLog,
     ) -> None:
         self._journal = journal
+        self._endpoints = endpoint, replay_endpoint
+        self._counts = _Counts()
         self._topic = topic.encode()
         self._heartbeat_topic = heartbeat_topic(self._topic, incarnation)
         self._heartbeat_s = heartbeat_s
         self._incarnation = incarnation
         self._wall_clock = wall_clock
         self._log = log
-        self._ring = BatchRing(buffer_steps, encode_batch(0.0, []))
+        # Beyond the numbers of every earlier life: a subscriber that knows of no lives finds a gap after a restart,
+        # asks for a replay, and is told first that everything is gone.
+        first_sequence = max(int(wall_clock() * 1e6), 0)
+        self._ring = BatchRing(buffer_steps, encode_batch(0.0, []), first_sequence)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._scheduled = False
         self._last_s = 0.0
@@ -103,6 +128,7 @@ class EventPublisher:
             self._undo.callback(context.term)
             self._pub = self._socket(context, zmq.PUB)
             self._pub.setsockopt(zmq.SNDHWM, hwm)
+            self._pub.setsockopt(zmq.MAXMSGSIZE, _SUBSCRIPTION_BYTES)
             _bind(self._pub, endpoint, mode, gid, "events.endpoint")
             router = self._socket(context, zmq.ROUTER)
             ReplaySocket.prepare(router)
@@ -133,7 +159,7 @@ class EventPublisher:
         self._loop = loop
         self._journal.wake = self._schedule
         self._replay.start(loop)
-        self._last_s = loop.time()
+        self._send([AllBlocksCleared(self._incarnation)])
         self._timer = loop.call_later(self._heartbeat_s, self._beat)
         if self._journal.waiting:
             self._schedule()
@@ -150,12 +176,32 @@ class EventPublisher:
                 self._send([AllBlocksCleared(self._incarnation)])
         self._undo.close()
 
+    def statistics(self) -> EventStats:
+        """What it did so far."""
+        counts, ring = self._counts, self._ring
+        return EventStats(
+            endpoint=self._endpoints[0],
+            replay_endpoint=self._endpoints[1],
+            sequence=max(ring.next_sequence - 1, 0),
+            batches=counts.batches,
+            heartbeats=counts.heartbeats,
+            stored_blocks=counts.stored_blocks,
+            removed_blocks=counts.removed_blocks,
+            waiting_blocks=self._journal.waiting,
+            kept_batches=len(ring),
+            kept_bytes=ring.kept_bytes,
+            replays=counts.replays,
+            snapshots=counts.snapshots,
+            bad_requests=self._replay.malformed,
+            dropped_requests=self._replay.dropped,
+        )
+
     # -------------------------------------------------------------- publishing
 
     def _schedule(self) -> None:
         if not self._scheduled and self._loop is not None:
             self._scheduled = True
-            self._loop.call_soon(self._publish)
+            self._loop.call_later(_GATHER_S, self._publish)
 
     def _publish(self) -> None:
         self._scheduled = False
@@ -165,16 +211,22 @@ class EventPublisher:
             entries = self._journal.drain(BLOCKS_PER_BATCH)
             if entries:
                 self._send(events_of(entries, self._incarnation))
+                stored = sum(entry.change is Change.STORED for entry in entries)
+                self._counts.stored_blocks += stored
+                self._counts.removed_blocks += len(entries) - stored - (entries[0].change is Change.CLEARED)
         except Exception as error:
             # A defect of ours: consumers find a number missing, and take a snapshot.
             self._ring.lose()
             self._log.log_every(5, "publish", "error", "event_publish_failed", error=repr(error), exc_info=error)
         if self._journal.waiting:
-            self._schedule()
+            # More than a batch takes, or a defect: after everybody else had a turn.
+            self._scheduled = True
+            self._loop.call_soon(self._publish)
 
     def _send(self, events: list[BlockEvent]) -> None:
         payload = encode_batch(self._wall_clock(), events)
         sequence = self._ring.append(payload)
+        self._counts.batches += 1
         self._publish_frames(self._topic, sequence, payload)
 
     def _publish_frames(self, topic: bytes, sequence: int, payload: bytes) -> None:
@@ -193,6 +245,7 @@ class EventPublisher:
             try:
                 payload = encode_batch(self._wall_clock(), [])
                 self._publish_frames(self._heartbeat_topic, self._ring.append_idle(), payload)
+                self._counts.heartbeats += 1
             except Exception as error:
                 self._log.log_every(5, "beat", "error", "event_heartbeat_failed", error=repr(error), exc_info=error)
         self._timer = loop.call_later(due_s, self._beat)
@@ -200,7 +253,13 @@ class EventPublisher:
     # -------------------------------------------------------------- replays and snapshots
 
     def _answer(self, snapshot: bool, number: int) -> Replies:
-        return self._page(number) if snapshot else self._batches(number)
+        if self._journal.waiting:
+            self._publish()  # whoever asks is told what happened before
+        if snapshot:
+            self._counts.snapshots += not number
+            return self._page(number)
+        self._counts.replays += 1
+        return self._batches(number)
 
     def _batches(self, sequence: int) -> Replies:
         # Looked up when their turn comes: what waits to be answered costs nothing.

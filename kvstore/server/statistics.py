@@ -21,6 +21,7 @@ from kvstore.protocol.messages import (
     SlotClassStats,
 )
 from kvstore.server.counters import RequestCounters
+from kvstore.server.events import EventPublisher
 from kvstore.server.mapping import Mapping
 from kvstore.server.outbound import Outbound
 from kvstore.server.overload import Overload
@@ -48,6 +49,7 @@ class Statistics:
     counters: RequestCounters
     mapping: Mapping
     index: Index | None = None
+    events: EventPublisher | None = None
     problem: str = ""
 
     def snapshot(self, now_ns: int) -> DaemonStats:
@@ -98,6 +100,7 @@ class Statistics:
             ],
             sessions=self._sessions(now_ns),
             leases=len(self.store.leases),
+            events=None if self.events is None else self.events.statistics(),
         )
 
     def _dram(self) -> DramStats:

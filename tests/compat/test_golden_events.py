@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import msgspec
 import pytest
 from golden_files import golden, golden_names
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvstore.errors import InvalidArgument
 from kvstore.protocol.keys import chain_keys
@@ -129,6 +133,15 @@ def test_requests_that_are_none_are_refused(frames: list[bytes]) -> None:
 def test_payloads_that_are_none_are_refused(payload: bytes) -> None:
     with pytest.raises(InvalidArgument, match="no batch of KV events"):
         decode_batch(payload)
+
+
+@given(noise=st.binary(min_size=1, max_size=6), at=st.integers(0, 500))
+def test_damaged_payloads_are_refused_or_read(noise: bytes, at: int) -> None:
+    """Also text that is no UTF-8, where a key or a type stands."""
+    payload = bytearray(encode_batch(1.5, BATCHES["stored"]))
+    payload[at % len(payload) : at % len(payload) + len(noise)] = noise
+    with contextlib.suppress(InvalidArgument):
+        assert isinstance(decode_batch(bytes(payload)), EventBatch)
 
 
 def test_batches_of_engines_are_read() -> None:

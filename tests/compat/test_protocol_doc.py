@@ -133,6 +133,8 @@ def structures(struct: type[msgspec.Struct]) -> set[type[msgspec.Struct]]:
     found = {struct}
     for one in fields(struct):
         kind = one.type.item_type if isinstance(one.type, msgspec.inspect.ListType) else one.type
+        if isinstance(kind, msgspec.inspect.UnionType):
+            kind = kind.types[0]
         if isinstance(kind, msgspec.inspect.StructType):
             found |= structures(kind.cls)
     return found

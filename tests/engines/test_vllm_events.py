@@ -18,7 +18,15 @@ with warnings.catch_warnings():
     import msgspec
     from vllm.distributed import kv_events as theirs
 
-from kvstore.protocol.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, decode_batch, encode_batch
+from kvstore.protocol.kv_events import (
+    END_OF_REPLAY,
+    AllBlocksCleared,
+    BlockRemoved,
+    BlockStored,
+    decode_batch,
+    encode_batch,
+    replay_request,
+)
 from kvstore.protocol.namespace import Namespace
 from kvstore_client import Client
 from kvstore_client.block_index import BlockIndex
@@ -131,6 +139,30 @@ def test_vllm_subscriber_follows_and_replays(daemon: DaemonProcess) -> None:
         subscriber.close()
 
 
+@pytest.mark.parametrize("graceful", [True, False])
+def test_vllm_subscriber_forgets_a_daemon_that_is_gone(daemon: DaemonProcess, graceful: bool) -> None:
+    """It knows of no incarnations: a gap after the restart leads to a replay, which begins with everything cleared."""
+    subscriber = Subscriber(f"{daemon.endpoint}.events", f"{daemon.endpoint}.replay")
+    try:
+        wait_until(lambda: subscriber.poll() or subscriber.last >= 0)
+        with daemon.connect(namespace=NAMESPACE) as client:
+            client.put_many(KEYS[:20], [b"there"] * 20)
+            wait_until(lambda: subscriber.poll() or len(subscriber.blocks) == 20)
+        if graceful:
+            daemon.terminate()
+            wait_until(lambda: subscriber.poll() or not subscriber.blocks)
+            daemon.start()
+        else:
+            daemon.restart()
+            wait_until(lambda: subscriber.poll() or not subscriber.blocks)
+        with daemon.connect(namespace=NAMESPACE) as client:
+            client.put_many(KEYS[30:35], [b"there"] * 5)
+            wait_until(lambda: subscriber.poll() or set(subscriber.blocks) == set(KEYS[30:35]))
+        assert subscriber.gaps == 1
+    finally:
+        subscriber.close()
+
+
 def test_vllm_decoder_reads_every_event() -> None:
     digest = NAMESPACE.digest(0)
     payload = encode_batch(
@@ -183,6 +215,15 @@ def test_batches_of_vllm_are_read() -> None:
     )
     try:
         _, number, payload = sub.recv_multipart()
+        dealer = zmq.Context.instance().socket(zmq.DEALER)
+        try:
+            dealer.setsockopt(zmq.RCVTIMEO, 5000)
+            dealer.connect("inproc://replay")
+            dealer.send_multipart(replay_request(0))
+            assert dealer.recv_multipart() == [b"", b"kv", number, payload]
+            assert dealer.recv_multipart() == [b"", b"", END_OF_REPLAY, b""]
+        finally:
+            dealer.close(0)
     finally:
         sub.close(0)
         publisher.shutdown()

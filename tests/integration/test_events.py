@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+import socket
+import struct
 import time
 from collections.abc import Iterator
 from hashlib import sha256
@@ -24,6 +27,7 @@ from kvstore.protocol.kv_events import (
     replay_request,
     snapshot_request,
 )
+from kvstore.protocol.messages import EventStats
 from kvstore.protocol.namespace import Namespace
 from kvstore_client import Client
 from kvstore_client.events import EventConsumer
@@ -312,8 +316,8 @@ class Sockets:
         return self._socket(zmq.DEALER, f"{daemon.endpoint}.replay", hwm)
 
     def close(self) -> None:
-        for socket in self._open:
-            socket.close(0)
+        for each in self._open:
+            each.close(0)
         self._context.term()
 
 
@@ -429,6 +433,79 @@ def test_consumers_that_do_not_read_hold_nobody_up(sockets: Sockets) -> None:
             slowest_s = max(slowest_s, time.monotonic() - began)
         assert slowest_s < 2.0
         traffic.close()
+
+
+def test_first_batch_of_a_life_says_that_all_is_gone_and_is_beyond_those_of_earlier_lives(sockets: Sockets) -> None:
+    """Whoever knows of no incarnations asks for what it missed, and is told."""
+    with publishing() as daemon:
+        sub, expected = sockets.sub(daemon), 0
+        began = time.time() * 1e6
+        for _ in range(2):
+            _, sequence, _ = sub.recv_multipart()
+            while decode_number(sequence) < expected:  # of the life before, and still on its way
+                _, sequence, _ = sub.recv_multipart()
+            assert decode_number(sequence) > began - 60e6
+            dealer = sockets.dealer(daemon)
+            dealer.send_multipart(replay_request(expected))
+            batches = replayed(dealer)
+            events = decode_batch(batches[0][2]).events
+            assert [type(event) for event in events] == [AllBlocksCleared]
+            expected = decode_number(sequence) + 1000
+            daemon.restart()
+
+
+def test_snapshot_has_what_was_put_before_it(daemon: DaemonProcess) -> None:
+    with daemon.connect(namespace="own puts") as client:
+        digest = Namespace(name="own puts").digest(0)
+        for number in range(20):
+            client.put(key_of("own", number), b"there")
+            with EventConsumer(daemon.endpoint) as consumer:
+                consumer.poll()
+                assert key_of("own", number) in consumer.index.namespaces[digest]
+        client.clear()
+
+
+def test_puts_in_a_row_are_few_batches_and_counted(daemon: DaemonProcess) -> None:
+    with daemon.connect(namespace="counted", mapped=False) as client:
+        wait_until(lambda: not told(client).waiting_blocks)
+        before = told(client)
+        for number in range(0, 200, 4):
+            client.put_many([key_of("counted", number + each) for each in range(4)], [b"there"] * 4)
+        wait_until(lambda: not told(client).waiting_blocks)
+        after = told(client)
+        assert after.stored_blocks - before.stored_blocks == 200
+        assert 0 < after.batches - before.batches < 50, "a batch for each put"
+        client.remove([key_of("counted", 0)])
+        wait_until(lambda: told(client).removed_blocks == after.removed_blocks + 1)
+        client.clear()
+
+
+def told(client: Client) -> EventStats:
+    events = client.stats().events
+    assert events is not None
+    return events
+
+
+@pytest.mark.parametrize("subscription_bytes", [2000, 4_000_000])
+def test_subscription_that_is_too_long_ends_its_connection_and_costs_nothing(subscription_bytes: int) -> None:
+    """Spoken by hand: libzmq would keep some 50 bytes for each byte of it."""
+    with publishing() as daemon:
+        before = daemon.resources().private_bytes
+        with socket.socket(socket.AF_UNIX) as peer:
+            peer.settimeout(5.0)
+            peer.connect(f"{daemon.endpoint.removeprefix('ipc://')}.events")
+            peer.sendall(b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32))
+            ready = b"\x05READY\x0bSocket-Type" + struct.pack(">I", 3) + b"SUB"
+            peer.sendall(bytes([4, len(ready)]) + ready)
+            with contextlib.suppress(ConnectionError):  # it may be over before all of it is sent
+                peer.sendall(b"\x02" + struct.pack(">Q", 1 + subscription_bytes) + b"\x01" + bytes(subscription_bytes))
+            with contextlib.suppress(ConnectionError):
+                while peer.recv(4096):
+                    pass
+        assert daemon.resources().private_bytes - before < 50 << 20
+        with EventConsumer(daemon.endpoint) as consumer:
+            consumer.poll()
+            assert consumer.exact
 
 
 def test_clean_stop_says_that_all_blocks_are_gone(sockets: Sockets) -> None:

@@ -32,6 +32,13 @@ def test_stats_of_a_busy_daemon_show_its_numbers() -> None:
     assert row(text, "index") == ["index", "81.0", "MiB,", "for", "524,288", "records"]
 
 
+def test_stats_have_a_line_of_events_where_they_are_published() -> None:
+    text = lines(stats_tables(sample_stats(events=True)))
+    told = "1,500 batches, 90,000 blocks stored, 78,000 removed, 12 replays, 2 snapshots, 1 requests dropped"
+    assert any(line.split(maxsplit=1) == ["events", told] for line in text)
+    assert not any(line.startswith("events") for line in lines(stats_tables(sample_stats())))
+
+
 def test_stats_of_a_fresh_daemon_show_no_rate_where_nothing_was_asked() -> None:
     text = lines(stats_tables(sample_stats(fresh=True, namespaces=0, sessions=0)))
     assert row(text, "match") == ["match", "0", "0", "0", "-"]

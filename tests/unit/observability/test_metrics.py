@@ -31,6 +31,13 @@ def test_metrics_of_a_busy_daemon_hold_its_numbers() -> None:
     assert samples["kvstore_build_info", (("version", "0.1.0"),)] == 1
 
 
+def test_metrics_of_events_are_there_where_they_are_published() -> None:
+    samples = scrape(sample_stats(events=True))
+    assert samples["kvstore_event_blocks_total", (("change", "removed"),)] == 78_000
+    assert samples["kvstore_event_requests_total", (("kind", "replay"),)] == 12
+    assert not [name for name, _ in scrape(sample_stats()) if name.startswith("kvstore_event")]
+
+
 def test_metrics_include_the_process() -> None:
     samples = scrape(sample_stats())
     assert samples["process_resident_memory_bytes", ()] > 0
@@ -48,7 +55,7 @@ def test_metrics_of_a_tier_with_a_problem_say_degraded() -> None:
 
 
 def test_metrics_names_carry_the_prefix_and_a_help_text() -> None:
-    text = render_metrics(make_registry(sample_stats)).decode()
+    text = render_metrics(make_registry(lambda: sample_stats(events=True))).decode()
     names = re.findall(r"^# TYPE (\S+) (counter|gauge)$", text, re.MULTILINE)
     assert all(name.startswith(("kvstore_", "process_")) for name, _ in names)
     assert all(name.endswith("_total") for name, kind in names if kind == "counter")

@@ -82,7 +82,7 @@ def test_ring_says_everything_or_that_something_is_lost(
     steps: int, most_bytes: int, batches: list[bytes | None], lost: int
 ) -> None:
     """``None`` is a batch without events; the one at ``lost`` could not be made."""
-    ring = BatchRing(steps, IDLE, most_bytes)
+    ring = BatchRing(steps, IDLE, most_bytes=most_bytes)
     published: list[bytes | None] = []
     for number, payload in enumerate(batches):
         if number == lost:
