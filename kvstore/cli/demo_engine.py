@@ -33,17 +33,19 @@ import msgspec
 import numpy as np
 
 from kvstore.cli.demo_model import MODEL_SHAPES, TRAINED, Engine, LlamaEngine, load_model
-from kvstore.cli.demo_store import Stored, block_pages, load_blocks, store_blocks
 from kvstore.cli.demo_trained import TrainedEngine, draw_texts, trained_revision
 from kvstore.errors import KVStoreError
 from kvstore.format.constants import FIDELITY_EXACT
+from kvstore.protocol.messages import PutStatus
 from kvstore.protocol.namespace import Namespace
+from kvstore_client.tensors import LoadReport, SaveReport
 
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from kvstore_client.tensors import LoadReport, TensorStore
+    from kvstore_client import Client
+    from kvstore_client.integrations.transformers import CacheStore
 
 __all__ = ["ERROR_PREFIX", "EngineReport", "EngineTask", "Role", "answer", "main", "run"]
 
@@ -53,7 +55,6 @@ Role = Literal["cold", "store", "load"]
 ERROR_PREFIX: Final = "kvstore: error: "
 _NAMESPACE: Final = "demo"
 _WARM_UP: Final = "demo warm-up"
-_LEASE_S: Final = 30.0
 
 
 class EngineTask(msgspec.Struct, frozen=True, kw_only=True):
@@ -132,12 +133,12 @@ class EngineReport(msgspec.Struct, frozen=True, kw_only=True):
     parameters: int
 
 
-def answer(engine: Engine, store: TensorStore | None, prompt: torch.Tensor, task: EngineTask) -> EngineReport:
-    """Answer one prompt: match and load what the store has, compute the rest, store what it lacks, generate.
+def answer(engine: Engine, store: CacheStore | None, prompt: torch.Tensor, task: EngineTask) -> EngineReport:
+    """Answer one prompt: load what the store has, compute the rest, store what it lacks, generate.
 
     Args:
         engine: warmed up.
-        store: of the engine's layout; None works without one.
+        store: of the engine's model; None works without one.
         prompt: token ids, ``[task.prompt_tokens]``.
         task: role and lengths.
 
@@ -145,38 +146,27 @@ def answer(engine: Engine, store: TensorStore | None, prompt: torch.Tensor, task
         KVStoreError: the store cannot be reached, refused a block, or gave one that cannot be decoded.
     """
     layout = engine.layout
-    usable = layout.full_blocks(prompt.shape[0] - 1) if store is not None else 0
-    states = engine.empty_states(usable)
     loaded: LoadReport | None = None
-    match_s = load_s = store_s = 0.0
-    stored = Stored()
+    stored = SaveReport(())
+    start, match_s, load_s, store_s = 0, 0.0, 0.0, 0.0
 
     begin = time.perf_counter()
-    keys: list[bytes] = []
-    request = 0
-    if store is not None:
-        keys = store.chain_keys(prompt.numpy())
-        match = store.match(keys[:usable], lease=_LEASE_S)
-        match_s = time.perf_counter() - begin
-        try:
-            request = match.request
-            if len(match):
-                loaded = load_blocks(store, keys[: len(match)], engine.pages_of(states), request)
-        finally:
-            match.release()
-        load_s = time.perf_counter() - begin - match_s
-    matched = 0 if loaded is None else loaded.loaded
-    cache = engine.cache_of(states, matched, prompt)
-    start = matched * layout.block_tokens
-    logits = engine.prefill(prompt, cache, start)
+    if store is None:
+        cache = engine.new_cache()
+    else:
+        cache = store.load(prompt)
+        loaded, start = cache.loaded, cache.loaded_tokens
+        match_s, load_s = cache.match_s, cache.load_s
+        _check_loaded(store, loaded)
+    logits = engine.prefill(prompt, cache)
     int(logits.argmax())
     first_token_s = time.perf_counter() - begin
 
     if store is not None and task.role == "store":
         begin = time.perf_counter()
-        kv = engine.pages_of(engine.states_of(cache))
-        stored = store_blocks(store, keys, kv, matched, request, task.timeout_s, loaded)
+        stored = cache.save(retry_s=task.timeout_s)
         store_s = time.perf_counter() - begin
+        _check_stored(stored, start // layout.block_tokens, task.timeout_s)
     expected = engine.agreement(logits, cache, task.expected)
     tokens, smallest_margin = engine.decode(logits, cache, task.new_tokens)
     return EngineReport(
@@ -187,20 +177,43 @@ def answer(engine: Engine, store: TensorStore | None, prompt: torch.Tensor, task
         smallest_margin=smallest_margin,
         matched_tokens=start,
         computed_tokens=prompt.shape[0] - start,
-        stored_blocks=stored.blocks,
+        stored_blocks=stored.stored,
         stored_bytes=stored.stored_bytes,
         loaded_bytes=0 if loaded is None else loaded.stored_bytes,
-        kv_bytes=stored.kv_bytes + (0 if loaded is None else loaded.raw_bytes),
+        kv_bytes=stored.raw_bytes + (0 if loaded is None else loaded.raw_bytes),
         fidelity=FIDELITY_EXACT if loaded is None else loaded.lineage,
         first_token_s=first_token_s,
         match_s=match_s,
         load_s=load_s,
         store_s=store_s,
-        namespace=None if store is None else store.namespace,
+        namespace=None if store is None or store.tensors is None else store.tensors.namespace,
         dtype=layout.dtype,
         block_bytes=layout.block_bytes,
         parameters=engine.parameters,
     )
+
+
+def _check_loaded(store: CacheStore, loaded: LoadReport | None) -> None:
+    """Raises: KVStoreError: what a cache goes on without is the demo's end."""
+    from kvstore_client.tensors import Failure
+
+    if store.stats.missed:
+        raise KVStoreError("the store could not be reached")
+    if loaded is not None and loaded.failure not in (None, Failure.MISS, Failure.THROTTLED):
+        raise KVStoreError(f"the store gave a block that is none of this model's: {loaded.detail}")
+
+
+def _check_stored(stored: SaveReport, first: int, timeout_s: float) -> None:
+    """Raises: KVStoreError: a block was rejected, or throttled to the end."""
+    if PutStatus.REJECTED in stored.statuses:
+        at = stored.statuses.index(PutStatus.REJECTED)
+        raise KVStoreError(
+            f"the store rejected block {first + at} of the prompt: {stored.reasons.get(at, 'no reason')}"
+        )
+    if "away" in stored.reasons.values():
+        raise KVStoreError("the store could not be reached")
+    if not stored.complete:
+        raise KVStoreError(f"the store has throttled the prompt's blocks for {timeout_s:g} s")
 
 
 def model_name(model_size: str) -> str:
@@ -230,18 +243,26 @@ def run(task: EngineTask) -> EngineReport:
     with torch.inference_mode():
         engine, revision, prompts = _prepare(task)
         prompt, other = torch.from_numpy(prompts)
-        cache = engine.cache_of(engine.empty_states(0), 0)
-        engine.decode(engine.prefill(other, cache, 0), cache, 2)
+        cache = engine.new_cache()
+        engine.decode(engine.prefill(other, cache), cache, 2)
         if task.role == "cold":
             return answer(engine, None, prompt, task)
         with _connected(task, engine, revision, _WARM_UP) as store:
-            pages, keys = engine.pages_of(engine.states_of(cache)), store.chain_keys(other.numpy())[:1]
-            store.save_blocks(keys, pages, pages=block_pages(0, 1))
-            store.load_blocks(keys, pages, pages=block_pages(0, 1))
-            store.client.clear()
+            block = other[: engine.layout.block_tokens + 1]
+            warm = store.load(block)
+            engine.prefill(block, warm)
+            warm.save()
+            store.load(block)
+            _client(store).clear()
         with _connected(task, engine, revision, _NAMESPACE) as store:
-            store.client.ping()
+            _client(store).ping()
             return answer(engine, store, prompt, task)
+
+
+def _client(store: CacheStore) -> Client:
+    """The connection; there is one, since it was required."""
+    assert store.tensors is not None
+    return store.tensors.client
 
 
 def _prepare(task: EngineTask) -> tuple[Engine, str, NDArray[np.int64]]:
@@ -254,16 +275,16 @@ def _prepare(task: EngineTask) -> tuple[Engine, str, NDArray[np.int64]]:
     return LlamaEngine(model, task.block_tokens), revision_of(directory), prompts
 
 
-def _connected(task: EngineTask, engine: Engine, revision: str, name: str) -> TensorStore:
-    from kvstore_client.tensors import TensorStore
+def _connected(task: EngineTask, engine: Engine, revision: str, name: str) -> CacheStore:
+    from kvstore_client.integrations.transformers import CacheStore
 
-    return TensorStore(
-        engine.layout,
+    return CacheStore(
+        engine.model,
         task.codec,
         name=name,
-        model=model_name(task.model_size),
+        model_name=model_name(task.model_size),
         revision=revision,
-        least_block_tokens=1,
+        block_tokens=task.block_tokens,
         threads=task.threads,
         endpoint=task.endpoint,
         timeout=task.timeout_s,

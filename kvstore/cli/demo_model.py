@@ -1,7 +1,7 @@
-"""The demo's models on the CPU, with their KV as tensors that the store reads and writes in place.
+"""The demo's models on the CPU.
 
-Covers: what an engine does with any of them, and small Llama-style transformers with random weights: making and loading
-these, prefill in chunks, greedy decoding, and where a transformers cache has the KV of which block.
+Covers: what an engine does with any of them, prefill in chunks and greedy decoding, and small Llama-style transformers
+with random weights: making and loading these.
 Does not cover: the store, see ``kvstore.cli.demo_engine``. torch and transformers are imported inside functions.
 """
 
@@ -11,19 +11,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from inspect import signature
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from kvstore.errors import KVStoreError
 from kvstore_kernels.layout import KVLayout
-from kvstore_kernels.paged import PagedKV
 
 if TYPE_CHECKING:
     import torch
-    from transformers import DynamicCache, LlamaForCausalLM
-
-    States = list[tuple[torch.Tensor, torch.Tensor]]
+    from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 
 __all__ = ["MODEL_SHAPES", "TRAINED", "Engine", "LlamaEngine", "ModelShape", "load_model"]
 
@@ -74,32 +72,26 @@ class Engine(ABC):
     """Prefill and greedy decoding, one sequence at a time. Not thread-safe.
 
     Args:
-        layout: of the model's KV.
-        parameters: weights of the model.
+        model: a model of transformers on the CPU, in evaluation mode.
+        layout: of a block of its KV.
+        parameters: its weights.
     """
 
-    def __init__(self, layout: KVLayout, parameters: int) -> None:
+    def __init__(self, model: PreTrainedModel, layout: KVLayout, parameters: int) -> None:
+        self.model = model
         self.layout = layout
         self.parameters = parameters
         self._chunk_tokens = max(1, _CHUNK_TOKENS // layout.block_tokens) * layout.block_tokens
 
     @abstractmethod
-    def read(self, tokens: torch.Tensor, cache: Any) -> torch.Tensor:
+    def read(self, tokens: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
         """Compute tokens ``[count]`` on top of a cache and append their KV; the last's logits, ``[vocabulary]``."""
 
-    @abstractmethod
-    def states_of(self, cache: Any) -> States:
-        """Keys and values ``[num_kv_heads, tokens, head_dim]`` of each layer of a cache, in place."""
+    def new_cache(self) -> DynamicCache:
+        """An empty cache, without the store."""
+        from transformers import DynamicCache
 
-    @abstractmethod
-    def cache_of(self, states: States, blocks: int, before: torch.Tensor | None = None) -> Any:
-        """A new cache whose sequence begins with the first blocks of these keys and values.
-
-        Args:
-            states: as ``empty_states`` gives them.
-            blocks: how many.
-            before: token ids of these blocks, at least the last; None where there are none.
-        """
+        return DynamicCache()
 
     def chunk_edges(self, prompt_tokens: int, start: int) -> list[int]:
         """Borders of the chunks that prefill tokens ``[start, prompt_tokens)``, both ends included.
@@ -109,23 +101,22 @@ class Engine(ABC):
         tail = (prompt_tokens - 1) // self.layout.block_tokens * self.layout.block_tokens
         return [*range(start, tail, self._chunk_tokens), max(start, tail), prompt_tokens]
 
-    def prefill(self, prompt: torch.Tensor, cache: Any, start: int) -> torch.Tensor:
-        """Compute tokens from ``start`` on top of a cache that holds those before, and append their KV to it.
+    def prefill(self, prompt: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+        """Compute the tokens of a prompt that a cache does not have yet, and append their KV to it.
 
         Args:
             prompt: token ids, ``[prompt_tokens]``.
-            cache: holds ``start`` tokens; changed in place.
-            start: first token to compute, less than ``prompt_tokens``.
+            cache: holds less than ``prompt_tokens`` of them; changed in place.
 
         Returns:
             Logits behind the last token, ``[vocabulary]``.
         """
-        *edges, tail, _ = self.chunk_edges(prompt.shape[0], start)
+        *edges, tail, _ = self.chunk_edges(prompt.shape[0], cache.get_seq_length())
         for first, last in pairwise([*edges, tail]):
             self.read(prompt[first:last], cache)
         return self.read(prompt[tail:], cache)
 
-    def decode(self, logits: torch.Tensor, cache: Any, new_tokens: int) -> tuple[list[int], float]:
+    def decode(self, logits: torch.Tensor, cache: DynamicCache, new_tokens: int) -> tuple[list[int], float]:
         """Generate greedily.
 
         Returns:
@@ -147,7 +138,7 @@ class Engine(ABC):
                 return tokens, smallest_margin
             logits = self.read(token.view(1), cache)
 
-    def agreement(self, logits: torch.Tensor, cache: Any, tokens: Sequence[int]) -> int:
+    def agreement(self, logits: torch.Tensor, cache: DynamicCache, tokens: Sequence[int]) -> int:
         """How many of these tokens it would have generated itself, each behind those before it.
 
         Args:
@@ -163,30 +154,9 @@ class Engine(ABC):
             logits = self.read(torch.tensor([token]), cache)
         return alike
 
-    def empty_states(self, blocks: int) -> States:
-        """Memory for keys and values of each layer, for so many blocks; NaN, so that a byte not written shows."""
-        import torch
-
-        shape = (self.layout.num_kv_heads, blocks * self.layout.block_tokens, self.layout.head_dim)
-        dtype = getattr(torch, self.layout.dtype)
-
-        def empty() -> torch.Tensor:
-            return torch.full(shape, float("nan"), dtype=dtype)
-
-        return [(empty(), empty()) for _ in range(self.layout.num_layers)]
-
-    def pages_of(self, states: States) -> PagedKV:
-        """The full blocks of keys and values, in place: page n is block n."""
-        tokens = self.layout.block_tokens
-        blocks = states[0][0].shape[1] // tokens
-        layers = [
-            tuple(state[:, : blocks * tokens].unflatten(1, (blocks, tokens)) for state in layer) for layer in states
-        ]
-        return PagedKV.from_layers(self.layout, layers, axes="head page token dim")
-
 
 class LlamaEngine(Engine):
-    """A causal language model of transformers, with its cache.
+    """A causal language model of transformers.
 
     Args:
         model: on the CPU, in evaluation mode.
@@ -202,28 +172,15 @@ class LlamaEngine(Engine):
             dtype=str(model.dtype).removeprefix("torch."),
             block_tokens=block_tokens,
         )
-        super().__init__(layout, sum(weight.numel() for weight in model.parameters()))
-        self._model = model
+        super().__init__(model, layout, sum(weight.numel() for weight in model.parameters()))
+        # Its name has changed with transformers 5.24.
+        names = signature(model.model.forward).parameters
+        self._cache_name = "cache" if "cache" in names else "past_key_values"
 
     def read(self, tokens: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
         """See ``Engine``."""
-        output = self._model.model(input_ids=tokens[None], past_key_values=cache, use_cache=True)
-        return self._model.lm_head(output.last_hidden_state[0, -1])
-
-    def states_of(self, cache: DynamicCache) -> States:
-        """See ``Engine``."""
-        return [(layer.keys[0], layer.values[0]) for layer in cache.layers]
-
-    def cache_of(self, states: States, blocks: int, before: torch.Tensor | None = None) -> DynamicCache:
-        """See ``Engine``."""
-        from transformers import DynamicCache
-
-        cache = DynamicCache()
-        tokens = blocks * self.layout.block_tokens
-        if tokens:
-            for layer, (keys, values) in enumerate(states):
-                cache.update(keys[None, :, :tokens], values[None, :, :tokens], layer)
-        return cache
+        output = self.model.model(input_ids=tokens[None], use_cache=True, **{self._cache_name: cache})
+        return self.model.lm_head(output.last_hidden_state[0, -1])
 
 
 def load_model(directory: Path, shape: ModelShape, seed: int, max_tokens: int) -> LlamaForCausalLM:

@@ -1,12 +1,12 @@
 """The demo's engine for a trained model: the small one by which ``kvstore quality`` measures codecs.
 
 With random weights any change of the KV, however small, soon changes every token; with trained ones it shows what a
-lossy codec does to text. Prompts are text that the model was not trained on. torch is imported inside functions.
+lossy codec does to text. Prompts are text that the model was not trained on. torch and transformers are imported inside
+functions.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache as once
 from hashlib import sha256
 from importlib.resources import files
@@ -15,76 +15,35 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvstore.cli.demo_model import Engine
-from kvstore.cli.quality.model import EMBEDDING_GAIN, LAYERS, SmallModel, load_arrays
+from kvstore.cli.quality.model import SmallModel, load_arrays
 
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
-
-    from kvstore.cli.demo_model import States
+    from transformers import DynamicCache
 
 __all__ = ["TrainedEngine", "draw_texts", "trained_revision"]
 
 
-@dataclass(slots=True)
-class TrainedCache:
-    """KV of a sequence.
-
-    Attributes:
-        states: keys and values ``[num_kv_heads, tokens, head_dim]`` of each layer.
-        last_token: the sequence's last token id ``[1]``; None where it is empty.
-    """
-
-    states: States
-    last_token: torch.Tensor | None
-
-
 class TrainedEngine(Engine):
-    """The small trained model.
-
-    Some of its heads have the keys of the token before, so the last token that is in the cache is read once more with
-    those that follow; what the cache has of it stays.
-    """
+    """The small trained model."""
 
     def __init__(self, block_tokens: int) -> None:
+        from kvstore.cli.demo_trained_model import TrainedModel
+
         weights = [array for array in load_arrays().values() if array.dtype == np.float16]
-        super().__init__(SmallModel.layout(block_tokens), sum(array.size for array in weights))
-        self._model = SmallModel()
+        super().__init__(TrainedModel(), SmallModel.layout(block_tokens), sum(array.size for array in weights))
 
-    def read(self, tokens: torch.Tensor, cache: TrainedCache) -> torch.Tensor:
+    def read(self, tokens: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
         """See ``Engine``."""
-        import torch
-        from torch.nn import functional
+        return self.model(input_ids=tokens[None], past_key_values=cache)
 
-        model, past = self._model, cache.states[0][0].shape[1]
-        again = 0 if cache.last_token is None else 1
-        read = tokens if cache.last_token is None else torch.cat([cache.last_token, tokens])
-        places = torch.arange(past + len(tokens))
-        mask = places <= places[past - again :, None]
-        hidden = model._weights["embedding"][read[None]] * EMBEDDING_GAIN
-        for layer in range(LAYERS):
-            queries, keys, values = model._projections(layer, hidden, past - again)
-            known_keys, known_values = (
-                torch.cat([old, new[0, :, again:].to(old.dtype)], dim=1)
-                for old, new in zip(cache.states[layer], (keys, values), strict=True)
-            )
-            cache.states[layer] = known_keys, known_values
-            attended = functional.scaled_dot_product_attention(
-                queries, known_keys[None].float(), known_values[None].float(), attn_mask=mask, enable_gqa=True
-            )
-            hidden = model._behind_attention(layer, hidden, attended)
-        cache.last_token = tokens[-1:]
-        return model._normed("final_norm", hidden[0, -1]) @ model._weights["embedding"].T
-
-    def states_of(self, cache: TrainedCache) -> States:
+    def prefill(self, prompt: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
         """See ``Engine``."""
-        return cache.states
-
-    def cache_of(self, states: States, blocks: int, before: torch.Tensor | None = None) -> TrainedCache:
-        """See ``Engine``."""
-        tokens = blocks * self.layout.block_tokens
-        last_token = before[tokens - 1 : tokens] if before is not None and tokens else None
-        return TrainedCache([(keys[:, :tokens], values[:, :tokens]) for keys, values in states], last_token)
+        past = cache.get_seq_length()
+        if past:  # loaded: the cache has no token of it yet
+            cache.last_token = prompt[past - 1 : past]
+        return super().prefill(prompt, cache)
 
 
 @once

@@ -77,6 +77,7 @@ class FakeTensorStore:
         parent: bytes | None = None,
         lineage: int | LoadReport = 255,
         request: int | None = None,
+        stream: object = None,
     ) -> SaveReport:
         self.requests.append(request)
         statuses = []
@@ -88,7 +89,13 @@ class FakeTensorStore:
         return SaveReport(tuple(statuses), reasons, raw_bytes=stored_bytes, stored_bytes=stored_bytes)
 
     def load_blocks(
-        self, keys: Sequence[bytes], target: PagedKV, *, pages: Any, request: int | None = None
+        self,
+        keys: Sequence[bytes],
+        target: PagedKV,
+        *,
+        pages: Any,
+        request: int | None = None,
+        stream: object = None,
     ) -> LoadReport:
         self.requests.append(request)
         failure, loaded = None, 0
@@ -103,6 +110,9 @@ class FakeTensorStore:
         detail = "" if failure is None else f"block {loaded}: {failure}"
         total = loaded * self.layout.block_bytes
         return LoadReport(loaded, (255,) * loaded, 255, failure, detail, raw_bytes=total, stored_bytes=total)
+
+    def close(self) -> None:
+        pass
 
     def remove(self, keys: Sequence[bytes]) -> int:
         return sum(self.blocks.pop(key, None) is not None for key in keys)

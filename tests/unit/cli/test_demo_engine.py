@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,10 +16,9 @@ from fakes.fake_tensor_store import FakeTensorStore
 
 from kvstore.cli.demo_engine import EngineReport, EngineTask, Role, answer, revision_of
 from kvstore.cli.demo_model import MODEL_SHAPES, TRAINED, Engine, LlamaEngine, load_model
-from kvstore.cli.demo_store import block_pages
 from kvstore.cli.demo_trained import TrainedEngine, draw_texts, trained_revision
 from kvstore.cli.quality.model import SmallModel
-from kvstore.errors import KVStoreError
+from kvstore.errors import ConnectionLost, KVStoreError
 from kvstore.protocol.keys import chain_keys
 from kvstore_client.tensors import Failure
 
@@ -67,8 +67,16 @@ class Prepared:
         expected: list[int] | None = None,
     ) -> EngineReport:
         prompt = self.prompt if prompt is None else prompt
-        with self.torch.inference_mode():
-            return answer(self.engine, store, prompt, self.task(role, expected))  # type: ignore[arg-type]
+        with ExitStack() as stack:
+            cached = None
+            if store is not None:
+                patch = stack.enter_context(pytest.MonkeyPatch.context())
+                patch.setattr("kvstore_client.integrations.transformers.TensorStore", lambda *_, **__: store)
+                from kvstore_client.integrations.transformers import CacheStore
+
+                cached = stack.enter_context(CacheStore(self.engine.model, revision="1", block_tokens=BLOCK_TOKENS))
+            stack.enter_context(self.torch.inference_mode())
+            return answer(self.engine, cached, prompt, self.task(role, expected))
 
     @property
     def keys(self) -> list[bytes]:
@@ -240,31 +248,19 @@ def test_rejected_put_is_an_error_that_names_the_block(prepared: Prepared) -> No
         prepared.answer(prepared.store(reject={prepared.keys[4]}), "store")
 
 
-def test_pages_of_a_cache_are_its_blocks_in_place(prepared: Prepared) -> None:
-    torch, engine = prepared.torch, prepared.engine
-    states = engine.empty_states(3)
-    draw = torch.Generator().manual_seed(2)
-    for keys, values in states:
-        keys.normal_(generator=draw)
-        values.normal_(generator=draw)
-    cache = engine.cache_of(states, 3)
-    assert cache.get_seq_length() == 3 * BLOCK_TOKENS
+def test_a_store_that_goes_away_is_an_error(prepared: Prepared) -> None:
     store = prepared.store()
-    names = [bytes([number]) * 32 for number in range(3)]
-    assert store.save_blocks(names, engine.pages_of(engine.states_of(cache)), pages=block_pages(0, 3)).stored == 3
-    block = torch.frombuffer(bytearray(store.blocks[names[1]]), dtype=torch.float32).view(engine.layout.shape)
-    token, head = BLOCK_TOKENS + 3, 1
-    assert torch.equal(block[1, 0, 3, head], states[1][0][head, token])
-    assert torch.equal(block[1, 1, 3, head], states[1][1][head, token])
-    target = engine.empty_states(3)
-    store.load_blocks(names, engine.pages_of(target), pages=block_pages(0, 3))
-    for loaded, stored in zip(target, states, strict=True):
-        assert all(torch.equal(one, other) for one, other in zip(loaded, stored, strict=True))
 
+    def gone(*_: Any, **__: Any) -> Any:
+        raise ConnectionLost("gone")
 
-def test_partial_block_of_a_cache_has_no_page(prepared: Prepared) -> None:
-    states = [(keys[:, :-1], values[:, :-1]) for keys, values in prepared.engine.empty_states(3)]
-    assert prepared.engine.pages_of(states).num_pages == 2
+    store.match = gone  # type: ignore[method-assign]
+    with pytest.raises(KVStoreError, match="the store could not be reached"):
+        prepared.answer(store)
+    store = prepared.store()
+    store.save_blocks = gone  # type: ignore[method-assign]
+    with pytest.raises(KVStoreError, match="the store could not be reached"):
+        prepared.answer(store, "store")
 
 
 # ------------------------------------------------------------------ the trained model
@@ -279,7 +275,7 @@ def trained(prepared: Prepared) -> Prepared:
 def test_trained_model_says_in_steps_what_it_says_at_once(trained: Prepared) -> None:
     torch, engine, model = trained.torch, trained.engine, SmallModel()
     with torch.inference_mode():
-        cache = engine.cache_of(engine.empty_states(0), 0)
+        cache = engine.new_cache()
         engine.read(trained.prompt[:50], cache)
         engine.read(trained.prompt[50:51], cache)
         logits = engine.read(trained.prompt[51:60], cache)
@@ -287,9 +283,9 @@ def test_trained_model_says_in_steps_what_it_says_at_once(trained: Prepared) -> 
         kv = model.prefill(trained.prompt[None, :60])
     assert torch.allclose(logits, expected[0, -1], atol=0.2)
     assert int(logits.argmax()) == int(expected[0, -1].argmax())
-    for layer, (keys, values) in enumerate(engine.states_of(cache)):
-        assert torch.allclose(keys.float(), kv[0, layer, 0].transpose(0, 1).float(), atol=0.1, rtol=0.05)
-        assert torch.allclose(values.float(), kv[0, layer, 1].transpose(0, 1).float(), atol=0.1, rtol=0.05)
+    for states, layer in zip(cache.layers, kv[0], strict=True):
+        assert torch.allclose(states.keys[0].float(), layer[0].transpose(0, 1).float(), atol=0.1, rtol=0.05)
+        assert torch.allclose(states.values[0].float(), layer[1].transpose(0, 1).float(), atol=0.1, rtol=0.05)
 
 
 def test_trained_model_goes_on_from_loaded_blocks_with_the_same_bits(trained: Prepared) -> None:
