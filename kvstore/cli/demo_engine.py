@@ -38,13 +38,12 @@ from kvstore.errors import KVStoreError
 from kvstore.format.constants import FIDELITY_EXACT
 from kvstore.protocol.messages import PutStatus
 from kvstore.protocol.namespace import Namespace
-from kvstore_client.tensors import LoadReport, SaveReport
+from kvstore_client.tensors import LoadReport, SaveReport, TensorStore
 
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from kvstore_client import Client
     from kvstore_client.integrations.transformers import CacheStore
 
 __all__ = ["ERROR_PREFIX", "EngineReport", "EngineTask", "Role", "answer", "main", "run"]
@@ -248,21 +247,29 @@ def run(task: EngineTask) -> EngineReport:
         if task.role == "cold":
             return answer(engine, None, prompt, task)
         with _connected(task, engine, revision, _WARM_UP) as store:
-            block = other[: engine.layout.block_tokens + 1]
-            warm = store.load(block)
-            engine.prefill(block, warm)
-            warm.save()
-            store.load(block)
-            _client(store).clear()
+            _warm_up(engine, store, other[: task.block_tokens])
         with _connected(task, engine, revision, _NAMESPACE) as store:
-            _client(store).ping()
+            _tensors(store).client.ping()
             return answer(engine, store, prompt, task)
 
 
-def _client(store: CacheStore) -> Client:
-    """The connection; there is one, since it was required."""
+def _warm_up(engine: Engine, store: CacheStore, block: torch.Tensor) -> None:
+    """Store a block and load it, beneath the caches: the daemon counts no lookup of a prompt."""
+    import torch
+
+    with store.empty() as cache:
+        engine.prefill(block, cache)
+    tensors = _tensors(store)
+    tensors.load_blocks(
+        tensors.chain_keys(block.numpy()), torch.empty(engine.layout.shape, dtype=getattr(torch, engine.layout.dtype))
+    )
+    tensors.client.clear()
+
+
+def _tensors(store: CacheStore) -> TensorStore:
+    """What a store of caches saves to and loads from; it is there, since it was required."""
     assert store.tensors is not None
-    return store.tensors.client
+    return store.tensors
 
 
 def _prepare(task: EngineTask) -> tuple[Engine, str, NDArray[np.int64]]:
