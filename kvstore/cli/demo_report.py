@@ -144,7 +144,7 @@ def _comparison(report: DemoReport) -> Table:
 
     processes = (report.stored, report.loaded, report.cold)
     count, size, latency = render.count, render.size, render.latency
-    made = render.table("Comparison", ["", "A: stores", "B: from the store", "C: no store"])
+    made = _foldable(render.table("Comparison", ["", "A: stores", "B: from the store", "C: no store"]))
     made.add_row("tokens matched", *(count(process.matched_tokens) for process in processes))
     made.add_row("prompt tokens computed", *(count(process.computed_tokens) for process in processes))
     made.add_row("KV moved", *(size(process.kv_bytes) for process in processes))
@@ -156,6 +156,13 @@ def _comparison(report: DemoReport) -> Table:
     made.add_row("speed-up", render.NOTHING, Text(f"{report.speed_up:.1f}x", style="bold"), render.NOTHING)
     made.add_row("tokens as C's", *(_alike(process, report.cold) for process in processes[:2]), render.NOTHING)
     made.add_row("  given those before", render.NOTHING, _of(report.loaded.expected, report), render.NOTHING)
+    return made
+
+
+def _foldable(made: Table) -> Table:
+    """On a narrow terminal cells take several lines: a figure that is cut off would be another one."""
+    for column in made.columns:
+        column.no_wrap, column.overflow = False, "fold"
     return made
 
 
@@ -179,7 +186,7 @@ def _of(count: int, report: DemoReport) -> str:
 def _outcome(report: DemoReport) -> Table:
     from rich.text import Text
 
-    made = render.table("Outcome", ["", render.text_column("")], show_header=False)
+    made = _foldable(render.table("Outcome", ["", render.text_column("")], show_header=False))
     made.add_row(Text("tokens identical", style="dim"), _identical(report))
     logits = "identical to the bit" if report.logits_identical else "not identical to the bit"
     made.add_row(Text("first logits", style="dim"), logits)
@@ -209,7 +216,7 @@ def _shown(tokens: list[int]) -> str:
 
 
 def _tiers(tiers: list[TierReport]) -> Table:
-    made = render.table("Tiers", ["tier", "capacity", "used", "blocks", "hit rate", "blocks hit / asked"])
+    made = _foldable(render.table("Tiers", ["tier", "capacity", "used", "blocks", "hit rate", "blocks hit / asked"]))
     for tier in tiers:
         made.add_row(
             tier.tier,

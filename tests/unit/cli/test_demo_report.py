@@ -161,6 +161,17 @@ def test_tables_with_large_values_fit_80_columns(codec: str) -> None:
     assert {line.split()[0] for line in lines if line.strip()} >= {"Comparison", "Outcome", "Tiers", "dram"}
 
 
+@pytest.mark.parametrize("width", [40, 50, 60])
+def test_tables_on_a_narrow_terminal_cut_nothing_off(width: int) -> None:
+    lines = shown(demo_report("turbo4-3", tokens=[1, *TOKENS[1:]]), width).splitlines()
+    assert max(map(len, lines)) <= width
+    assert not any("…" in line for line in lines)
+    folded, wide = (
+        "".join("".join(text).split()) for text in (lines, shown(demo_report("turbo4-3", tokens=[1, *TOKENS[1:]])))
+    )
+    assert sorted(folded.replace("─", "")) == sorted(wide.replace("─", ""))
+
+
 @pytest.mark.parametrize("as_json", [True, False])
 def test_command_whose_tokens_differ_shows_the_outcome_and_exits_with_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], as_json: bool
