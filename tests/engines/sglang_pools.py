@@ -15,10 +15,7 @@ import types
 import warnings
 from typing import Any
 
-import pytest
 import torch
-
-pytest.importorskip("sglang", reason="SGLang is not installed; run tests/engines/sglang_env")
 
 
 class _Played(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -51,6 +48,7 @@ with warnings.catch_warnings():
     from sglang.srt.managers.cache_controller import HiCacheController  # noqa: F401
     from sglang.srt.mem_cache.device_pool_info import KVBufferLayout, KVBuffers, MHABufferInfo, MLABufferInfo
     from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig
+    from sglang.srt.mem_cache.pool_host.mamba import MambaPoolHost
     from sglang.srt.mem_cache.pool_host.mha import AsymmetricMHATokenToKVPoolHost, MHATokenToKVPoolHost
     from sglang.srt.mem_cache.pool_host.mla import MLATokenToKVPoolHost
 
@@ -117,6 +115,20 @@ def mla_pool(layout: str, *, page: int = PAGE, dtype: torch.dtype = torch.bfloat
         end_layer=LAYERS,
         target_layer_num=LAYERS,
     )
+
+
+def mamba_pool() -> Any:
+    """SGLang's ``MambaPoolHost`` with its buffers, made without the device pool that it mirrors."""
+    pool = object.__new__(MambaPoolHost)
+    pool.layout, pool.page_size, pool.dtype, pool.device, pool.pin_memory = "page_first", 1, torch.float32, "cpu", False
+    pool.num_mamba_layers, pool.slot_state_device_tensors, pool.slot_state_buffers = 2, [], []
+    pool.temporal_dtype, pool.temporal_state_elem_size = torch.float32, 24
+    pool.conv_dtype, pool.conv_state_elem_sizes, pool.conv_state_shapes = torch.bfloat16, [10], [(2, 5)]
+    pool.temporal_buffer = torch.randn(6, 2, 24)
+    pool.conv_buffer = [torch.randn(6, 2, 10).to(torch.bfloat16)]
+    pool.kv_buffer = [pool.temporal_buffer, *pool.conv_buffer]
+    pool.layer_num = pool.start_layer = pool.end_layer = 0
+    return pool
 
 
 def fill(pool: Any, seed: int = 0) -> None:
