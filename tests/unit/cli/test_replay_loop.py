@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import NoneType
 from typing import Annotated, Any, get_args, get_origin
 
 import msgspec
@@ -19,11 +20,13 @@ BLOCK_BYTES = 100
 
 
 def zeros(kind: Any) -> Any:
-    """A value of a type of statistics that is nothing: 0, "", empty, or a struct of such."""
+    """A value of a type of statistics that is nothing: 0, "", empty, None, or a struct of such."""
     if get_origin(kind) is Annotated:
         kind = get_args(kind)[0]
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
         return kind(**{field.name: zeros(field.type) for field in msgspec.structs.fields(kind)})
+    if NoneType in get_args(kind):
+        return None
     return (get_origin(kind) or kind)()
 
 

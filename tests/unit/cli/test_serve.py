@@ -64,7 +64,7 @@ def test_serve_with_every_flag_sets_every_setting(
             "replay_endpoint": "",
             "topic": "",
             "buffer_steps": 10_000,
-            "hwm": 100_000,
+            "hwm": 10_000,
             "heartbeat_s": 2.0,
         },
         "dram": {
