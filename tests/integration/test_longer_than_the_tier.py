@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 
@@ -179,6 +180,19 @@ def test_save_of_blocks_that_the_codec_cannot_hold_goes_on_behind_them(daemon: D
 # ---------------------------------------------------------------- several at a time
 
 
+def put_until_answered(client: Client, keys: list[bytes], begin: int, end: int, request: int) -> list[PutStatus]:
+    """Put blocks of a chain, throttled ones again: what is put behind a gap cannot be reached."""
+    statuses: list[PutStatus] = []
+    give_up = time.monotonic() + 20
+    while (at := begin + len(statuses)) < end:
+        assert time.monotonic() < give_up, "throttled for good"
+        parent = keys[at - 1] if at else None
+        answers = client.put_many(keys[at:end], [PAYLOAD] * (end - at), parent=parent, request=request)
+        throttled = answers.index(PutStatus.THROTTLED) if PutStatus.THROTTLED in answers else len(answers)
+        statuses += answers[:throttled]
+    return statuses
+
+
 @pytest.mark.parametrize("mapped", [True, False], ids=["mapped", "socket"])
 def test_two_engines_that_save_at_once_both_end_with_true_answers(daemon: DaemonProcess, namespace: str, mapped: bool):
     ends: dict[int, tuple[list[bytes], list[PutStatus]]] = {}
@@ -191,8 +205,7 @@ def test_two_engines_that_save_at_once_both_end_with_true_answers(daemon: Daemon
             statuses: list[PutStatus] = []
             request = client.match(keys).request
             for at in range(0, BLOCKS, 4):
-                parent = keys[at - 1] if at else None
-                statuses += client.put_many(keys[at : at + 4], [PAYLOAD] * 4, parent=parent, request=request)
+                statuses += put_until_answered(client, keys, at, at + 4, request)
             ends[number] = keys, statuses
 
     threads = [threading.Thread(target=engine, args=(number,)) for number in range(2)]
