@@ -404,13 +404,18 @@ class NamespaceStats(msgspec.Struct, kw_only=True):
         return f"{model} {self.codec}"
 
 
-class SlotClassStats(msgspec.Struct, kw_only=True):
-    """One slot size: slabs cut for it, and slots by state."""
+class SlotClassStats(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """One slot size: slabs cut for it, and slots by state.
+
+    ``cut_slots`` is what the slabs hold, counted slab by slab, adjacent ones that are cut as one together; 0 of a
+    daemon that does not say.
+    """
 
     slot_bytes: Unsigned
     slabs: Unsigned
     used_slots: Unsigned
     free_slots: Unsigned
+    cut_slots: Unsigned = 0
 
 
 class DramStats(msgspec.Struct, kw_only=True):

@@ -126,6 +126,7 @@ class Statistics:
                     slabs=slots.joined,
                     used_slots=slots.used_slots,
                     free_slots=slots.free_slots,
+                    cut_slots=sum(slab.slots for slab in slots.slabs.values()),
                 )
                 for slots in sorted(slabs.classes.values(), key=lambda slots: slots.slot_pages)
             ],

@@ -75,19 +75,14 @@ def leaked_slots(stats: DaemonStats) -> int:
 
 
 def accounting_problems(stats: DaemonStats) -> list[str]:
-    """Where free and used slots and slabs do not add up, in words. No slab may be in between two sizes.
-
-    Adjacent slabs that are cut as one have slots of their own across their borders; how many were joined only the
-    daemon knows, whose ``verify`` counts them exactly.
-    """
+    """Where free and used slots and slabs do not add up, in words. No slab may be in between two sizes."""
     dram = stats.dram
     problems = [
         f"{slots.used_slots} used and {slots.free_slots} free slots of {slots.slot_bytes} bytes are not the "
         f"{slots.slabs} slabs they were cut from"
         for slots in dram.classes
-        if not slots.slabs * (dram.slab_bytes // slots.slot_bytes)
-        <= slots.used_slots + slots.free_slots
-        <= slots.slabs * dram.slab_bytes // slots.slot_bytes
+        if slots.used_slots + slots.free_slots != slots.cut_slots
+        or slots.cut_slots * slots.slot_bytes > slots.slabs * dram.slab_bytes
     ]
     slabs = sum(slots.slabs for slots in dram.classes) + dram.free_slabs
     if slabs * dram.slab_bytes != dram.populated_bytes:

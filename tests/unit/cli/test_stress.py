@@ -116,12 +116,18 @@ def test_leaked_slots_and_accounting_of_a_daemon_that_adds_up_are_none():
     dram.granted_bytes = dram.limbo_bytes = 0
     dram.records = sum(slots.used_slots for slots in dram.classes)
     for slots in dram.classes:
-        slots.free_slots = slots.slabs * (dram.slab_bytes // slots.slot_bytes) - slots.used_slots
+        slots.cut_slots = slots.slabs * (dram.slab_bytes // slots.slot_bytes)
+        slots.free_slots = slots.cut_slots - slots.used_slots
     dram.populated_bytes = (sum(slots.slabs for slots in dram.classes) + dram.free_slabs) * dram.slab_bytes
     assert leaked_slots(stats) == 0
     assert accounting_problems(stats) == []
     dram.classes[0].used_slots += 1
     assert leaked_slots(stats) == 1
+    assert len(accounting_problems(stats)) == 1
+    # More than the slabs have room for, also where slots lie across joined ones.
+    dram.classes[0].used_slots -= 1
+    dram.classes[0].slabs = dram.classes[0].cut_slots * dram.classes[0].slot_bytes // dram.slab_bytes
+    dram.populated_bytes = (sum(slots.slabs for slots in dram.classes) + dram.free_slabs) * dram.slab_bytes
     assert len(accounting_problems(stats)) == 1
     dram.limbo_bytes = 4096
     dram.free_slabs += 1
