@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from kvstore.errors import InvalidArgument
 from kvstore.format.constants import CODECS_BY_NAME
-from kvstore.protocol.endpoint import check_endpoint
 from kvstore_client.base import OnUnknownRevision
+from kvstore_client.integrations.settings import MOST_THREADS, Checks
 
 __all__ = ["HiCacheSettings"]
 
@@ -28,7 +26,7 @@ _OF_SGLANG: Final = (
 """Keys of the same dictionary that SGLang reads itself; it takes some of them out before."""
 
 _EXACT: Final = ("raw", "lossless", "lossless-zstd")
-_MOST_THREADS: Final = 64
+_CHECKS: Final = Checks("kvstore HiCache")
 _TEXTS: Final = ("codec", "exact_codec", "name", "revision", "tenant_salt", "identity")
 
 
@@ -74,34 +72,20 @@ class HiCacheSettings:
     interface_v1: bool = False
 
     def __post_init__(self) -> None:
-        for name in _TEXTS:
-            if not isinstance(getattr(self, name), str):
-                raise _wrong(name, "text", getattr(self, name))
-        for name in ("endpoint", "directory"):
-            if getattr(self, name) is not None and not isinstance(getattr(self, name), str):
-                raise _wrong(name, "text", getattr(self, name))
-        if self.endpoint is not None:
-            check_endpoint(self.endpoint)
-        if self.mapped not in (None, True, False):
-            raise _wrong("mapped", "true, false or null", self.mapped)
-        if self.unknown_revision not in ("warn", "refuse", "ignore"):
-            raise _wrong("unknown_revision", "'warn', 'refuse' or 'ignore'", self.unknown_revision)
-        if self.fidelity not in ("any", "exact"):
-            raise _wrong("fidelity", "'any' or 'exact'", self.fidelity)
+        _CHECKS.texts(self, _TEXTS)
+        _CHECKS.connection(self)
+        _CHECKS.one_of(self, "fidelity", "any", "exact")
         if not self.name:
-            raise _wrong("name", "text that is not empty", self.name)
+            raise _CHECKS.wrong("name", "text that is not empty", self.name)
         self._check_codecs()
-        for name in ("timeout_s", "retry_s"):
-            if not _is_number(getattr(self, name)) or not 0 < getattr(self, name) <= 3600:
-                raise _wrong(name, "a number of seconds above 0 and up to 3600", getattr(self, name))
-        if not _is_whole(self.threads) or not 1 <= self.threads <= _MOST_THREADS:
-            raise _wrong("threads", f"a whole number from 1 to {_MOST_THREADS}", self.threads)
+        _CHECKS.seconds(self, "timeout_s", "retry_s")
+        _CHECKS.count(self, "threads", MOST_THREADS)
 
     def _check_codecs(self) -> None:
         if self.codec not in CODECS_BY_NAME:
-            raise _wrong("codec", f"one of {', '.join(CODECS_BY_NAME)}", self.codec)
+            raise _CHECKS.wrong("codec", f"one of {', '.join(CODECS_BY_NAME)}", self.codec)
         if self.exact_codec not in _EXACT:
-            raise _wrong("exact_codec", f"one of {', '.join(_EXACT)}", self.exact_codec)
+            raise _CHECKS.wrong("exact_codec", f"one of {', '.join(_EXACT)}", self.exact_codec)
         if self.fidelity == "exact" and self.codec not in _EXACT:
             raise InvalidArgument(
                 f"kvstore HiCache: fidelity 'exact' and the lossy codec {self.codec!r}: use one of {', '.join(_EXACT)}"
@@ -119,26 +103,7 @@ class HiCacheSettings:
         Raises:
             InvalidArgument: a key that is no setting, named with those that are; or a wrong value.
         """
-        given = {key: value for key, value in (extra_config or {}).items() if key not in _OF_SGLANG}
-        known = [field.name for field in fields(cls)]
-        unknown = [key for key in given if key not in known]
-        if unknown:
-            near = difflib.get_close_matches(str(unknown[0]), known, 1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise InvalidArgument(
-                f"kvstore HiCache: unknown setting {', '.join(map(repr, unknown))}{hint}; known are {', '.join(known)}"
-            )
+        own = {key: value for key, value in (extra_config or {}).items() if key not in _OF_SGLANG}
+        given = _CHECKS.given(own, cls)
         given["interface_v1"] = bool(given.get("interface_v1", False))
         return cls(**given)
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _wrong(name: str, wanted: str, got: object) -> InvalidArgument:
-    return InvalidArgument(f"kvstore HiCache: {name} must be {wanted}, got {got!r}")

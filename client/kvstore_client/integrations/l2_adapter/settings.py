@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, Final, cast
+from dataclasses import dataclass
+from typing import Any, Final
 
 from kvstore.errors import InvalidArgument
 from kvstore.format.constants import CODECS_BY_NAME, EXACT_CODECS
-from kvstore.protocol.endpoint import check_endpoint
-from kvstore.protocol.version import MAX_LEASE_MS
 from kvstore_client.base import OnUnknownRevision
+from kvstore_client.integrations.settings import MOST_THREADS, Checks, is_number, is_whole
 
 __all__ = ["AdapterSettings"]
 
-_MOST_THREADS: Final = 64
+_CHECKS: Final = Checks("kvstore L2 adapter")
 _MOST_DIM: Final = 1 << 16
 
 
@@ -69,40 +66,29 @@ class AdapterSettings:
     def __post_init__(self) -> None:
         for name in ("codec", "name"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
-                raise _wrong(name, "text that is not empty", getattr(self, name))
-        for name in ("endpoint", "directory"):
-            if getattr(self, name) is not None and not isinstance(getattr(self, name), str):
-                raise _wrong(name, "text", getattr(self, name))
-        if self.endpoint is not None:
-            check_endpoint(self.endpoint)
-        if self.mapped not in (None, True, False):
-            raise _wrong("mapped", "true, false or null", self.mapped)
+                raise _CHECKS.wrong(name, "text that is not empty", getattr(self, name))
+        _CHECKS.connection(self)
         given = self.revision.items() if isinstance(self.revision, Mapping) else [("", self.revision)]
         if not all(isinstance(model, str) and isinstance(revision, str) for model, revision in given):
-            raise _wrong("revision", "text, or an object from model names to text", self.revision)
-        if self.unknown_revision not in ("warn", "refuse", "ignore"):
-            raise _wrong("unknown_revision", "'warn', 'refuse' or 'ignore'", self.unknown_revision)
-        for name in ("timeout_s", "task_timeout_s"):
-            if not _is_number(getattr(self, name)) or not 0 < getattr(self, name) <= 3600:
-                raise _wrong(name, "a number of seconds above 0 and up to 3600", getattr(self, name))
-        if not _is_number(self.retry_s) or not 0 <= self.retry_s <= 3600:
-            raise _wrong("retry_s", "a number of seconds from 0 to 3600", self.retry_s)
-        if not _is_number(self.lease_s) or not 0 <= self.lease_s <= MAX_LEASE_MS / 1000:
-            raise _wrong("lease_s", f"a number of seconds from 0 to {MAX_LEASE_MS // 1000}", self.lease_s)
-        for name, most in (("load_threads", _MOST_THREADS), ("codec_threads", _MOST_THREADS), ("layouts", 256)):
-            if not _is_whole(getattr(self, name), most):
-                raise _wrong(name, f"a whole number from 1 to {most}", getattr(self, name))
-        if self.queued_bytes is not None and not _is_whole(self.queued_bytes, 1 << 62):
-            raise _wrong("queued_bytes", "a whole number of at least 1, or null", self.queued_bytes)
+            raise _CHECKS.wrong("revision", "text, or an object from model names to text", self.revision)
+        _CHECKS.seconds(self, "timeout_s", "task_timeout_s")
+        if not is_number(self.retry_s) or not 0 <= self.retry_s <= 3600:
+            raise _CHECKS.wrong("retry_s", "a number of seconds from 0 to 3600", self.retry_s)
+        _CHECKS.lease(self)
+        for name, most in (("load_threads", MOST_THREADS), ("codec_threads", MOST_THREADS), ("layouts", 256)):
+            _CHECKS.count(self, name, most)
+        if self.queued_bytes is not None and (not is_whole(self.queued_bytes) or not 1 <= self.queued_bytes <= 1 << 62):
+            raise _CHECKS.wrong("queued_bytes", "a whole number of at least 1, or null", self.queued_bytes)
         for name in ("head_dim", "rotary_dim"):
-            if getattr(self, name) is not None and not _is_whole(getattr(self, name), _MOST_DIM):
-                raise _wrong(name, f"a whole number from 1 to {_MOST_DIM}, or null", getattr(self, name))
+            value = getattr(self, name)
+            if value is not None and (not is_whole(value) or not 1 <= value <= _MOST_DIM):
+                raise _CHECKS.wrong(name, f"a whole number from 1 to {_MOST_DIM}, or null", value)
         self._check_codec()
 
     def _check_codec(self) -> None:
         codec = CODECS_BY_NAME.get(self.codec)
         if codec is None:
-            raise _wrong("codec", f"one of {', '.join(CODECS_BY_NAME)}", self.codec)
+            raise _CHECKS.wrong("codec", f"one of {', '.join(CODECS_BY_NAME)}", self.codec)
         if codec not in EXACT_CODECS and self.head_dim is None and self.rotary_dim is None:
             raise InvalidArgument(
                 f"kvstore L2 adapter: codec {self.codec!r} works on attention heads, and LMCache's chunks do not say "
@@ -117,29 +103,8 @@ class AdapterSettings:
         Raises:
             InvalidArgument: a key that is no setting, named with those that are; or a wrong value.
         """
-        known = [field.name for field in fields(cls)]
-        unknown = [key for key in params if key not in known]
-        if unknown:
-            near = difflib.get_close_matches(str(unknown[0]), known, 1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise InvalidArgument(
-                f"kvstore L2 adapter: unknown setting {', '.join(map(repr, unknown))}{hint} in adapter_params; known "
-                f"are {', '.join(known)}"
-            )
-        return cls(**cast("dict[str, Any]", dict(params)))
+        return cls(**_CHECKS.given(params, cls, " in adapter_params"))
 
     def revision_of(self, model: str) -> str:
         """Revision of a model's weights, "" where nobody said one."""
         return self.revision.get(model, "") if isinstance(self.revision, Mapping) else self.revision
-
-
-def _is_whole(value: object, most: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _wrong(name: str, wanted: str, got: object) -> InvalidArgument:
-    return InvalidArgument(f"kvstore L2 adapter: {name} must be {wanted}, got {got!r}")

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, Final, Literal, cast
+from dataclasses import dataclass
+from typing import Any, Final, Literal
 
 from kvstore.errors import InvalidArgument
 from kvstore.format.constants import CODECS_BY_NAME
-from kvstore.protocol.endpoint import check_endpoint
-from kvstore.protocol.version import MAX_LEASE_MS
 from kvstore_client.base import OnUnknownRevision
+from kvstore_client.integrations.settings import MOST_THREADS, Checks, is_whole
 
 __all__ = ["BYTE_CODECS", "TierSettings"]
 
 BYTE_CODECS: Final = ("raw", "lossless", "lossless-zstd")
 """Codecs that take bytes of which nobody says what they are."""
 
-_MOST_THREADS: Final = 64
+_CHECKS: Final = Checks("kvstore tier")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,32 +66,17 @@ class TierSettings:
     queued_stores: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("codec", "name", "revision", "tenant_salt", "identity"):
-            if not isinstance(getattr(self, name), str):
-                raise _wrong(name, "text", getattr(self, name))
-        for name in ("endpoint", "directory"):
-            if getattr(self, name) is not None and not isinstance(getattr(self, name), str):
-                raise _wrong(name, "text", getattr(self, name))
-        if self.endpoint is not None:
-            check_endpoint(self.endpoint)
-        if self.mapped not in (None, True, False):
-            raise _wrong("mapped", "true, false or null", self.mapped)
-        if self.unknown_revision not in ("warn", "refuse", "ignore"):
-            raise _wrong("unknown_revision", "'warn', 'refuse' or 'ignore'", self.unknown_revision)
-        if self.on_reset not in ("keep", "invalidate"):
-            raise _wrong("on_reset", "'keep' or 'invalidate'", self.on_reset)
+        _CHECKS.texts(self, ("codec", "name", "revision", "tenant_salt", "identity"))
+        _CHECKS.connection(self)
+        _CHECKS.one_of(self, "on_reset", "keep", "invalidate")
         if not self.name:
-            raise _wrong("name", "text that is not empty", self.name)
+            raise _CHECKS.wrong("name", "text that is not empty", self.name)
         _check_codec(self.codec)
-        for name in ("timeout_s", "lookup_timeout_s", "job_timeout_s", "retry_s"):
-            if not _is_number(getattr(self, name)) or not 0 < getattr(self, name) <= 3600:
-                raise _wrong(name, "a number of seconds above 0 and up to 3600", getattr(self, name))
-        if not _is_number(self.lease_s) or not 0 <= self.lease_s <= MAX_LEASE_MS / 1000:
-            raise _wrong("lease_s", f"a number of seconds from 0 to {MAX_LEASE_MS // 1000}", self.lease_s)
-        if not _is_whole(self.threads) or not 1 <= self.threads <= _MOST_THREADS:
-            raise _wrong("threads", f"a whole number from 1 to {_MOST_THREADS}", self.threads)
-        if self.queued_stores is not None and (not _is_whole(self.queued_stores) or self.queued_stores < 1):
-            raise _wrong("queued_stores", "a whole number of at least 1, or null", self.queued_stores)
+        _CHECKS.seconds(self, "timeout_s", "lookup_timeout_s", "job_timeout_s", "retry_s")
+        _CHECKS.lease(self)
+        _CHECKS.count(self, "threads", MOST_THREADS)
+        if self.queued_stores is not None and (not is_whole(self.queued_stores) or self.queued_stores < 1):
+            raise _CHECKS.wrong("queued_stores", "a whole number of at least 1, or null", self.queued_stores)
 
     @classmethod
     def parse(cls, config: Mapping[str, Any]) -> TierSettings:
@@ -103,15 +85,7 @@ class TierSettings:
         Raises:
             InvalidArgument: a key that is no setting, named with those that are; or a wrong value.
         """
-        known = [field.name for field in fields(cls)]
-        unknown = [key for key in config if key not in known]
-        if unknown:
-            near = difflib.get_close_matches(str(unknown[0]), known, 1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise InvalidArgument(
-                f"kvstore tier: unknown setting {', '.join(map(repr, unknown))}{hint}; known are {', '.join(known)}"
-            )
-        return cls(**cast("dict[str, Any]", dict(config)))
+        return cls(**_CHECKS.given(config, cls))
 
 
 def _check_codec(codec: str) -> None:
@@ -124,15 +98,3 @@ def _check_codec(codec: str) -> None:
             f"where in them; use one of {which}, or the KV connector, which sees the tensors"
         )
     raise InvalidArgument(f"kvstore tier: unknown codec {codec!r}; use one of {which}")
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _wrong(name: str, wanted: str, got: object) -> InvalidArgument:
-    return InvalidArgument(f"kvstore tier: {name} must be {wanted}, got {got!r}")
