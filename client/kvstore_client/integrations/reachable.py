@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
@@ -17,6 +16,7 @@ from kvstore.errors import (
     RemoteError,
     Throttled,
 )
+from kvstore_client.integrations.absence import Absence
 
 __all__ = ["AWAY", "Reachable"]
 
@@ -46,13 +46,12 @@ R = TypeVar("R")
 class Reachable(Generic[S]):
     """A store that is opened when it is first used, and left alone for a while after it failed.
 
-    Thread-safe. One line is logged when the daemon is lost and one when it is there again, whatever happens between.
+    Thread-safe; see ``Absence``.
 
     Args:
         name: for the log, for example ``"vLLM connector, scheduler"``.
         open_store: makes the store; may raise one of ``AWAY``.
-        retry_s: seconds without a try after one that failed: what an engine waits for a dead daemon is one timeout in
-            that time.
+        retry_s: seconds without a try after one that failed.
         log: of the integration.
 
     Attributes:
@@ -63,12 +62,14 @@ class Reachable(Generic[S]):
     def __init__(self, name: str, open_store: Callable[[], S], *, retry_s: float, log: logging.Logger) -> None:
         self._name = name
         self._open = open_store
-        self._retry_s = retry_s
-        self._log = log
+        self._absence = Absence(
+            retry_s,
+            log,
+            lost=f"{name} goes on without the store, and tries again every {retry_s:g} s",
+            back=f"{name} uses the store again",
+        )
         self._lock = threading.Lock()
         self._store: S | None = None
-        self._not_before = 0.0
-        self._away = False
         self._closed = False
         self.failures = 0
         self.skipped = 0
@@ -79,17 +80,19 @@ class Reachable(Generic[S]):
         Raises:
             InvalidArgument: of ``use``; a mistake is no absence.
         """
-        if time.monotonic() < self._not_before:
+        if self._absence.resting():
             self.skipped += 1
             return otherwise
         try:
             result = use(self._opened())
         except AWAY as error:
-            # Not now, but it is there: neither a reason to stop asking nor one to say that it is lost.
-            self._failed(error, away=not isinstance(error, Throttled))
+            with self._lock:
+                self.failures += 1
+            # One that is busy is there: neither a reason to stop asking nor one to say that it is lost.
+            if not isinstance(error, Throttled) and not self._closed:
+                self._absence.lost(error)
             return otherwise
-        if self._away:
-            self._back()
+        self._absence.found()
         return result
 
     @property
@@ -112,21 +115,3 @@ class Reachable(Generic[S]):
             if self._store is None:
                 self._store = self._open()
             return self._store
-
-    def _failed(self, error: Exception, *, away: bool) -> None:
-        with self._lock:
-            self.failures += 1
-            if not away or self._closed:
-                return
-            self._not_before = time.monotonic() + self._retry_s
-            first, self._away = not self._away, True
-        if first:
-            self._log.warning(
-                "%s goes on without the store, and tries again every %g s: %s", self._name, self._retry_s, error
-            )
-
-    def _back(self) -> None:
-        with self._lock:
-            first, self._away = self._away, False
-        if first:
-            self._log.warning("%s uses the store again", self._name)

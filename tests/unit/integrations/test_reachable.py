@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from kvstore.errors import ConnectionLost, DaemonUnavailable, InvalidArgument, Throttled
-from kvstore_client.integrations import reachable
+from kvstore_client.integrations import absence
 from kvstore_client.integrations.reachable import Reachable
 
 LOG = logging.getLogger("test.reachable")
@@ -43,7 +43,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(reachable, "time", clock)
+    monkeypatch.setattr(absence, "time", clock)
     return clock
 
 

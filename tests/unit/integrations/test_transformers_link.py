@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from kvstore.errors import ConnectionLost, DaemonUnavailable, ForkedClient, InvalidArgument, Throttled
+from kvstore_client.integrations import absence
 from kvstore_client.integrations.transformers_cache import link as module
 from kvstore_client.integrations.transformers_cache.link import StoreLink
 
@@ -37,7 +38,7 @@ class Daemon:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    monkeypatch.setattr(module, "time", clock := Clock())
+    monkeypatch.setattr(absence, "time", clock := Clock())
     return clock
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Final, TypeVar
 
 from kvstore.errors import ConnectionLost, InvalidArgument, Throttled
 from kvstore_client.client import Client
+from kvstore_client.integrations.absence import Absence
 from kvstore_client.integrations.l2_adapter.places import PIECE_BYTES, Place
 from kvstore_client.integrations.l2_adapter.settings import AdapterSettings
 from kvstore_client.integrations.reachable import AWAY
@@ -95,18 +95,15 @@ class Sessions:
     """Open connections, the least recently used of which is closed where there are too many.
 
     Thread-safe. Stores have connections of their own: their copies keep no lookup waiting. After an error that says
-    that the daemon is not there nobody asks it for ``retry_s``: what a dead daemon costs is one timeout in that time.
-    One line is logged when it is lost, and one when it is there again.
+    that the daemon is not there nobody asks it for ``retry_s``, see ``Absence``.
 
     Args:
         settings: of the adapter.
         connect: makes a connection.
 
     Attributes:
-        away: whether the daemon did not answer when it was asked last.
         failures: operations that it did not answer.
         skipped: operations that were not tried, because it had just failed.
-        losses: times that it was lost.
     """
 
     def __init__(
@@ -117,10 +114,25 @@ class Sessions:
         self._lock = threading.Lock()
         self._slots: OrderedDict[tuple[Place, bool], _Slot] = OrderedDict()
         self._warned: set[str] = set()
-        self._not_before = 0.0
+        self._absence = Absence(
+            settings.retry_s,
+            _log,
+            lost="kvstore L2 adapter: no store, LMCache goes on without it and tries again every "
+            f"{settings.retry_s:g} s",
+            back="kvstore L2 adapter: the store is there again",
+        )
         self._closed = False
-        self.away = False
-        self.failures = self.skipped = self.losses = 0
+        self.failures = self.skipped = 0
+
+    @property
+    def away(self) -> bool:
+        """Whether the daemon did not answer when it was asked last."""
+        return self._absence.away
+
+    @property
+    def losses(self) -> int:
+        """Times that it was lost."""
+        return self._absence.losses
 
     def use(self, place: Place, work: Callable[[Session], R], *, writes: bool = False) -> R:
         """Do something in a session.
@@ -133,7 +145,7 @@ class Sessions:
         for session in idle:
             session.close()
         try:
-            if time.monotonic() < self._not_before or self._closed:
+            if self._absence.resting() or self._closed:
                 self.skipped += 1
                 raise StoreAway
             result = work(self._session(slot, place))
@@ -143,8 +155,7 @@ class Sessions:
         finally:
             with self._lock:
                 slot.users -= 1
-        if self.away:
-            self._back()
+        self._absence.found()
         return result
 
     def connected(self) -> list[tuple[Place, Session]]:
@@ -189,7 +200,7 @@ class Sessions:
             if self._closed:
                 raise ConnectionLost("the adapter is closed")
             if slot.session is None:
-                if time.monotonic() < self._not_before:
+                if self._absence.resting():
                     # Others waited here for a connection that was not made.
                     self.skipped += 1
                     raise StoreAway
@@ -216,20 +227,5 @@ class Sessions:
     def _failed(self, error: Exception) -> None:
         with self._lock:
             self.failures += 1
-            if self._closed:
-                return
-            self._not_before = time.monotonic() + self._settings.retry_s
-            first, self.away = not self.away, True
-            self.losses += first
-        if first:
-            _log.warning(
-                "kvstore L2 adapter: no store, LMCache goes on without it and tries again every %g s: %s",
-                self._settings.retry_s,
-                error,
-            )
-
-    def _back(self) -> None:
-        with self._lock:
-            first, self.away = self.away, False
-        if first:
-            _log.warning("kvstore L2 adapter: the store is there again")
+        if not self._closed:
+            self._absence.lost(error)

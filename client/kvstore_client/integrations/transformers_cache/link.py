@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable
 from typing import Final, TypeVar
 
 from kvstore.errors import ForkedClient, InvalidArgument, KVStoreError, Throttled
+from kvstore_client.integrations.absence import Absence
 from kvstore_client.tensors import TensorStore
 
 __all__ = ["PAUSE_S", "StoreLink"]
@@ -41,8 +41,12 @@ class StoreLink:
         self.missed = 0
         self._connect = connect
         self._lock = threading.Lock()
-        self._away_until = 0.0
-        self._away = False
+        self._absence = Absence(
+            PAUSE_S,
+            _log,
+            lost=f"going on without the store, which is tried again after {PAUSE_S:g} s",
+            back="the store is there again",
+        )
         try:
             self.store = connect()
         except (InvalidArgument, ForkedClient):
@@ -50,7 +54,7 @@ class StoreLink:
         except KVStoreError as error:
             if required:
                 raise
-            self._lost(error)
+            self._absence.lost(error)
 
     def reach(self) -> TensorStore:
         """The store, connected to now where it was not yet.
@@ -69,7 +73,7 @@ class StoreLink:
         Raises:
             InvalidArgument, ForkedClient: the work is wrong, whether the store is there or not.
         """
-        if time.monotonic() >= self._away_until:
+        if not self._absence.resting():
             try:
                 done = work(self.reach())
             except (InvalidArgument, ForkedClient):
@@ -77,9 +81,9 @@ class StoreLink:
             except Throttled as error:
                 _log.info("the store is busy: %s", str(error))
             except KVStoreError as error:
-                self._lost(error)
+                self._absence.lost(error)
             else:
-                self._found()
+                self._absence.found()
                 return done
         with self._lock:
             self.missed += 1
@@ -89,17 +93,3 @@ class StoreLink:
         """Close the connection."""
         if self.store is not None:
             self.store.close()
-
-    def _lost(self, error: KVStoreError) -> None:
-        with self._lock:
-            said, self._away = self._away, True
-            self._away_until = time.monotonic() + PAUSE_S
-        if not said:
-            # As text: a record that is kept would keep the error, its frames, and with them the memory that was mapped.
-            _log.warning("going on without the store, which is tried again after %g s: %s", PAUSE_S, str(error))
-
-    def _found(self) -> None:
-        with self._lock:
-            said, self._away = self._away, False
-        if said:
-            _log.warning("the store is there again")
