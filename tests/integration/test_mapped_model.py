@@ -1,7 +1,8 @@
 """Hypothesis drives mapped and unmapped clients of one small daemon together: one plain dict predicts them all.
 
 What was evicted the model cannot know; it finds out by reading everything, and only when the daemon says that something
-was. So a block that a client misses is one that no other client finds either.
+was. So a block that a client misses is one that no other client finds either. A put is refused only where it has no way
+to the first block of its chain and the tier is full of others that have one.
 """
 
 from __future__ import annotations
@@ -65,6 +66,10 @@ class Space:
         complete = [len(self.visible(who).get(block, {})) == self.parts for block in numbers]
         return complete.index(False) if False in complete else len(numbers)
 
+    def orphan(self, block: int) -> bool:
+        """Whether a block has no way to the first of its chain: nothing is evicted for it."""
+        return not all(ancestor in self.blocks for ancestor in range(block // CHAIN * CHAIN, block))
+
 
 def read(client: Client, part: int) -> list[bytes | None]:
     """All blocks' data, in one call."""
@@ -76,6 +81,7 @@ def read(client: Client, part: int) -> list[bytes | None]:
 class Mixed(RuleBasedStateMachine):
     daemon: DaemonProcess
     evictions = 0
+    refusals = 0
 
     def __init__(self) -> None:
         super().__init__()
@@ -137,14 +143,20 @@ class Mixed(RuleBasedStateMachine):
             # They got slots before they were refused.
             self.take_evictions({}, space)
             return
-        expected = []
-        for block, data in zip(blocks, datas, strict=True):
+        expected, refused = [], []
+        for block, data, answer in zip(blocks, datas, told, strict=True):
             there = part in space.blocks.get(block, {})
             expected.append(PutStatus.EXISTS if there else PutStatus.STORED)
-            space.blocks.setdefault(block, {}).setdefault(part, data)
+            if answer is PutStatus.REJECTED:
+                expected[-1] = answer
+                refused.append(space.orphan(block) and not there)
+            else:
+                space.blocks.setdefault(block, {}).setdefault(part, data)
         put = {block: {part: data} for block, data in zip(blocks, datas, strict=True)}
         if not self.take_evictions(put, space):
             assert told == expected
+            assert all(refused)
+            type(self).refusals += len(refused)
 
     # -------------------------------------------------------------- writing
 
@@ -194,6 +206,12 @@ class Mixed(RuleBasedStateMachine):
         ]
         if not space.current(who[1]):
             answers = [PutStatus.REJECTED] * len(blocks)
+        elif done.rejected:
+            there = read(space.eye, part)
+            answers = [
+                PutStatus.REJECTED if there[block] is None else answer
+                for block, answer in zip(blocks, answers, strict=True)
+            ]
         self.stored(who, blocks, part, datas, answers)
         if not self.evicted_by_last:
             assert (done.stored, done.exists) == (answers.count(PutStatus.STORED), answers.count(PutStatus.EXISTS))
