@@ -75,20 +75,28 @@ def require_socket_or_nothing(path: Path, setting: str = "--endpoint") -> None:
 class OwnerLock:
     """Exclusive lock on a file that says who owns something; freed by the kernel when the process ends.
 
+    Args:
+        path: of the file.
+        what: it locks, for messages.
+        remedy: what to do where another has it, for messages.
+        named: the file must say the owner's pid; else it is left out where there is no room for it.
+
     Raises:
         ResourceTaken: another process holds it; the message names its pid and ``what``.
         PermissionRefused: the lock file cannot be opened or locked.
         InsufficientMemory: the file system is too full to hold even a pid.
     """
 
-    def __init__(self, path: Path, what: str, remedy: str) -> None:
+    def __init__(self, path: Path, what: str, remedy: str, *, named: bool = True) -> None:
         self._path = path
         self._fd = self._locked_fd(what, remedy)
         pid = f"{os.getpid()}\n".encode()
         try:
+            os.ftruncate(self._fd, 0)
             os.pwrite(self._fd, pid, 0)
-            os.ftruncate(self._fd, len(pid))
         except OSError as error:
+            if not named and error.errno in _FULL:
+                return
             self.release()
             raise _refused(f"cannot write the lock file {path}", error) from None
 
@@ -114,9 +122,15 @@ class OwnerLock:
             os.close(fd)
 
     def release(self) -> None:
-        """Remove the file and give the lock back; whoever opened it meanwhile sees that it is not the one any more."""
+        """Remove the file and give the lock back; whoever opened it meanwhile sees that it is not the one any more.
+
+        A file that cannot be removed is taken over by the next owner; one that another owner made in a new directory
+        of the same name is left alone.
+        """
         if self._fd >= 0:
-            self._path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.fstat(self._fd), self._path.lstat()):
+                    self._path.unlink()
             os.close(self._fd)
             self._fd = -1
 
