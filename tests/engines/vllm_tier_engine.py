@@ -9,31 +9,9 @@ from __future__ import annotations
 import json
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 BLOCK = 32
-VOCABULARY = 2048
-
-
-def make_model(directory: Path) -> None:
-    """A Llama with grouped queries, random weights and no tokenizer: 8 layers, 2 KV heads of 64."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=512,
-        intermediate_size=1024,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        initializer_range=0.06,
-        dtype="float32",
-    )
-    LlamaForCausalLM(config).save_pretrained(directory)
 
 
 class Totals:

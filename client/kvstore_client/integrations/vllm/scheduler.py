@@ -18,6 +18,7 @@ from kvstore_client.integrations.vllm.model import EngineModel, open_store
 from kvstore_client.integrations.vllm.settings import ConnectorSettings
 from kvstore_client.integrations.vllm.stats import ConnectorStats
 from kvstore_client.tensors import TensorStore
+from kvstore_kernels.codecs import get_codec
 
 __all__ = ["SchedulerHalf"]
 
@@ -81,6 +82,7 @@ class SchedulerHalf:
         self._model = model
         self._loads = loads
         self._saves = saves
+        self._lossy = not get_codec(settings.codec).exact
         self._async_load = settings.load == "async" or model.table_groups > 1
         self._store: Reachable[TensorStore] = Reachable(
             "kvstore connector (scheduler)",
@@ -123,8 +125,7 @@ class SchedulerHalf:
             return 0, False
         size = self._model.block_tokens
         # One token at least is left to be computed: its output is what the engine is after.
-        usable = (request.num_tokens - 1) // size
-        keys = self._keys(request)[:usable]
+        keys = self._keys(request, 0, (request.num_tokens - 1) // size)
         if len(keys) * size - computed_tokens < max(1, self._settings.least_load_tokens):
             self._release(state)
             return 0, False
@@ -158,9 +159,10 @@ class SchedulerHalf:
         if match is not None and match.lease:
             self._store.call(lambda _: match.release(), None)
 
-    def _keys(self, request: Any) -> list[bytes]:
+    def _keys(self, request: Any, first: int, end: int) -> tuple[bytes, ...]:
+        """Keys of a request's store blocks, as far as it has them: each the hash of its last block of vLLM's."""
         step = self._model.block_tokens // self._model.hash_tokens
-        return [key_of(each) for each in request.block_hashes[step - 1 :: step]]
+        return tuple(key_of(each) for each in request.block_hashes[(first + 1) * step - 1 : end * step : step])
 
     def _state(self, request: Any) -> _Request:
         state = self._requests.get(request.request_id)
@@ -181,19 +183,17 @@ class SchedulerHalf:
         local = state.local_tokens
         end = (local + external_tokens) // size
         first = local // size
-        keys = self._keys(request)
         pages = self._pages(tables, first, end)
-        prefix = self._prefix(tables, first)
         skip = local - first * size
         number, self._next_job = self._next_job, self._next_job + 1
         self._planned.append(
             LoadJob(
                 number,
                 request.request_id,
-                tuple(keys[first:end]),
+                self._keys(request, first, end),
                 pages,
                 skip,
-                prefix[-1] if prefix else 0,
+                self._pages(tables, first - 1, first)[0][-1] if first else 0,
                 not self._async_load,
             )
         )
@@ -209,10 +209,6 @@ class SchedulerHalf:
             step = self._model.block_tokens // group.page_tokens
             pages.append(tuple(tables[group.index][first * step : end * step]))
         return tuple(pages)
-
-    def _prefix(self, tables: Sequence[Sequence[int]], blocks: int) -> tuple[int, ...]:
-        group = self._model.groups[0]
-        return tuple(tables[group.index][: blocks * (self._model.block_tokens // group.page_tokens)])
 
     def step(self, output: Any) -> StepJobs:
         """What the workers have to do in this step; resets what was planned for it."""
@@ -242,7 +238,7 @@ class SchedulerHalf:
 
     def _plan_marks(self, jobs: StepJobs, tables: Sequence[Sequence[int]], before: int, after: int) -> None:
         """Tell workers which pages the step writes, where what stands before them may be lossy."""
-        if self._settings.codec in ("raw", "lossless", "lossless-zstd"):
+        if not self._lossy:
             return
         group = self._model.groups[0]
         table = tables[group.index]
@@ -260,23 +256,23 @@ class SchedulerHalf:
         first, end = state.handed, self._complete(state, computed)
         if end <= first:
             return True
-        prefix, pages = self._prefix(tables, first), self._pages(tables, first, end)
-        if self._unsure and not self._unsure.keys().isdisjoint((*prefix, *pages[0])):
+        if self._unsure and not self._unsure.keys().isdisjoint(self._pages(tables, 0, end)[0]):
             return False
+        pages = self._pages(tables, first, end)
         size = self._model.block_tokens
         for each, group in zip(pages, self._model.groups, strict=True):
             if len(each) != (end - first) * (size // group.page_tokens) or 0 in each:
                 # Out of its window already: without all its groups a block is of no use, nor is what follows it.
                 state.savable = False
                 return True
-        request, keys = state.request, self._keys(state.request)
+        request = state.request
         number, self._next_job = self._next_job, self._next_job + 1
         jobs.saves.append(
             SaveJob(
                 number,
                 request.request_id,
-                tuple(keys[first:end]),
-                keys[first - 1] if first else None,
+                self._keys(request, first, end),
+                self._keys(request, first - 1, first)[0] if first else None,
                 pages,
                 jobs.generation,
             )

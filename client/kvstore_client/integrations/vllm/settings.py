@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Final, Literal, Self
+from typing import Any, Literal, Self
 
 import msgspec
 
 from kvstore.errors import InvalidArgument
 
 __all__ = ["ConnectorSettings"]
-
-_DEADLINE_S: Final = 0.5
 
 
 class ConnectorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -53,7 +51,7 @@ class ConnectorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     save: Literal["sync", "async"] = "async"
     save_tokens: Literal["all", "prompt"] = "all"
     threads: int = 1
-    deadline_s: float = _DEADLINE_S
+    deadline_s: float = 0.5
     transfer_timeout_s: float = 5.0
     lease_s: float = 30.0
     retry_s: float = 1.0

@@ -52,8 +52,7 @@ class WorkerHalf:
         self._savers = ThreadPoolExecutor(1, "kvstore-save")
         self._loaders = ThreadPoolExecutor(1, "kvstore-load")
         self._saving: dict[int, tuple[SaveJob, Future[None]]] = {}
-        self._loading: dict[str, Future[int]] = {}
-        self._load_jobs: dict[str, LoadJob] = {}
+        self._loading: dict[str, tuple[LoadJob, Future[int]]] = {}
         self._awaited: set[str] = set()
         self._invalid: set[int] = set()
         self._failed: set[str] = set()
@@ -119,8 +118,7 @@ class WorkerHalf:
             if job.wait:
                 self._loaded(job, self._load(job, None))
             else:
-                self._load_jobs[job.request_id] = job
-                self._loading[job.request_id] = self._loaders.submit(self._load, job, _event(self._caches[0]))
+                self._loading[job.request_id] = job, self._loaders.submit(self._load, job, _event(self._caches[0]))
 
     def save(self, jobs: StepJobs) -> None:
         """Begin the saves of a step, whose KV is computed (or queued on the device's current stream)."""
@@ -151,10 +149,9 @@ class WorkerHalf:
         sent = self._awaited - busy
         self._awaited -= sent
         received = set()
-        for name, load in list(self._loading.items()):
+        for name, (job, load) in list(self._loading.items()):
             if load.done():
                 del self._loading[name]
-                job = self._load_jobs.pop(name)
                 error = load.exception()
                 if error is not None:
                     _log.error("kvstore connector: a load failed", exc_info=error)
