@@ -193,6 +193,7 @@ BREAKS = {
     "client/kvstore_client/broken.py": "import kvstore.core",
     "kvstore/server/broken.py": "import kvstore_client",
     "kernels/kvstore_kernels/broken.py": "import kvstore",
+    "kvstore/tiers/broken.py": "import aiofiles",
     "kvstore/core/broken.py": "import zmq",
     "client/kvstore_client/client.py": "import torch",
     "client/kvstore_client/views.py": "import kvstore_kernels.layout",
