@@ -13,13 +13,20 @@ from kvstore.protocol.messages import (
     ServerStats,
     SessionStats,
     SlotClassStats,
+    SsdStats,
 )
 
 MIB = 1 << 20
 
 
 def sample_stats(
-    *, namespaces: int = 2, sessions: int = 1, problem: str = "", fresh: bool = False, events: bool = False
+    *,
+    namespaces: int = 2,
+    sessions: int = 1,
+    problem: str = "",
+    fresh: bool = False,
+    events: bool = False,
+    ssd: bool = False,
 ) -> DaemonStats:
     """A busy daemon's statistics, or with ``fresh`` those of one that nobody has asked anything."""
     used = 0 if fresh else 1
@@ -122,4 +129,49 @@ def sample_stats(
         )
         if events
         else None,
+        ssd=sample_ssd() if ssd else None,
+    )
+
+
+def sample_ssd() -> SsdStats:
+    """The SSD tier of a busy daemon."""
+    return SsdStats(
+        directory="/var/lib/kvstore/default",
+        state="ok",
+        problem="",
+        direct=True,
+        capacity_bytes=100 << 30,
+        file_bytes=25 << 30,
+        formatted_bytes=24 << 30,
+        resident_bytes=20 << 30,
+        record_bytes=19 << 30,
+        writing_bytes=16 * MIB,
+        leaving_bytes=MIB,
+        blocks=81_000,
+        records=162_000,
+        free_bytes=4 << 30,
+        demoted_blocks=90_000,
+        demoted_bytes=22 << 30,
+        dropped_blocks=12,
+        promoted_blocks=40_000,
+        promoted_bytes=10 << 30,
+        evicted_blocks=9_000,
+        evicted_bytes=2 << 30,
+        removed_blocks=5,
+        hits=41_000,
+        refused_loads=17,
+        not_admitted_blocks=0,
+        corrupt_records=1,
+        read_errors=2,
+        write_errors=3,
+        groups=2_812,
+        log_bytes=6 * MIB,
+        checkpoints=3,
+        recovered_records=70_000,
+        recovery_s=0.75,
+        read_bytes_per_s=3.1e9,
+        write_bytes_per_s=0.0,
+        waiting_blocks=64,
+        retired_bytes=96 * MIB,
+        clean_bytes=80 * MIB,
     )

@@ -23,6 +23,7 @@ from kvstore.protocol.messages import (
     NamespaceStats,
     PutStats,
     SessionStats,
+    SsdStats,
 )
 
 __all__ = ["stats_tables", "waiting"]
@@ -49,6 +50,7 @@ def stats_tables(stats: DaemonStats, since: DaemonStats | None = None) -> Render
         _puts(stats, since),
         _evictions(stats.eviction),
         _memory(stats.dram),
+        *(_ssd(stats.ssd) if stats.ssd is not None else ()),
         _slots(stats.dram),
         _namespaces(stats.namespaces),
         _clients(stats.sessions),
@@ -112,7 +114,22 @@ def _tiers(stats: DaemonStats) -> RenderableType:
         render.count(dram.blocks),
         render.count(dram.records),
     )
-    return Group(made, Text(f"problem: {dram.problem}", style="bold red")) if dram.problem else made
+    problems = [f"problem: {dram.problem}"] if dram.problem else []
+    ssd = stats.ssd
+    if ssd is not None:
+        full = ssd.file_bytes / ssd.capacity_bytes if ssd.capacity_bytes else 0.0
+        made.add_row(
+            "ssd",
+            render.size(ssd.file_bytes),
+            render.size(ssd.capacity_bytes),
+            render.Bar(full, _BAR_CELLS),
+            render.percent(full),
+            render.count(ssd.blocks),
+            render.count(ssd.records),
+        )
+        if ssd.state != "ok" or ssd.problem:
+            problems.append(f"the SSD tier is {ssd.state}: {ssd.problem or 'see the log of the daemon'}")
+    return Group(made, *(Text(problem, style="bold red") for problem in problems)) if problems else made
 
 
 def _unfilled_bytes(dram: DramStats) -> int:
@@ -220,6 +237,42 @@ def _evictions(eviction: EvictionStats) -> Table:
             ("corrupt", f"{render.count(eviction.corrupt_records)} records, turned into misses"),
         ],
     )
+
+
+def _ssd(ssd: SsdStats) -> tuple[RenderableType, ...]:
+    made = render.table("SSD", ["", "blocks", "bytes"])
+    for name, blocks, size_bytes in (
+        ("demoted", ssd.demoted_blocks, ssd.demoted_bytes),
+        ("promoted", ssd.promoted_blocks, ssd.promoted_bytes),
+        ("evicted", ssd.evicted_blocks, ssd.evicted_bytes),
+    ):
+        made.add_row(name, render.count(blocks), render.size(size_bytes))
+    waiting = f"{render.count(ssd.waiting_blocks)} blocks to be demoted, {render.size(ssd.writing_bytes)} being written"
+    facts = [
+        ("directory", f"{ssd.directory}, {'direct I/O' if ssd.direct else 'through the page cache'}"),
+        ("records", f"{render.size(ssd.record_bytes)} ({_share(ssd.record_bytes, ssd.resident_bytes)})"),
+        ("slabs", f"{render.size(ssd.formatted_bytes)}, {render.size(ssd.free_bytes)} free"),
+        ("waiting", waiting),
+        ("retired", f"{render.size(ssd.retired_bytes)} of DRAM, {render.size(ssd.clean_bytes)} with a copy"),
+        ("rates", f"read {_estimate(ssd.read_bytes_per_s)}, write {_estimate(ssd.write_bytes_per_s)}"),
+        ("log", f"{render.size(ssd.log_bytes)}, {render.count(ssd.checkpoints)} checkpoints"),
+        ("commits", f"{render.count(ssd.groups)} groups of records"),
+        ("recovered", f"{render.count(ssd.recovered_records)} records in {render.duration(ssd.recovery_s)}"),
+    ]
+    for name, numbers in (
+        ("not kept", {"dropped": ssd.dropped_blocks, "not admitted": ssd.not_admitted_blocks}),
+        ("not loaded", {"slower than computing anew": ssd.refused_loads}),
+        ("damaged", {"records": ssd.corrupt_records}),
+        ("errors", {"reads": ssd.read_errors, "writes": ssd.write_errors}),
+    ):
+        told = ", ".join(f"{render.count(number)} {what}" for what, number in numbers.items() if number)
+        if told:
+            facts.append((name, told))
+    return Group(made, Text(f"{render.count(ssd.hits)} blocks served", style="dim")), render.facts("SSD files", facts)
+
+
+def _estimate(bytes_per_s: float) -> str:
+    return render.throughput(bytes_per_s, 1.0) if bytes_per_s else "unknown"
 
 
 def _slots(dram: DramStats) -> RenderableType | None:

@@ -23,12 +23,14 @@ from kvstore.protocol.messages import (
     PutStats,
     Reason,
     ServerStats,
+    SsdStats,
 )
 
 __all__ = ["CONTENT_TYPE", "MAX_NAMESPACE_LABELS", "StatsCollector", "make_registry", "render_metrics"]
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 MAX_NAMESPACE_LABELS: Final = 64
+_SSD_STATES: Final = ("ok", "read-only", "off")
 OTHER: Final = "other"
 """Label of all namespaces but the first 64 seen; one that really has this name is counted with them."""
 
@@ -54,6 +56,8 @@ class StatsCollector(Collector):
         yield _gauges("kvstore_build_info", "1, with the daemon's version.", "version", {stats.version: 1})
         yield _gauge("kvstore_uptime_seconds", "Time since the daemon started.", stats.uptime_s)
         yield from _tier(stats.dram)
+        if stats.ssd is not None:
+            yield from _ssd(stats.ssd)
         yield from _lookups(stats.lookups)
         yield from _puts(stats.puts)
         yield from _evictions(stats.eviction)
@@ -134,6 +138,51 @@ def _tier(dram: DramStats) -> Iterator[Metric]:
         ("degraded", "1 while the tier has a problem, which the logs explain.", 1 if dram.problem else 0),
     ):
         yield _gauges(f"kvstore_tier_{name}", documentation, "tier", {"dram": value})
+
+
+def _ssd(ssd: SsdStats) -> Iterator[Metric]:
+    states = {state: float(state == ssd.state) for state in _SSD_STATES}
+    yield _gauges("kvstore_ssd_state", "1 for the SSD tier's state, which the logs explain.", "state", states)
+    for name, documentation, value in (
+        ("capacity_bytes", "Most bytes that all files of the tier may take.", ssd.capacity_bytes),
+        ("file_bytes", "Bytes that they take.", ssd.file_bytes),
+        ("formatted_bytes", "Bytes of slabs in the slab file.", ssd.formatted_bytes),
+        ("resident_bytes", "Bytes of slots of stored records.", ssd.resident_bytes),
+        ("record_bytes", "Bytes of stored records, without the padding of their slots.", ssd.record_bytes),
+        ("writing_bytes", "Bytes of slots that are being written.", ssd.writing_bytes),
+        ("leaving_bytes", "Bytes of freed slots that are still being read.", ssd.leaving_bytes),
+        ("free_bytes", "Bytes of free slots and slabs.", ssd.free_bytes),
+        ("log_bytes", "Bytes of the log.", ssd.log_bytes),
+        ("blocks", "Stored blocks.", ssd.blocks),
+        ("records", "Stored records.", ssd.records),
+        ("waiting_blocks", "Blocks that are being demoted.", ssd.waiting_blocks),
+        ("retired_bytes", "Bytes of slots in DRAM whose blocks are on their way out.", ssd.retired_bytes),
+        ("clean_bytes", "Bytes of those slots whose blocks have a copy on the SSD.", ssd.clean_bytes),
+        ("read_bytes_per_second", "Estimated rate of reads, 0 while unknown.", ssd.read_bytes_per_s),
+        ("write_bytes_per_second", "Estimated rate of writes, 0 while unknown.", ssd.write_bytes_per_s),
+        ("recovered_records", "Records found at the start.", ssd.recovered_records),
+        ("recovery_seconds", "Time that it took to find them.", ssd.recovery_s),
+    ):
+        yield _gauge(f"kvstore_ssd_{name}", documentation, value)
+    for name, documentation, value in (
+        ("demoted_blocks", "Blocks written from DRAM.", ssd.demoted_blocks),
+        ("demoted_bytes", "Slot bytes of demoted blocks.", ssd.demoted_bytes),
+        ("dropped_blocks", "Blocks that left DRAM without a copy.", ssd.dropped_blocks),
+        ("not_admitted_blocks", "Blocks that were not worth writing.", ssd.not_admitted_blocks),
+        ("promoted_blocks", "Blocks brought up into DRAM.", ssd.promoted_blocks),
+        ("promoted_bytes", "Slot bytes of promoted blocks.", ssd.promoted_bytes),
+        ("hits", "Blocks served, by gets and by promotions.", ssd.hits),
+        ("refused_loads", "Loads that would have been slower than computing anew.", ssd.refused_loads),
+        ("evicted_blocks", "Blocks that had to leave for others.", ssd.evicted_blocks),
+        ("evicted_bytes", "Slot bytes of evicted blocks.", ssd.evicted_bytes),
+        ("removed_blocks", "Blocks removed by clients.", ssd.removed_blocks),
+        ("corrupt_records", "Records whose checksum was wrong.", ssd.corrupt_records),
+        ("commits", "Groups of records made durable together.", ssd.groups),
+        ("checkpoints", "Checkpoints that took the place of a log.", ssd.checkpoints),
+    ):
+        yield _counter(f"kvstore_ssd_{name}", documentation, value)
+    errors = {"read": ssd.read_errors, "write": ssd.write_errors}
+    yield _counters("kvstore_ssd_errors", "Reads and writes that failed.", "operation", errors)
 
 
 def _lookups(lookups: LookupStats) -> Iterator[Metric]:

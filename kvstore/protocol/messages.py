@@ -33,11 +33,11 @@ Ident = Annotated[str, msgspec.Meta(max_length=MAX_IDENT_CHARACTERS)]
 
 
 class PutStatus(IntEnum):
-    """Answer to one put. Persisted on the wire.
+    """Answer to one put, or to one key of a persist. Persisted on the wire.
 
     ``STORED``: it is published, perhaps in the place of a worse record. ``EXISTS``: the key was present and its
     record, as good or better, was kept. ``THROTTLED``: not now, try again. ``REJECTED``: never like this. ``PENDING``:
-    given by ``put(wait=False)`` only, ``flush()`` knows more.
+    given by ``put(wait=False)`` only, ``flush()`` knows more. Of a persist, ``STORED`` says that the block is durable.
     """
 
     STORED = 1
@@ -48,7 +48,7 @@ class PutStatus(IntEnum):
 
 
 class Reason(IntEnum):
-    """Why a put was throttled or rejected. Persisted on the wire."""
+    """Why a put or a persist was throttled or rejected. Persisted on the wire."""
 
     NONE = 0
     TOO_LARGE = 1
@@ -77,9 +77,17 @@ class Reason(IntEnum):
     """The namespace is exact; the record is lossy, or was computed on lossy blocks. Since version 3."""
     OTHER_CODEC = 13
     """The record's codec is not one that the namespace allows. Since version 3."""
+    DEMOTING = 14
+    """Blocks are being written to a tier below, for their room or to be durable; try again. Since version 4."""
+    NOT_DURABLE = 15
+    """No tier of this daemon outlives it, or the one that does cannot be written. Since version 4."""
+    MISSING = 16
+    """The block is in no tier. Since version 4."""
 
     def known_in(self, version: int) -> Reason:
         """The reason that a peer of a protocol version is told."""
+        if version < 4 and self >= Reason.DEMOTING:
+            return Reason.ALL_HELD if self is Reason.DEMOTING else Reason.BAD_RECORD
         return Reason.BAD_RECORD if version < 3 and self >= Reason.NOT_EXACT else self
 
 
@@ -171,10 +179,14 @@ class Get(Request, tag=4):
 
 
 class Match(Request, tag=5):
-    """Counts leading complete blocks; takes a lease on them when ``lease_ms`` is not 0."""
+    """Counts leading complete blocks; takes a lease on them when ``lease_ms`` is not 0.
+
+    ``prefetch``: those of them that are below DRAM begin to come up.
+    """
 
     keys: Keys
     lease_ms: Unsigned = 0
+    prefetch: bool = False
 
 
 class Exists(Request, tag=6):
@@ -204,10 +216,11 @@ class Invalidate(Request, tag=10):
 
 
 class Prefetch(Request, tag=11):
-    """Asks to have blocks in a tier soon."""
+    """Asks to have blocks in a tier soon; ``wait``: to be answered when they are there, or cannot be."""
 
     keys: Keys
     tier: TierId = TierId.DRAM
+    wait: bool = False
 
 
 class Release(Request, tag=12):
@@ -239,6 +252,27 @@ class Reserve(Request, tag=17):
     parent: bytes = b""
 
 
+class Persist(Request, tag=18):
+    """Asks to have blocks, and what is stored of the blocks before them, in a tier that outlives the daemon.
+
+    All parts of a block that are there are meant. Answered when that is so, or cannot be.
+    """
+
+    keys: Keys
+
+
+class Hint(Request, tag=19):
+    """Says of a chain of blocks that a session which uses it is about to come back, or is over. Counts as no access.
+
+    Attributes:
+        keys: the chain's, parents first.
+        soon: True: it comes back soon. False: it is over.
+    """
+
+    keys: Keys
+    soon: bool = True
+
+
 class Ping(Request, tag=15):
     """Asks for nothing."""
 
@@ -265,6 +299,8 @@ AnyRequest = (
     | Ping
     | Bye
     | Reserve
+    | Persist
+    | Hint
 )
 
 # ------------------------------------------------------------------ replies
@@ -297,6 +333,7 @@ class Welcome(Reply, tag=102):
         pid: the daemon's; a client of the same process does not lock (its lock would not show its death).
         arena_file, index_file, doorbell: what the client may map and ring, "" where it may not.
         unmapped: why it may not, for people.
+        lower_tiers: the tiers below DRAM that blocks are read from, a bit ``1 << TierId`` each; 0 where there are none.
     """
 
     protocol: Unsigned
@@ -310,6 +347,7 @@ class Welcome(Reply, tag=102):
     index_file: str = ""
     doorbell: str = ""
     unmapped: str = ""
+    lower_tiers: Unsigned = 0
 
 
 class Attached(Reply, tag=103):
@@ -360,7 +398,7 @@ class ExistsReply(Reply, tag=107):
 
 
 class CountReply(Reply, tag=108):
-    """Answer to remove, clear and prefetch: how many blocks; to release: 1 where the lease still held, else 0."""
+    """Answer to remove, clear, prefetch and hint: how many blocks; to release: 1 where the lease still held, else 0."""
 
     count: Unsigned
 
@@ -375,6 +413,13 @@ class Reserved(Reply, tag=112):
     slot_bytes: Unsigned
     slots: Unsigned
     reason: Unsigned = 0
+
+
+class Persisted(Reply, tag=113):
+    """One ``PutStatus`` and one ``Reason`` byte a key: whether its block is durable, and why not."""
+
+    statuses: bytes
+    reasons: bytes
 
 
 class NamespaceStats(msgspec.Struct, kw_only=True):
@@ -446,6 +491,77 @@ class DramStats(msgspec.Struct, kw_only=True):
     classes: list[SlotClassStats]
     index_bytes: Unsigned = 0
     max_records: Unsigned = 0
+
+
+class SsdStats(msgspec.Struct, kw_only=True):
+    """The SSD tier. Counts are since the daemon's start.
+
+    Attributes:
+        directory: where its files are.
+        state: "ok", "read-only" (nothing is written any more) or "off" (nothing is read either).
+        problem: why it is not ok, "" where it is.
+        direct: whether it is read and written past the page cache.
+        capacity_bytes, file_bytes: what all its files may take together, and what they take.
+        formatted_bytes, free_bytes: of slabs that the slab file has, and of free slots and slabs in them.
+        resident_bytes, record_bytes: slots of stored records, and the records in them without padding.
+        writing_bytes, leaving_bytes: slots that are being written, and those that left and are being read still.
+        blocks, records: that are stored.
+        demoted_blocks, demoted_bytes: written from DRAM.
+        dropped_blocks: that left DRAM without a copy.
+        promoted_blocks, promoted_bytes: brought up into DRAM.
+        evicted_blocks, evicted_bytes: that had to leave for others.
+        removed_blocks: by clients.
+        hits: blocks served from here, by gets and by promotions.
+        refused_loads: that would have been slower than computing the blocks anew.
+        not_admitted_blocks: that were not worth writing.
+        corrupt_records: found damaged and dropped.
+        read_errors, write_errors: of the device or the file system.
+        groups: commits, each of several records.
+        log_bytes, checkpoints: of the log, and how often it was replaced by a checkpoint.
+        recovered_records, recovery_s: found at the start, and how long that took.
+        read_bytes_per_s, write_bytes_per_s: as estimated, 0 while unknown.
+        waiting_blocks: that are being demoted.
+        retired_bytes, clean_bytes: slots of DRAM whose blocks may leave it: all of them, and those that have a copy.
+    """
+
+    directory: str
+    state: str
+    problem: str
+    direct: bool
+    capacity_bytes: Unsigned
+    file_bytes: Unsigned
+    formatted_bytes: Unsigned
+    resident_bytes: Unsigned
+    record_bytes: Unsigned
+    writing_bytes: Unsigned
+    leaving_bytes: Unsigned
+    blocks: Unsigned
+    records: Unsigned
+    free_bytes: Unsigned
+    demoted_blocks: Unsigned
+    demoted_bytes: Unsigned
+    dropped_blocks: Unsigned
+    promoted_blocks: Unsigned
+    promoted_bytes: Unsigned
+    evicted_blocks: Unsigned
+    evicted_bytes: Unsigned
+    removed_blocks: Unsigned
+    hits: Unsigned
+    refused_loads: Unsigned
+    not_admitted_blocks: Unsigned
+    corrupt_records: Unsigned
+    read_errors: Unsigned
+    write_errors: Unsigned
+    groups: Unsigned
+    log_bytes: Unsigned
+    checkpoints: Unsigned
+    recovered_records: Unsigned
+    recovery_s: float
+    read_bytes_per_s: float
+    write_bytes_per_s: float
+    waiting_blocks: Unsigned
+    retired_bytes: Unsigned
+    clean_bytes: Unsigned
 
 
 class LookupStats(msgspec.Struct, kw_only=True):
@@ -551,7 +667,7 @@ class EventStats(msgspec.Struct, kw_only=True):
 
 
 class DaemonStats(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """Everything ``kvstore stats`` shows; ``events`` where they are published."""
+    """Everything ``kvstore stats`` shows; ``events`` where they are published, ``ssd`` where there is that tier."""
 
     version: str
     pid: Unsigned
@@ -567,6 +683,7 @@ class DaemonStats(msgspec.Struct, kw_only=True, omit_defaults=True):
     sessions: list[SessionStats]
     leases: Unsigned
     events: EventStats | None = None
+    ssd: SsdStats | None = None
 
 
 class StatsReply(Reply, tag=110):
@@ -597,6 +714,7 @@ AnyReply = (
     | StatsReply
     | VerifyReply
     | Reserved
+    | Persisted
 )
 
 TierName = Literal["hbm", "dram", "ssd", "remote"]

@@ -45,12 +45,16 @@ from kvstore.protocol.messages import (
     GetReply,
     GetStatus,
     Hello,
+    Hint,
     Invalidate,
     Match,
     MatchReply,
+    Persist,
+    Persisted,
     Ping,
     Prefetch,
     Put,
+    PutStatus,
     Reason,
     Release,
     Remove,
@@ -147,6 +151,8 @@ class Requests:
             Ping: self._done,
             Invalidate: self._invalidate,
             Prefetch: self._prefetch,
+            Persist: self._persist,
+            Hint: self._hint,
             Release: self._release,
             Reserve: self._reserve,
             Stats: self._stats,
@@ -383,7 +389,7 @@ class Requests:
         return ExistsReply(request.id, self._incarnation, bytes(tiers), bytes(fidelities))
 
     def _prefetch(self, session: Session, request: Prefetch) -> Reply:
-        # With one tier nothing lies below it: what is there is where it was asked to be.
+        # With one tier nothing lies below it: what is there is where it was asked to be, and nothing to wait for.
         if request.tier is not TierId.DRAM:
             raise Refused(
                 ErrorCode.BAD_REQUEST, f"this daemon has no {request.tier.name.lower()} tier to prefetch into"
@@ -392,6 +398,22 @@ class Requests:
         blocks = [] if namespace is None else [namespace.blocks.get(key) for key in _keys(request.keys)]
         there = sum(block is not None and block.complete for block in blocks)
         return CountReply(request.id, self._incarnation, there)
+
+    def _persist(self, session: Session, request: Persist) -> Reply:
+        # Shared memory does not outlive the daemon.
+        there = self._there(request.namespace_id, _keys(request.keys))
+        reasons = bytes(Reason.NOT_DURABLE if known else Reason.MISSING for known in there)
+        return Persisted(request.id, self._incarnation, bytes([PutStatus.REJECTED]) * len(reasons), reasons)
+
+    def _hint(self, session: Session, request: Hint) -> Reply:
+        # With one tier there is nothing to bring up, or to let go sooner than the policy does by itself.
+        known = sum(self._there(request.namespace_id, _keys(request.keys)))
+        return CountReply(request.id, self._incarnation, known)
+
+    def _there(self, namespace_id: int, keys: list[bytes]) -> list[bool]:
+        """Whether each block is there, with one part at least."""
+        namespace = self._store.namespaces.by_id.get(namespace_id)
+        return [namespace is not None and key in namespace.blocks for key in keys]
 
     def _remove(self, session: Session, request: Remove) -> Reply:
         return self._count(request.id, RemoveWanted(request.namespace_id, _keys(request.keys)))

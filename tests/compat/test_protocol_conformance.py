@@ -1,6 +1,7 @@
 """A peer that knows ``docs/protocol.md`` and no SDK, against a real daemon: what the page promises, word by word.
 
-All of it in both versions of the protocol: a peer of version 1 gets on with everything but shared memory.
+All of it in all versions of the protocol: a peer of version 1 gets on with everything but shared memory, and one below
+version 4 with everything but what concerns tiers below DRAM.
 """
 
 from __future__ import annotations
@@ -41,9 +42,12 @@ from kvstore.protocol.messages import (
     GetReply,
     GetStatus,
     Hello,
+    Hint,
     Invalidate,
     Match,
     MatchReply,
+    Persist,
+    Persisted,
     Ping,
     Prefetch,
     Put,
@@ -252,6 +256,7 @@ def test_conformance_golden_greeting_is_welcomed(connect: Callable[[], Peer], ve
     assert (welcome.same_host, welcome.session_file) == (False, "")  # the golden boot id is another kernel's
     assert (welcome.arena_file, welcome.index_file, welcome.doorbell) == ("", "", "")
     assert welcome.unmapped == ("it was not asked for" if version == 1 else "the client is on another host")
+    assert welcome.lower_tiers == 0
     peer.session = welcome.session
     assert isinstance(peer.ask(Ping, namespace_id=0), Done)
 
@@ -366,7 +371,7 @@ def test_conformance_payload_frames_where_none_belong_are_refused(peer: Peer):
     assert error_code(peer.ask(Put, (1 << 64) - 1, payloads=(b"x",) * 2)) == ErrorCode.BAD_REQUEST
 
 
-@pytest.mark.parametrize("kind", [Get, Match, Exists, Remove, Prefetch])
+@pytest.mark.parametrize("kind", [Get, Match, Exists, Remove, Prefetch, Persist, Hint])
 def test_conformance_ragged_keys_are_refused(peer: Peer, kind: type[Request]):
     assert error_code(peer.ask(kind, bytes(33))) == ErrorCode.BAD_REQUEST
 
@@ -571,6 +576,35 @@ def test_conformance_old_requests_with_payload_are_throttled_and_others_answered
 def test_conformance_tiers_that_are_not_there_cannot_be_prefetched_into(peer: Peer):
     for tier in (TierId.NONE, TierId.HBM, TierId.SSD, TierId.REMOTE):
         assert error_code(peer.ask(Prefetch, KEYS[0], tier)) == ErrorCode.BAD_REQUEST
+
+
+def test_conformance_one_tier_brings_nothing_up_and_makes_nothing_durable(peer: Peer, version: int):
+    peer.store(3)
+    keys = b"".join(KEYS[:4])
+    for wait in (False, True):
+        there = peer.ask(Prefetch, keys, TierId.DRAM, wait)
+        assert isinstance(there, CountReply)
+        assert there.count == 3
+    matched = peer.ask(Match, keys, 0, True)
+    assert isinstance(matched, MatchReply)
+    assert (matched.hits, matched.tiers) == (3, ((TierId.DRAM, 3),))
+    if version < 4:
+        return
+    persisted = peer.ask(Persist, keys)
+    assert isinstance(persisted, Persisted)
+    assert list(persisted.statuses) == [PutStatus.REJECTED] * 4
+    assert list(persisted.reasons) == [Reason.NOT_DURABLE] * 3 + [Reason.MISSING]
+    nothing = peer.ask(Persist, b"")
+    assert isinstance(nothing, Persisted)
+    assert (nothing.statuses, nothing.reasons) == (b"", b"")
+    for soon in (True, False):
+        hinted = peer.ask(Hint, keys, soon)
+        assert isinstance(hinted, CountReply)
+        assert hinted.count == 3
+    assert peer.hits() == 3
+    stale = peer.ask(Persist, keys, namespace_id=0)
+    assert isinstance(stale, Persisted)
+    assert list(stale.reasons) == [Reason.MISSING] * 4
 
 
 def test_conformance_statistics_and_verification_are_answered(peer: Peer):

@@ -5,7 +5,7 @@ import os
 
 import pytest
 from rich.console import Console, RenderableType
-from sample_stats import sample_stats
+from sample_stats import sample_ssd, sample_stats
 
 from kvstore.cli.stats_tables import stats_tables, waiting
 from kvstore.protocol.messages import NamespaceStats, SlotClassStats
@@ -39,6 +39,30 @@ def test_stats_have_a_line_of_events_where_they_are_published() -> None:
     assert not any(line.startswith("events") for line in lines(stats_tables(sample_stats())))
 
 
+def test_stats_show_an_ssd_tier_where_there_is_one() -> None:
+    text = lines(stats_tables(sample_stats(ssd=True)))
+    assert row(text, "ssd")[1:5] == ["25.0", "GiB", "100.0", "GiB"]
+    assert row(text, "ssd")[-2:] == ["81,000", "162,000"]
+    assert row(text, "demoted") == ["demoted", "90,000", "22.0", "GiB"]
+    assert "41,000 blocks served" in text
+    told = {line.split(maxsplit=1)[0]: line.split(maxsplit=1)[1] for line in text if len(line.split()) > 1}
+    assert told["directory"] == "/var/lib/kvstore/default, direct I/O"
+    assert told["rates"] == "read 3.10 GB/s, write unknown"
+    assert {"not kept", "not loaded"} <= {line[:12].strip() for line in text}
+    assert (told["damaged"], told["errors"]) == ("1 records", "2 reads, 3 writes")
+    assert not any("SSD" in line or line.startswith("ssd") for line in lines(stats_tables(sample_stats())))
+
+
+@pytest.mark.parametrize(("state", "problem"), [("read-only", "no space is left"), ("off", "")])
+def test_stats_of_an_ssd_tier_with_a_problem_name_it(state: str, problem: str) -> None:
+    stats = sample_stats(problem="/dev/shm is full")
+    stats.ssd = sample_ssd()
+    stats.ssd.state, stats.ssd.problem = state, problem
+    text = lines(stats_tables(stats))
+    assert "problem: /dev/shm is full" in text
+    assert f"the SSD tier is {state}: {problem or 'see the log of the daemon'}" in text
+
+
 def test_stats_of_a_fresh_daemon_show_no_rate_where_nothing_was_asked() -> None:
     text = lines(stats_tables(sample_stats(fresh=True, namespaces=0, sessions=0)))
     assert row(text, "match") == ["match", "0", "0", "0", "-"]
@@ -47,7 +71,7 @@ def test_stats_of_a_fresh_daemon_show_no_rate_where_nothing_was_asked() -> None:
 
 @pytest.mark.parametrize("sessions", [1, 40])
 def test_stats_fit_80_columns(sessions: int) -> None:
-    text = lines(stats_tables(sample_stats(namespaces=40, sessions=sessions), since=sample_stats()))
+    text = lines(stats_tables(sample_stats(namespaces=40, sessions=sessions, ssd=True), since=sample_stats()))
     assert max(map(len, text)) <= 80
     assert sum("more, --json has them all" in line for line in text) == 1 + (sessions > 1)
 

@@ -38,6 +38,27 @@ def test_metrics_of_events_are_there_where_they_are_published() -> None:
     assert not [name for name, _ in scrape(sample_stats()) if name.startswith("kvstore_event")]
 
 
+def test_metrics_of_an_ssd_tier_are_there_where_there_is_one() -> None:
+    samples = scrape(sample_stats(ssd=True))
+    assert samples["kvstore_ssd_resident_bytes", ()] == 20 << 30
+    assert samples["kvstore_ssd_demoted_blocks_total", ()] == 90_000
+    assert samples["kvstore_ssd_errors_total", (("operation", "write"),)] == 3
+    assert samples["kvstore_ssd_read_bytes_per_second", ()] == 3.1e9
+    assert samples["kvstore_ssd_state", (("state", "ok"),)] == 1
+    assert samples["kvstore_ssd_state", (("state", "read-only"),)] == 0
+    assert not [name for name, _ in scrape(sample_stats()) if name.startswith("kvstore_ssd")]
+
+
+def test_metrics_of_an_ssd_tier_hold_each_of_its_numbers() -> None:
+    stats = sample_stats(ssd=True)
+    assert stats.ssd is not None
+    numbers = [name for name in stats.ssd.__struct_fields__ if name not in ("directory", "state", "problem", "direct")]
+    for at, name in enumerate(numbers):
+        setattr(stats.ssd, name, 1_000_001 + at)
+    told = [value for (name, _), value in scrape(stats).items() if name.startswith("kvstore_ssd")]
+    assert sorted(value for value in told if value > 1) == [1_000_001 + at for at in range(len(numbers))]
+
+
 def test_metrics_include_the_process() -> None:
     samples = scrape(sample_stats())
     assert samples["process_resident_memory_bytes", ()] > 0
@@ -55,7 +76,7 @@ def test_metrics_of_a_tier_with_a_problem_say_degraded() -> None:
 
 
 def test_metrics_names_carry_the_prefix_and_a_help_text() -> None:
-    text = render_metrics(make_registry(lambda: sample_stats(events=True))).decode()
+    text = render_metrics(make_registry(lambda: sample_stats(events=True, ssd=True))).decode()
     names = re.findall(r"^# TYPE (\S+) (counter|gauge)$", text, re.MULTILINE)
     assert all(name.startswith(("kvstore_", "process_")) for name, _ in names)
     assert all(name.endswith("_total") for name, kind in names if kind == "counter")

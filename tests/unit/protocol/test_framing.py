@@ -43,7 +43,7 @@ def test_decode_request_malformed_frames_refused_or_whole():
     allowed = get_args(AnyRequest)
     outcomes: Counter[tuple[str, str]] = Counter()
     slowest = 0.0
-    for kind, frame in frames(1, samples, [*range(1, 18)], FRAMES):
+    for kind, frame in frames(1, samples, [*range(1, 20)], FRAMES):
         begun = time.perf_counter()
         request, refusal = refusal_of(decode_request, frame)
         identity = request_id(frame)
@@ -70,7 +70,7 @@ def test_decode_request_malformed_frames_refused_or_whole():
 def test_decode_reply_malformed_frames_refused_or_whole():
     samples = [encode(reply) for reply in REPLIES]
     allowed = get_args(AnyReply)
-    for _, frame in frames(2, samples, [*range(101, 113)], FRAMES // 4):
+    for _, frame in frames(2, samples, [*range(101, 114)], FRAMES // 4):
         reply, refusal = refusal_of(decode_reply, frame)
         assert refusal.startswith("malformed reply: ") if reply is None else isinstance(reply, allowed), frame.hex()
 

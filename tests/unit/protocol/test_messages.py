@@ -43,24 +43,26 @@ RELEASED = {
     2: ("Attach", f"{REQUEST_FIELDS} namespace payload_bytes locked generation"),
     3: ("Put", f"{REQUEST_FIELDS} count"),
     4: ("Get", f"{REQUEST_FIELDS} keys part"),
-    5: ("Match", f"{REQUEST_FIELDS} keys lease_ms"),
+    5: ("Match", f"{REQUEST_FIELDS} keys lease_ms prefetch"),
     6: ("Exists", f"{REQUEST_FIELDS} keys"),
     7: ("Remove", f"{REQUEST_FIELDS} keys"),
     8: ("Clear", REQUEST_FIELDS),
     9: ("Flush", REQUEST_FIELDS),
     10: ("Invalidate", f"{REQUEST_FIELDS} generation"),
-    11: ("Prefetch", f"{REQUEST_FIELDS} keys tier"),
+    11: ("Prefetch", f"{REQUEST_FIELDS} keys tier wait"),
     12: ("Release", f"{REQUEST_FIELDS} lease"),
     13: ("Stats", REQUEST_FIELDS),
     14: ("Verify", REQUEST_FIELDS),
     15: ("Ping", REQUEST_FIELDS),
     16: ("Bye", REQUEST_FIELDS),
     17: ("Reserve", f"{REQUEST_FIELDS} record_bytes lane parent"),
+    18: ("Persist", f"{REQUEST_FIELDS} keys"),
+    19: ("Hint", f"{REQUEST_FIELDS} keys soon"),
     101: ("ErrorReply", f"{REPLY_FIELDS} code message"),
     102: (
         "Welcome",
         f"{REPLY_FIELDS} protocol session daemon_version max_record_bytes session_file same_host pid "
-        "arena_file index_file doorbell unmapped",
+        "arena_file index_file doorbell unmapped lower_tiers",
     ),
     103: ("Attached", f"{REPLY_FIELDS} namespace_id generation digest"),
     104: ("PutReply", f"{REPLY_FIELDS} statuses reasons retry_after_ms"),
@@ -72,6 +74,7 @@ RELEASED = {
     110: ("StatsReply", f"{REPLY_FIELDS} stats"),
     111: ("VerifyReply", f"{REPLY_FIELDS} records bytes seconds problems"),
     112: ("Reserved", f"{REPLY_FIELDS} slot_bytes slots reason"),
+    113: ("Persisted", f"{REPLY_FIELDS} statuses reasons"),
 }
 
 RELEASED_ENUMS = {
@@ -79,7 +82,8 @@ RELEASED_ENUMS = {
     GetStatus: "MISS=0 HIT=1 THROTTLED=2",
     TierId: "NONE=0 HBM=1 DRAM=2 SSD=3 REMOTE=4",
     Reason: "NONE=0 TOO_LARGE=1 NO_ROOM=2 ALL_HELD=3 POPULATING=4 OVERLOADED=5 STALE_NAMESPACE=6 BAD_RECORD=7 "
-    "BAD_PARENT=8 BAD_PART=9 GRANT_LIMIT=10 MEMORY_LIMIT=11 NOT_EXACT=12 OTHER_CODEC=13",
+    "BAD_PARENT=8 BAD_PART=9 GRANT_LIMIT=10 MEMORY_LIMIT=11 NOT_EXACT=12 OTHER_CODEC=13 "
+    "DEMOTING=14 NOT_DURABLE=15 MISSING=16",
     ErrorCode: "BAD_REQUEST=1 PROTOCOL_MISMATCH=2 UNKNOWN_SESSION=3 UNKNOWN_NAMESPACE=4 THROTTLED=5 "
     "SHUTTING_DOWN=6 LIMIT=7 INTERNAL=8",
 }
@@ -160,7 +164,7 @@ ENVELOPE = [1, 2, 3, 4, 5, 6, 7]
         *[([15, *ENVELOPE[:at], bad, *ENVELOPE[at + 1 :]], f"`$[{at + 1}]`")
           for at in range(7) for bad in (None, True, 1.0, "1", b"1", [1], {})],
         ([0, *ENVELOPE], "`$[0]`"),
-        ([18, *ENVELOPE], "`$[0]`"),
+        ([20, *ENVELOPE], "`$[0]`"),
         ([101, *ENVELOPE], "`$[0]`"),
         (["15", *ENVELOPE], "`$[0]`"),
         ([15, *ENVELOPE[:6]], "length 8, got 7"),
@@ -169,6 +173,11 @@ ENVELOPE = [1, 2, 3, 4, 5, 6, 7]
         ([4, *ENVELOPE, bytes(32 * MAX_KEYS_PER_REQUEST + 1)], "`$[8]`"),
         ([4, *ENVELOPE, b"", -1], "`$[9]`"),
         ([11, *ENVELOPE, b"", 9], "`$[9]`"),
+        ([5, *ENVELOPE, b"", 0, 1], "`$[10]`"),
+        ([11, *ENVELOPE, b"", 2, 1], "`$[10]`"),
+        ([18, *ENVELOPE], "length 9, got 8"),
+        ([18, *ENVELOPE, bytes(32 * MAX_KEYS_PER_REQUEST + 1)], "`$[8]`"),
+        ([19, *ENVELOPE, b"", 1], "`$[9]`"),
         ([1, *ENVELOPE, 1, 1, "v" * (MAX_IDENT_CHARACTERS + 1)], "`$[10]`"),
         ([1, *ENVELOPE, 1, 1, "v", 2, "b", -1], "`$[13]`"),
         ([17, *ENVELOPE, 4096], "length 10, got 9"),
@@ -216,6 +225,20 @@ def test_reply_with_statuses_of_a_later_version_still_decodes():
 
 
 @pytest.mark.parametrize(
+    ("version", "told"),
+    [
+        (1, [11, 7, 7, 3, 7, 7]),
+        (2, [11, 7, 7, 3, 7, 7]),
+        (3, [11, 12, 13, 3, 7, 7]),
+        (4, [11, 12, 13, 14, 15, 16]),
+    ],
+)
+def test_reason_of_a_later_version_is_told_as_one_that_the_peer_knows(version, told):
+    assert [Reason(value).known_in(version) for value in range(11, 17)] == told
+    assert all(Reason(value).known_in(version) == value for value in range(11))
+
+
+@pytest.mark.parametrize(
     ("oldest", "newest", "agreed"),
     [
         (1, 1, 1),
@@ -225,7 +248,8 @@ def test_reply_with_statuses_of_a_later_version_still_decodes():
         (1, 9, PROTOCOL_VERSION),
         (2, 9, PROTOCOL_VERSION),
         (3, 3, 3),
-        (4, 9, None),
+        (4, 9, PROTOCOL_VERSION),
+        (5, 9, None),
         (0, 0, None),
         (0, 5, PROTOCOL_VERSION),
         (5, 1, None),
