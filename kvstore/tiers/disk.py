@@ -196,6 +196,8 @@ class AppendFile:
     def _failing(self) -> Iterator[None]:
         if self._failed:
             raise OSError(errno.EIO, "an earlier write to this log failed; start a new one")
+        if self._file.closed:
+            raise OSError(errno.EBADF, "the log is closed")
         try:
             yield
         except BaseException:

@@ -1,4 +1,4 @@
-"""The module that opens files of the SSD directory, on file systems that are there: whole transfers, owners, faults."""
+"""The module that opens files of the SSD directory: owners, and calls of the system that fail or do half."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import shutil
 import stat
 import tempfile
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from disk_pages import PAGE_BYTES, pages, read_pages
 from leaks import open_fds
 
 from kvstore.errors import PermissionRefused, ResourceTaken
 from kvstore.tiers import disk
 from kvstore.tiers.disk import LOCK_NAME, SLABS_NAME, SlabFile, SsdDirectory
 
-PAGE_BYTES = 4096
 SHM = Path("/dev/shm")
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="needs root (to be another user)")
 
@@ -54,23 +54,6 @@ def slabs(directory: SsdDirectory) -> Iterator[SlabFile]:
     opened.close()
 
 
-def pages(*letters: str) -> list[memoryview]:
-    """Aligned buffers of one page, each full of its letter."""
-    memory = memoryview(mmap.mmap(-1, max(len(letters), 1) * PAGE_BYTES))
-    found = [memory[at * PAGE_BYTES : (at + 1) * PAGE_BYTES] for at in range(len(letters))]
-    for page, letter in zip(found, letters, strict=True):
-        page[:] = letter.encode() * PAGE_BYTES
-    return found
-
-
-def read_pages(slabs: SlabFile, first: int, count: int) -> str:
-    found = pages(*"?" * count)
-    slabs.read(first * PAGE_BYTES, found)
-    for page in found:
-        assert set(page) == {page[0]}
-    return "".join(chr(page[0]) for page in found)
-
-
 def fail(monkeypatch: pytest.MonkeyPatch, name: str, number: int, when: Callable[..., bool] = lambda *_: True) -> None:
     """Let a call of ``os`` fail."""
     real = getattr(os, name)
@@ -98,42 +81,15 @@ def short(monkeypatch: pytest.MonkeyPatch, name: str, most_bytes: int) -> list[i
 # ---------------------------------------------------------------- slabs
 
 
-def test_slabs_written_are_read_from_the_same_offsets(slabs: SlabFile):
-    slabs.format(0, 8 * PAGE_BYTES)
-    slabs.write(2 * PAGE_BYTES, pages("a", "b"))
-    slabs.write(5 * PAGE_BYTES, pages("c"))
-    slabs.sync()
-    assert read_pages(slabs, 0, 8) == "\0\0ab\0c\0\0"
-
-
-def test_slabs_opened_again_have_their_bytes_and_the_mode_of_a_private_file(directory: SsdDirectory):
-    slabs = directory.open_slabs(create=True)
-    slabs.write(0, pages("a", "b"))
-    slabs.close()
-    path = directory.path / SLABS_NAME
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    again = directory.open_slabs(create=False)
-    assert (again.size_bytes, read_pages(again, 0, 2)) == (2 * PAGE_BYTES, "ab")
-    assert fcntl.fcntl(again._fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC
-    again.close()
-
-
-def test_slabs_created_where_some_are_or_opened_where_none_are_is_an_error(directory: SsdDirectory):
-    with pytest.raises(FileNotFoundError):
-        directory.open_slabs(create=False)
-    directory.open_slabs(create=True).close()
-    with pytest.raises(FileExistsError):
-        directory.open_slabs(create=True)
-
-
-def test_slabs_format_grows_the_file_and_occupies_its_bytes(directory: SsdDirectory, slabs: SlabFile):
-    slabs.format(0, (8 << 20) + PAGE_BYTES)
-    slabs.sync()
-    assert slabs.size_bytes == (8 << 20) + PAGE_BYTES
-    assert directory.used_bytes() >= (8 << 20) + PAGE_BYTES
-    slabs.truncate(PAGE_BYTES)
-    assert slabs.size_bytes == PAGE_BYTES
-    assert directory.used_bytes() < 1 << 20
+async def test_files_are_private_and_closed_on_exec(directory: SsdDirectory, slabs: SlabFile):
+    log = await directory.create_log("log-1", b"")
+    await directory.write_whole("checkpoint", [b""])
+    files = {path.name: stat.S_IMODE(path.stat().st_mode) for path in directory.path.iterdir()}
+    assert files == dict.fromkeys(("log-1", "checkpoint", SLABS_NAME, LOCK_NAME), 0o600)
+    opened = [fd for fd, path in open_fds().items() if path.startswith(str(directory.path))]
+    assert len(opened) == 4
+    assert all(fcntl.fcntl(fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC for fd in opened)
+    await log.close()
 
 
 def test_slabs_short_transfers_are_continued(slabs: SlabFile, monkeypatch: pytest.MonkeyPatch):
@@ -149,31 +105,6 @@ def test_slabs_short_transfers_are_continued(slabs: SlabFile, monkeypatch: pytes
         short(patched, "preadv", PAGE_BYTES)
         slabs.read(PAGE_BYTES, [found[:PAGE_BYTES], found[PAGE_BYTES:]])
     assert found == memory
-
-
-def test_slabs_more_buffers_than_a_call_takes_are_all_written_and_read(slabs: SlabFile):
-    count = disk._MOST_BUFFERS * 2 + 3
-    memory = memoryview(mmap.mmap(-1, count * PAGE_BYTES))
-    memory[:] = os.urandom(len(memory))
-    slabs.write(0, [memory[at : at + PAGE_BYTES] for at in range(0, len(memory), PAGE_BYTES)])
-    found = memoryview(mmap.mmap(-1, count * PAGE_BYTES))
-    slabs.read(0, [found[at : at + PAGE_BYTES] for at in range(0, len(found), PAGE_BYTES)])
-    assert found == memory
-
-
-def test_slabs_of_no_bytes_at_all_are_nothing_to_do(slabs: SlabFile):
-    slabs.write(0, [])
-    slabs.write(0, [*pages("a"), memoryview(b"")])
-    slabs.read(0, [memoryview(bytearray())])
-    assert read_pages(slabs, 0, 1) == "a"
-
-
-@pytest.mark.parametrize("size_bytes", [0, PAGE_BYTES, PAGE_BYTES + 100])
-def test_slabs_read_beyond_the_end_is_an_io_error(slabs: SlabFile, size_bytes: int):
-    slabs.truncate(size_bytes)
-    with pytest.raises(OSError, match="short read") as caught:
-        slabs.read(0, pages("?", "?"))
-    assert caught.value.errno == errno.EIO
 
 
 def test_slabs_writes_that_make_no_progress_end(slabs: SlabFile, monkeypatch: pytest.MonkeyPatch):
@@ -219,15 +150,6 @@ def test_slabs_used_by_threads_at_once_keep_ranges_apart(slabs: SlabFile):
     for thread in threads:
         thread.join(60)
     assert not wrong
-
-
-def test_slabs_closed_refuse_calls_and_close_once(slabs: SlabFile):
-    slabs.close()
-    slabs.close()
-    for call in (slabs.sync, lambda: slabs.size_bytes, lambda: slabs.write(0, pages("a"))):
-        with pytest.raises(OSError, match="closed") as caught:
-            call()
-        assert caught.value.errno == errno.EBADF
 
 
 def test_slabs_closed_during_a_write_let_it_end(slabs: SlabFile, monkeypatch: pytest.MonkeyPatch):
@@ -301,33 +223,6 @@ def test_slabs_on_a_full_disk_are_opened_as_before(directory: SsdDirectory, monk
 
 
 # ---------------------------------------------------------------- logs
-
-
-async def test_log_has_its_header_and_what_was_appended(directory: SsdDirectory):
-    log = await directory.create_log("log-1", b"header")
-    for data in (b" one", b"", b" two"):
-        await log.append(data)
-    await log.sync()
-    assert log.size_bytes == len(b"header one two")
-    await log.close()
-    assert directory.read_bytes("log-1", 100) == b"header one two"
-    assert directory.names() == ["log-1"]
-    assert stat.S_IMODE((directory.path / "log-1").stat().st_mode) == 0o600
-
-
-async def test_log_appends_at_once_do_not_mix(directory: SsdDirectory):
-    log = await directory.create_log("log-1", b"")
-    frames = [bytes([number]) * 5000 for number in range(20)]
-    await asyncio.gather(*map(log.append, frames))
-    await log.close()
-    assert directory.read_bytes("log-1", 1 << 20) == b"".join(frames)
-
-
-async def test_log_of_a_name_that_is_there_is_refused_and_left_alone(directory: SsdDirectory):
-    await (await directory.create_log("log-1", b"first")).close()
-    with pytest.raises(FileExistsError):
-        await directory.create_log("log-1", b"second")
-    assert directory.read_bytes("log-1", 100) == b"first"
 
 
 async def test_log_after_a_failure_takes_nothing_more(directory: SsdDirectory, monkeypatch: pytest.MonkeyPatch):
@@ -407,20 +302,6 @@ async def test_cancelled_sync_makes_the_log_unusable(directory: SsdDirectory, mo
 # ---------------------------------------------------------------- files written whole
 
 
-async def test_whole_file_replaces_the_old_one(directory: SsdDirectory):
-    assert await directory.write_whole("checkpoint", [b"old"]) == 3
-
-    async def chunks() -> AsyncIterator[bytes]:
-        for chunk in (b"new", b"", b" and longer"):
-            await asyncio.sleep(0)
-            assert directory.read_bytes("checkpoint", 100) == b"old"
-            assert directory.names() == ["checkpoint"]
-            yield chunk
-
-    assert await directory.write_whole("checkpoint", chunks()) == 14
-    assert directory.read_bytes("checkpoint", 100) == b"new and longer"
-
-
 async def test_whole_file_that_fails_leaves_the_old_one(directory: SsdDirectory, monkeypatch: pytest.MonkeyPatch):
     await directory.write_whole("checkpoint", [b"old"])
 
@@ -436,23 +317,6 @@ async def test_whole_file_that_fails_leaves_the_old_one(directory: SsdDirectory,
             await directory.write_whole("checkpoint", [b"new"])
     assert directory.read_bytes("checkpoint", 100) == b"old"
     assert sorted(os.listdir(directory.path)) == ["checkpoint", LOCK_NAME]
-
-
-def test_read_bytes_of_a_file_that_is_too_large_or_missing_is_an_error(directory: SsdDirectory):
-    (directory.path / "file").write_bytes(b"12345")
-    assert directory.read_bytes("file", 5) == b"12345"
-    with pytest.raises(OSError, match="larger than 4 bytes") as caught:
-        directory.read_bytes("file", 4)
-    assert caught.value.errno == errno.EFBIG
-    with pytest.raises(FileNotFoundError):
-        directory.read_bytes("other", 4)
-
-
-def test_remove_of_a_file_that_is_not_there_is_fine(directory: SsdDirectory):
-    (directory.path / "file").touch()
-    directory.remove("file")
-    directory.remove("file")
-    assert directory.names() == []
 
 
 # ---------------------------------------------------------------- the directory
