@@ -194,6 +194,8 @@ BREAKS = {
     "kvstore/server/broken.py": "import kvstore_client",
     "kernels/kvstore_kernels/broken.py": "import kvstore",
     "kvstore/tiers/broken.py": "import aiofiles",
+    "kvstore/observability/broken.py": "import kvstore_kernels.layout",
+    "kvstore/transcode/broken.py": "import asyncio",
     "kvstore/core/broken.py": "import zmq",
     "client/kvstore_client/client.py": "import torch",
     "client/kvstore_client/views.py": "import kvstore_kernels.layout",

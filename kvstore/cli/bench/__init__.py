@@ -8,7 +8,7 @@ from typing import Annotated, Final
 
 import typer
 
-__all__ = ["app", "bench_codecs", "bench_control", "bench_local"]
+__all__ = ["app", "bench_codecs", "bench_control", "bench_local", "bench_transcode"]
 
 app: Final = typer.Typer(no_args_is_help=True, help="Measure the store beside a baseline in the same run.")
 
@@ -165,6 +165,40 @@ def bench_codecs(
         print(msgspec.json.encode(report).decode())
     else:
         render.console().print(codecs_table(report))
+
+
+@app.command("transcode")
+def bench_transcode(
+    pair: Annotated[
+        list[str] | None,
+        typer.Option(help="Pair to measure, such as 'raw>lossless-zstd'; repeat for several. (default: all)"),
+    ] = None,
+    mib: Annotated[
+        int, typer.Option(help="MiB of KV; it takes about six times as much memory.", min=1, max=1 << 20, metavar="N")
+    ] = 128,
+    rounds: Annotated[
+        int, typer.Option(help="In each, a quarter of the records goes each way.", min=1, max=10_000, metavar="N")
+    ] = 12,
+    dtype: Annotated[str, typer.Option(help="Of the KV: bfloat16, float16, float32.", metavar="NAME")] = "bfloat16",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure transcoding of records for a lower tier, and restoring them, beside a plain copy."""
+    import msgspec
+
+    from kvstore.cli import render
+    from kvstore.cli.bench.transcode import TranscodeExtent, measure_transcoding
+    from kvstore.cli.bench.transcode_table import transcode_table
+    from kvstore.transcode.pairs import PAIRS
+
+    extent = TranscodeExtent(
+        total_bytes=mib << 20, pairs=tuple(dict.fromkeys(pair or PAIRS)), rounds=rounds, dtype=dtype
+    )
+    with _progress(extent.steps) as on_round:
+        report = measure_transcoding(extent, on_round)
+    if as_json:
+        print(msgspec.json.encode(report).decode())
+    else:
+        render.console().print(transcode_table(report))
 
 
 @contextlib.contextmanager

@@ -22,7 +22,8 @@ class Row(msgspec.Struct, kw_only=True, omit_defaults=True):
         size_bytes: payload of a block; with a codec, of the block as the engine holds it.
         batch: keys in a request, blocks in a call of a codec, or clients where clients are what is counted.
         cache: "cold" or "hot": whether the block can be in the processor's caches.
-        memory: "contiguous" or "paged": where a codec reads or writes the engine's KV.
+        memory: "contiguous" or "paged": where a codec reads or writes the engine's KV. "typed" or "opaque": what is
+            known of the records that are transcoded.
         threads: that a codec uses.
         buffers: "one" or "rotating": what the client copies into or out of.
         depth: requests under way at once, where that is more than one.
@@ -36,6 +37,7 @@ class Row(msgspec.Struct, kw_only=True, omit_defaults=True):
         baseline_ops_per_s: the baseline's exchanges a second.
         ratio: the baseline's time / the time measured; 1.0 is as fast as the baseline.
         scale: the time of one thread / the time measured.
+        stored_ratio: bytes on the lower tier / bytes in memory, of records that are transcoded.
         limit: what is aimed at: the least ``ratio``, or the most ``core_share``.
         hoped: a ``ratio`` that would be better still; nothing is missed below it.
         seconds: length of the measurement, where it was chosen.
@@ -64,6 +66,7 @@ class Row(msgspec.Struct, kw_only=True, omit_defaults=True):
     baseline_ops_per_s: float | None = None
     ratio: float | None = None
     scale: float | None = None
+    stored_ratio: float | None = None
     limit: float | None = None
     hoped: float | None = None
     seconds: float | None = None
