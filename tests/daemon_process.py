@@ -93,6 +93,7 @@ class DaemonProcess:
         capacity, grant: sizes, as on the command line.
         expected_errors: names of error events that the test provokes.
         environ: more environment variables.
+        program: what Python runs in place of the ``kvstore`` command, with its arguments.
     """
 
     def __init__(
@@ -102,7 +103,9 @@ class DaemonProcess:
         grant: str = "16MiB",
         expected_errors: tuple[str, ...] = (),
         environ: Mapping[str, str] | None = None,
+        program: tuple[str, ...] = ("-m", "kvstore"),
     ) -> None:
+        self._program = program
         self._arguments = ("--http", "off", "--capacity", capacity, "--grant", grant, *arguments)
         self._expected_errors = expected_errors
         self._environ = environ
@@ -118,12 +121,16 @@ class DaemonProcess:
 
     def spawn(self, *arguments: str) -> subprocess.Popen[bytes]:
         """Start a daemon process without waiting for it."""
-        command = [sys.executable, "-P", "-m", "kvstore", "serve", "--endpoint", self.endpoint, "--log-format", "json"]
-        command += ["--parent-pid", str(os.getpid()), *self._arguments, *arguments]
+        command = [sys.executable, "-P", *self._program, *self.serve_arguments(os.getpid(), *arguments)]
         with open(self._log, "ab") as log:
             return subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=child_environment(self._environ)
             )
+
+    def serve_arguments(self, parent_pid: int, *arguments: str) -> list[str]:
+        """The arguments of ``kvstore``, for a daemon that ends with this parent."""
+        common = ["serve", "--endpoint", self.endpoint, "--log-format", "json", "--parent-pid", str(parent_pid)]
+        return [*common, *self._arguments, *arguments]
 
     def start(self, *, populated: bool = True) -> Self:
         """Start and wait until the daemon answers, and by default until all its memory is there."""

@@ -20,55 +20,20 @@ import threading
 import time
 from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from fakes.crash_medium import PAGE_BYTES, Choose, Content, Names, keep_everything
+from fakes.disk_faults import CHANGING, Fault
 
 from kvstore.errors import ResourceTaken
 from kvstore.tiers.disk import LOCK_NAME, SLABS_NAME, TEMPORARY_SUFFIX
 
 Hook = Callable[[str, str], None]
-_CHANGING = ("write", "format", "truncate", "append", "create", "rename", "remove")
 
 
 class Crashed(BaseException):
     """The process is dead: no handler of errors may go on after it."""
-
-
-@dataclass
-class Fault:
-    """Operations that fail.
-
-    Attributes:
-        op: their name, or the last word of it (``sync`` is all three).
-        number: of the error.
-        name: of the file, "" for any.
-        start, end: only transfers that touch these bytes.
-        passes: let so many through first.
-        times: then fail so many.
-    """
-
-    op: str
-    number: int
-    name: str = ""
-    start: int = 0
-    end: int = 1 << 62
-    passes: int = 0
-    times: int = 1 << 62
-
-    def strikes(self, op: str, name: str, start: int, end: int) -> bool:
-        """Whether it hits this operation; counts it."""
-        if op != self.op and op.rpartition("_")[2] != self.op:
-            return False
-        if (self.name and name != self.name) or end <= self.start or start >= self.end:
-            return False
-        if self.passes:
-            self.passes -= 1
-            return False
-        self.times -= 1
-        return self.times >= 0
 
 
 class FaultyDirectory:
@@ -188,7 +153,7 @@ class FaultyDirectory:
     def _strike(self, op: str, name: str, start: int, end: int) -> None:
         if self._dead:
             raise Crashed
-        if self.read_only and op.rpartition("_")[2] in _CHANGING:
+        if self.read_only and op.rpartition("_")[2] in CHANGING:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS), name)
         for fault in self.faults:
             if fault.strikes(op, name, start, end):
