@@ -6,7 +6,8 @@ that file, and ``killed_daemon(...)`` makes the daemon process.
 
 Points are ``before_`` or ``after_`` and one of: ``data_open``, ``data_write``, ``data_read``, ``data_sync``,
 ``data_format``, ``slot_reuse`` (a write over pages that this process wrote before), ``log_create``, ``log_append``,
-``log_sync``, ``checkpoint_create``, ``checkpoint_rename``, ``directory_sync``, ``remove``, ``read_file``.
+``log_sync``, ``checkpoint_create``, ``checkpoint_rename``, ``file_sync``, ``directory_sync``,
+``remove``, ``read_file``.
 """
 
 from __future__ import annotations
@@ -224,6 +225,10 @@ class WrappedDirectory(SsdDirectory):
         with injector.op("checkpoint_create", name):
             pass
         return await super().write_whole(name, chunks)
+
+    async def sync_file(self, name: str) -> None:
+        with injector.op("file_sync", name):
+            await super().sync_file(name)
 
     def remove(self, name: str) -> None:
         if name.endswith(TEMPORARY_SUFFIX):  # no call of the tier's

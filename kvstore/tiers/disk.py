@@ -1,8 +1,8 @@
 """The only module that opens files of the SSD tier's directory.
 
-Covers: a slab file that worker threads read and write past the page cache, a log that is appended to, small files that
-are written whole, and the directory that they are in, with its lock. Tests put a twin that injects faults in its place.
-Does not cover: what is in the files.
+Covers: a log that is appended to, small files that are written whole, the slab file (see ``kvstore.tiers.slab_file``),
+and the directory that they are in, with its lock. Tests put a twin that injects faults in its place. Does not cover:
+what is in the files.
 
 An ``OSError`` of the system comes out as it is: ``errno`` says what to do about it. After a sync that failed, nothing
 that was written since the last one may be taken as durable, not even after a later sync that succeeds: the kernel
@@ -17,8 +17,7 @@ import errno
 import mmap
 import os
 import stat
-import threading
-from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -29,6 +28,7 @@ from aiofiles.threadpool.binary import AsyncFileIO
 from kvstore.errors import PermissionRefused
 from kvstore.format.constants import PAGE_BYTES
 from kvstore.tiers.files import OwnerLock, make_directory
+from kvstore.tiers.slab_file import SlabFile, transfer
 
 __all__ = ["LOCK_NAME", "SLABS_NAME", "TEMPORARY_SUFFIX", "AppendFile", "SlabFile", "SsdDirectory"]
 
@@ -39,115 +39,11 @@ TEMPORARY_SUFFIX: Final = ".tmp"
 
 _TRIAL_NAME: Final = "direct" + TEMPORARY_SUFFIX
 _UNWRITABLE: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
-_ZEROS_BYTES: Final = 4 << 20
-_MOST_BUFFERS: Final = max(os.sysconf("SC_IOV_MAX"), 16)
 _SAFE: Final = os.O_CLOEXEC | os.O_NOFOLLOW
 
 _T = TypeVar("_T")
 _fdatasync: Final = aiofiles.os.wrap(os.fdatasync)
 _fsync: Final = aiofiles.os.wrap(os.fsync)
-
-
-class SlabFile:
-    """One file of slots, read and written by worker threads.
-
-    Calls block, and may be made by any number of threads at once; ranges that overlap are the callers' to keep apart.
-    Offsets, lengths and addresses of buffers are multiples of 4 KiB, which O_DIRECT demands.
-
-    Args:
-        fd: open for reading and writing; owned from now on.
-        direct: whether it was opened with O_DIRECT.
-
-    Attributes:
-        direct: reads and writes go past the page cache; False where the file system refuses that.
-    """
-
-    def __init__(self, fd: int, *, direct: bool) -> None:
-        self.direct = direct
-        self._fd = fd
-        self._lock = threading.Lock()
-        self._calls = 0
-        self._closed = False
-        self._zeros = memoryview(mmap.mmap(-1, _ZEROS_BYTES, prot=mmap.PROT_READ))
-
-    @property
-    def size_bytes(self) -> int:
-        """The file's size."""
-        with self._descriptor() as fd:
-            return os.fstat(fd).st_size
-
-    def write(self, offset: int, buffers: Sequence[memoryview]) -> None:
-        """Write all bytes of all buffers, one after the other, from ``offset`` on. Durable after ``sync``.
-
-        Raises:
-            OSError: some of the bytes may have been written.
-        """
-        with self._descriptor() as fd:
-            _transfer(os.pwritev, fd, offset, buffers)
-
-    def read(self, offset: int, buffers: Sequence[memoryview]) -> None:
-        """Fill all buffers, one after the other, from ``offset`` on.
-
-        Raises:
-            OSError: the buffers' content is undefined; EIO with "short read" where the file ends before.
-        """
-        with self._descriptor() as fd:
-            _transfer(os.preadv, fd, offset, buffers)
-
-    def sync(self) -> None:
-        """Make durable what was written before; see the module for what a failure means.
-
-        Raises:
-            OSError: of ``fdatasync``.
-        """
-        with self._descriptor() as fd:
-            os.fdatasync(fd)
-
-    def format(self, offset: int, length_bytes: int) -> None:
-        """Write zeros through, so that later writes there need no new space; grows the file. Durable after ``sync``.
-
-        Raises:
-            OSError: some of it may have been written.
-        """
-        with self._descriptor() as fd:
-            end = offset + length_bytes
-            while offset < end:
-                step = min(_ZEROS_BYTES, end - offset)
-                _transfer(os.pwritev, fd, offset, [self._zeros[:step]])
-                offset += step
-
-    def truncate(self, size_bytes: int) -> None:
-        """Cut the file, or grow it by a hole.
-
-        Raises:
-            OSError: of ``ftruncate``.
-        """
-        with self._descriptor() as fd:
-            os.ftruncate(fd, size_bytes)
-
-    def close(self) -> None:
-        """Refuse further calls (EBADF); the file is closed when the last call in progress ends."""
-        with self._lock:
-            close_now = not self._closed and not self._calls
-            self._closed = True
-        if close_now:
-            os.close(self._fd)
-
-    @contextlib.contextmanager
-    def _descriptor(self) -> Iterator[int]:
-        """The descriptor, which is not closed meanwhile: its number would be given to another file."""
-        with self._lock:
-            if self._closed:
-                raise OSError(errno.EBADF, "the slab file is closed")
-            self._calls += 1
-        try:
-            yield self._fd
-        finally:
-            with self._lock:
-                self._calls -= 1
-                close_now = self._closed and not self._calls
-            if close_now:
-                os.close(self._fd)
 
 
 class AppendFile:
@@ -338,6 +234,18 @@ class SsdDirectory:
         await _ended(_fsync(self._fd))
         return size_bytes
 
+    async def sync_file(self, name: str) -> None:
+        """Make durable what an earlier life wrote into a file: its process may have ended before it did.
+
+        Raises:
+            OSError: it is not there, or ``fdatasync`` failed.
+        """
+        fd = self._open(name, os.O_RDONLY)
+        try:
+            await _ended(_fdatasync(fd))
+        finally:
+            os.close(fd)
+
     def remove(self, name: str) -> None:
         """Remove a file; one that is not there is fine. Durable with the next name that is made so.
 
@@ -414,8 +322,8 @@ class SsdDirectory:
             try:
                 fd = self._open(_TRIAL_NAME, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_DIRECT)
                 try:
-                    _transfer(os.pwritev, fd, 0, [page])
-                    _transfer(os.preadv, fd, 0, [page])
+                    transfer(os.pwritev, fd, 0, [page])
+                    transfer(os.preadv, fd, 0, [page])
                 finally:
                     os.close(fd)
                     self.remove(_TRIAL_NAME)
@@ -425,35 +333,13 @@ class SsdDirectory:
                 # Where nothing can be written, what is there must be readable still: try to read it.
                 fd = self._open(SLABS_NAME, os.O_RDONLY | os.O_DIRECT)
                 try:
-                    _transfer(os.preadv, fd, 0, [page])
+                    transfer(os.preadv, fd, 0, [page])
                 finally:
                     os.close(fd)
         except OSError:
             # If it is not the flag's fault, opening the file without it will say so.
             return False
         return True
-
-
-def _transfer(
-    call: Callable[[int, Sequence[memoryview], int], int], fd: int, offset: int, buffers: Sequence[memoryview]
-) -> None:
-    """``pwritev`` or ``preadv`` until all bytes are there; each call takes so many buffers at most."""
-    left = [buffer.cast("B") for buffer in reversed(buffers) if buffer.nbytes]
-    while left:
-        done = call(fd, left[: -_MOST_BUFFERS - 1 : -1], offset)
-        offset += done
-        rest = done
-        while left and rest >= len(left[-1]):
-            rest -= len(left.pop())
-        if not left:
-            return
-        left[-1] = left[-1][rest:]
-        if call is os.preadv:
-            # With O_DIRECT the next read could be refused for its offset, where the truth is that the file ended.
-            if not done or offset >= os.fstat(fd).st_size:
-                raise OSError(errno.EIO, "short read: the file ends before")
-        elif not done:
-            raise OSError(errno.EIO, "short write: nothing was taken")
 
 
 async def _opened(name: str, opener: Callable[[str, int], int]) -> AsyncFileIO:

@@ -22,11 +22,6 @@ _ZEROS = bytes(PAGE_BYTES)
 Choose = Callable[[int], int]
 
 
-def keep_everything(count: int) -> int:
-    """What the death of a process leaves, where the machine lives on: all that was written."""
-    return 0
-
-
 def lose_everything(count: int) -> int:
     """Of each file and of the names only what is durable."""
     return 1

@@ -8,7 +8,7 @@
   ``data_open`` of the slab file
 - ``log_create``, ``header_write`` and ``header_sync`` of ``create_log``, then ``log_append`` and ``log_sync``
 - ``checkpoint_create``, ``checkpoint_write`` (a chunk), ``checkpoint_sync``, ``checkpoint_rename`` of ``write_whole``
-- ``directory_sync``, ``remove``, ``read_file``, ``list``
+- ``file_sync``, ``directory_sync``, ``remove``, ``read_file``, ``list``
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from fakes.crash_medium import PAGE_BYTES, Choose, Content, Names, keep_everything
+from fakes.crash_medium import PAGE_BYTES, Choose, Content, Names
 from fakes.disk_faults import CHANGING, Fault
 
 from kvstore.errors import ResourceTaken
@@ -75,15 +75,17 @@ class FaultyDirectory:
 
     # -------------------------------------------------------------- crashes and faults
 
-    def crash(self, choose: Choose = keep_everything) -> FaultyDirectory:
+    def crash(self, choose: Choose | None = None) -> FaultyDirectory:
         """End this life, at once, and give the directory that the next process finds.
 
         Args:
-            choose: what is left of what was not synced. By default all of it: only the process died.
+            choose: what the end of the machine leaves of what was not synced. By default only the process ended: all
+                that was written is still there, and still not durable.
         """
         with self.lock:
             self._dead = True
-            return FaultyDirectory(self.path, names=self.medium.survive(choose), direct=self.direct)
+            left = self.medium if choose is None else self.medium.survive(choose)
+            return FaultyDirectory(self.path, names=left, direct=self.direct)
 
     def reopen(self) -> FaultyDirectory:
         """Open it again after ``close``.
@@ -233,6 +235,12 @@ class FaultyDirectory:
         await file.close()
         self._sync_names()
         return file.size_bytes
+
+    async def sync_file(self, name: str) -> None:
+        with self.lock:
+            content = self._named(name)
+        await asyncio.sleep(self.delays_s.get("file_sync", 0))
+        _sync(self, "file_sync", name, content, waited=True)
 
     def remove(self, name: str) -> None:
         with self.op("remove", name):

@@ -231,6 +231,13 @@ async def test_whole_file_whose_chunks_fail_leaves_the_old_one(directory: Direct
     assert directory.names() == ["checkpoint"]
 
 
+async def test_sync_of_a_file_by_name_is_for_files_that_are_there(directory: Directory):
+    await directory.write_whole("file", [b"content"])
+    await directory.sync_file("file")
+    with pytest.raises(FileNotFoundError):
+        await directory.sync_file("other")
+
+
 async def test_removed_name_is_free_for_another_file(directory: Directory):
     log = await directory.create_log("log-1", b"old")
     directory.remove("log-1")

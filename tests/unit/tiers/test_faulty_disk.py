@@ -126,9 +126,19 @@ def test_size_of_a_file_that_was_truncated_or_grown_is_one_that_it_had():
     assert {"a...", "", ".."} <= found
 
 
-def test_process_that_dies_alone_loses_nothing(directory: FaultyDirectory, slabs: FaultySlabs):
+def test_process_that_dies_alone_loses_nothing_until_the_machine_does(directory: FaultyDirectory, slabs: FaultySlabs):
     slabs.write(0, pages("a"))
-    assert read_pages(directory.crash().open_slabs(create=False), 0, 2) == "a."
+    alive = directory.crash()
+    assert read_pages(alive.open_slabs(create=False), 0, 2) == "a."
+    assert read_pages(alive.crash(lose_everything).open_slabs(create=False), 0, 2) == ".."
+
+
+async def test_file_of_a_dead_process_is_durable_once_it_is_synced(directory: FaultyDirectory):
+    log = await directory.create_log("log", b"")
+    await log.append(b"frame")
+    alive = directory.crash()
+    await alive.sync_file("log")
+    assert alive.crash(lose_everything).content("log") == b"frame"
 
 
 def test_crash_with_one_seed_leaves_the_same_each_time():
