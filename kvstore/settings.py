@@ -38,6 +38,7 @@ __all__ = [
     "EvictionSettings",
     "LimitSettings",
     "Settings",
+    "SsdSettings",
     "format_size",
     "parse_http",
     "parse_size",
@@ -79,6 +80,12 @@ def _no_bool(value: object) -> object:
     if isinstance(value, bool):
         raise InvalidArgument(f"must be a number, got {str(value).lower()}")
     return value
+
+
+def _size_or_zero(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise InvalidArgument(f"must be a size, got {value!r}")
+    return 0 if value in (0, "0") else parse_size(value)
 
 
 def _parse_mode(value: object) -> int:
@@ -251,6 +258,64 @@ class LimitSettings(_Section):
     """After a client with a device context died, how long its slots are left alone: transfers may still run."""
 
 
+class SsdSettings(_Section):
+    """The SSD tier: off unless it has a directory."""
+
+    directory: Annotated[Path, AfterValidator(_check_directory)] | None = None
+    """Directory of its files, for this daemon alone; None: there is no SSD tier."""
+
+    capacity_bytes: SizeBytes | None = None
+    """Most bytes that its files may take together; must be set with ``directory``."""
+
+    slab_bytes: SizeBytes | None = None
+    """Unit in which room moves between slot sizes, a multiple of 4096; None: chosen, or as the files have it."""
+
+    reserve_bytes: Annotated[int, BeforeValidator(_size_or_zero)] = 1 << 30
+    """Free space of the file system that is left to others."""
+
+    max_records: Count | None = None
+    """Most records at a time, for which log and checkpoints have room (512 bytes each); None: chosen."""
+
+    threads: Annotated[Count, Field(le=64)] = 8
+    """Reads and writes at a time."""
+
+    group_records: Annotated[Count, Field(le=4096)] = 64
+    """Records that become durable together, at most."""
+
+    group_ms: Count = 20
+    """How long the first of them waits for others."""
+
+    recovery: Literal["lazy", "eager"] = "lazy"
+    """When records found at the start are verified: as they are read, or all in the background as well."""
+
+    admission: Literal["all", "predicted"] = "all"
+    """What is written when it leaves DRAM: everything, or what is likely to be asked for again."""
+
+    transcode: str = ""
+    """Codecs of records on their way down, as ``raw>lossless``; empty: as they are."""
+
+    prefill_tokens_per_s: Annotated[float, BeforeValidator(_no_bool), Field(ge=0, allow_inf_nan=False)] = 0.0
+    """What the engine computes in a second; loads that would take longer are refused. 0: unknown, none is."""
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> Self:
+        if self.directory is not None and self.capacity_bytes is None:
+            raise _conflict(
+                "ssd.directory is set and ssd.capacity_bytes is not: say how many bytes it may take "
+                "(--ssd-capacity 100GiB)",
+                "ssd.directory",
+            )
+        if self.directory is None and self.capacity_bytes is not None:
+            raise _conflict(
+                "ssd.capacity_bytes is set and ssd.directory is not: say where (--ssd DIR)", "ssd.capacity_bytes"
+            )
+        if self.slab_bytes is not None and self.slab_bytes % _PAGE_BYTES:
+            raise _conflict(
+                f"ssd.slab_bytes must be a multiple of {_PAGE_BYTES} bytes, got {self.slab_bytes}", "ssd.slab_bytes"
+            )
+        return self
+
+
 class EvictionSettings(_Section):
     """What leaves a full tier first."""
 
@@ -299,6 +364,7 @@ class Settings(BaseSettings):
     dram: DramSettings = DramSettings()
     access: AccessSettings = AccessSettings()
     limits: LimitSettings = LimitSettings()
+    ssd: SsdSettings = SsdSettings()
     eviction: EvictionSettings = EvictionSettings()
     events: EventSettings = EventSettings()
 

@@ -184,10 +184,13 @@ def _suggestion(key: str, keys: Sequence[str]) -> str:
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
-    near = get_close_matches(name, known, n=1, cutoff=0.7)
+    by_name = [key for key in known if key.rpartition(".")[2] == name]
+    near = by_name or get_close_matches(name, known, n=1, cutoff=0.7)
     if not near:
         # A key in the wrong section, or in none: its last component decides.
-        by_leaf = {key.rpartition(".")[2]: key for key in known}
+        by_leaf: dict[str, str] = {}
+        for key in known:
+            by_leaf.setdefault(key.rpartition(".")[2], key)
         near = [by_leaf[leaf] for leaf in get_close_matches(name.rpartition(".")[2], by_leaf, n=1, cutoff=0.7)]
     return f"; did you mean {near[0]}?" if near else ""
 

@@ -25,6 +25,8 @@ FLAGS: Final = {
     "dram.slab_bytes": "--slab",
     "dram.directory": "--arena-dir",
     "dram.verify": "--verify",
+    "ssd.directory": "--ssd",
+    "ssd.capacity_bytes": "--ssd-capacity",
     "log_level": "--log-level",
     "log_format": "--log-format",
     "access.mode": "--mode",
@@ -71,6 +73,11 @@ def serve(
         str | None,
         typer.Option(help="Checksums on reads: always, sampled or off.", show_default="sampled", metavar="WHEN"),
     ] = None,
+    ssd: Annotated[
+        Path | None,
+        typer.Option(help="Directory of the SSD tier.", show_default="no such tier", metavar="DIR", resolve_path=True),
+    ] = None,
+    ssd_capacity: Annotated[str | None, typer.Option(help="Most bytes that its files may take.", metavar=_SIZE)] = None,
     log_level: Annotated[
         str | None, typer.Option(help="debug, info, warning or error.", show_default="info", metavar="LEVEL")
     ] = None,
@@ -102,6 +109,8 @@ def serve(
         "dram.slab_bytes": slab,
         "dram.directory": arena_dir,
         "dram.verify": verify,
+        "ssd.directory": ssd,
+        "ssd.capacity_bytes": ssd_capacity,
         "log_level": log_level,
         "log_format": log_format,
         "access.mode": mode,

@@ -6,6 +6,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Final
 
 from kvstore.core.journal import UNTOLD
+from kvstore.core.tree import TreeBlock
 
 if TYPE_CHECKING:
     from kvstore.core.namespaces import NamespaceState
@@ -73,38 +74,24 @@ class Record:
         self.fidelity = 0
 
 
-class Block:
-    """A block with at least one resident record. See ``kvstore.policy.base.Evictable`` for the policy's view.
+class Block(TreeBlock):
+    """A block with at least one resident record.
 
-    ``told`` is the journal's: its place among the blocks that were told of.
+    Attributes:
+        told: the journal's: its place among the blocks that were told of.
+        retired: it was chosen to leave, and left the policy; it can be read until its room is needed. No block that is
+            not retired has a retired ancestor, and retired blocks are not their parents' children.
     """
 
-    __slots__ = (
-        "access",
-        "children",
-        "depth",
-        "key",
-        "leases",
-        "namespace",
-        "parent",
-        "parent_key",
-        "parts",
-        "slot_bytes",
-        "told",
-    )
+    __slots__ = ("namespace", "parts", "retired", "slot_bytes", "told")
 
     def __init__(self, namespace: NamespaceState, key: bytes, parent_key: bytes) -> None:
+        super().__init__(key, parent_key)
         self.namespace = namespace
-        self.key = key
-        self.parent_key = parent_key
-        self.parent: Block | None = None
-        self.children: set[Block] | None = None
-        self.depth = 0
         self.parts: dict[int, Record] = {}
         self.slot_bytes = 0
-        self.leases = 0
-        self.access = -1
         self.told = UNTOLD
+        self.retired = False
 
     @property
     def complete(self) -> bool:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 
 from kvstore.core.block import Block
+from kvstore.core.ssd_record import SsdBlock, SsdRecord
 from kvstore.protocol.namespace import Namespace
 
 
@@ -58,6 +61,7 @@ class SlotWanted(msgspec.Struct, frozen=True):
         access: the engine request, as in ``Committed``: nothing that it used leaves for it.
         namespace_id, parent_key: the block before it, which must not leave for it either; one that nobody can reach
             makes no room. An empty key: the client does not say, and where it names no request either all may leave.
+        slot_bytes: the slot's size, 0 for the one that records of that length get.
     """
 
     session: int
@@ -66,6 +70,7 @@ class SlotWanted(msgspec.Struct, frozen=True):
     access: int = 0
     namespace_id: int = 0
     parent_key: bytes = b""
+    slot_bytes: int = 0
 
 
 class CommittedRecord(msgspec.Struct, frozen=True):
@@ -115,7 +120,7 @@ class Accessed(msgspec.Struct, frozen=True):
 
     session: int
     access: int
-    runs: list[tuple[Block, int]]
+    runs: list[tuple[Block, int]] | list[tuple[Block | SsdBlock, int]]
     asked: int
     missing: tuple[bytes, ...] = ()
 
@@ -124,7 +129,7 @@ class LeaseWanted(msgspec.Struct, frozen=True):
     """A session wants blocks (a chain's leading run) to stay until released or expired."""
 
     session: int
-    blocks: tuple[Block, ...] | list[Block]
+    blocks: Sequence[Block | SsdBlock]
     duration_ns: int
 
 
@@ -175,6 +180,26 @@ class Quiesced(msgspec.Struct, frozen=True):
     slots: tuple[int, ...] | list[int]
 
 
+class Demoted(msgspec.Struct, frozen=True):
+    """Records became readable on the SSD; those of blocks that were given up will not, and their blocks may leave."""
+
+    records: list[SsdRecord]
+    given_up: list[Block] = []
+
+
+class SsdChanged(msgspec.Struct, frozen=True):
+    """The SSD can be written from now on, or cannot any more."""
+
+    writable: bool
+
+
+class PersistWanted(msgspec.Struct, frozen=True):
+    """Blocks, and their ancestors in DRAM, are to be written below although they stay."""
+
+    namespace_id: int
+    keys: list[bytes]
+
+
 class Ticked(msgspec.Struct, frozen=True):
     """Time passed; leases may have expired."""
 
@@ -199,4 +224,7 @@ Event = (
     | FoundCorrupt
     | Quiesced
     | Ticked
+    | Demoted
+    | SsdChanged
+    | PersistWanted
 )

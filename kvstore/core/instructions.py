@@ -37,6 +37,13 @@ class EndNamespace(msgspec.Struct, frozen=True):
     namespace_id: int
 
 
+class Demote(msgspec.Struct, frozen=True):
+    """Write resident records below; ``accesses``: when the block of each was last used. Answer ``Demoted``."""
+
+    records: list[Record]
+    accesses: list[int]
+
+
 class Move(msgspec.Struct, frozen=True):
     """Copy a resident record's slot to another one of equal size and let readers find it there.
 
@@ -97,6 +104,7 @@ Instruction = (
     | Replace
     | EndNamespace
     | Move
+    | Demote
     | Grant
     | TryAgain
     | Refuse

@@ -7,6 +7,8 @@ from collections import Counter
 from kvstore.core.block import Block, RecordState
 from kvstore.core.journal import UNTOLD
 from kvstore.core.namespaces import NamespaceState
+from kvstore.core.ssd_invariants import validate_ssd
+from kvstore.core.ssd_record import SsdBlock
 from kvstore.core.store import Store
 from kvstore.errors import InvariantViolation
 from kvstore.format.constants import FIDELITY_EXACT
@@ -30,7 +32,11 @@ def validate_state(store: Store) -> None:
         blocks.update(namespace.blocks.values())
     _require(not members, "a namespace was forgotten that has members")
     _require(len(blocks) == store.block_count, f"{store.block_count} blocks counted, {len(blocks)} found")
-    _require(store.policy.held() == len(blocks), f"policy holds {store.policy.held()} of {len(blocks)} blocks")
+    staying = len(blocks) - len(store.retired)
+    _require(store.policy.held() == staying, f"policy holds {store.policy.held()} of {staying} blocks")
+    _check_retired(store, blocks)
+    if store.ssd is not None:
+        validate_ssd(store.ssd)
     _check_leases(store)
     _check_journal(store, blocks)
     for block in blocks:
@@ -38,6 +44,26 @@ def validate_state(store: Store) -> None:
             _require(record.block is block and record.part == part, f"record of slot {record.slot} is of no block")
             _require(record.state is RecordState.RESIDENT, f"slot {record.slot} of a block is {record.state.name}")
             _require(store.records.get(record.slot) is record, f"slot {record.slot} has two records")
+
+
+def _check_retired(store: Store, blocks: set[Block]) -> None:
+    retired = store.retired
+    slot_bytes = clean_bytes = records = 0
+    seen: set[Block] = set()
+    for block, clean in retired.all().items():
+        name = block.key.hex()[:12]
+        _require(block in blocks and block.retired, f"block {name} is retired and gone")
+        _require(not block.children and not block.leases, f"block {name} is retired and in use")
+        _require(block.parent not in seen, f"block {name} leaves after its parent")
+        seen.add(block)
+        slot_bytes += block.slot_bytes
+        clean_bytes += block.slot_bytes if clean else 0
+        records += len(block.parts)
+    _require(len(seen) == sum(block.retired for block in blocks), "a block is marked as retired and is not")
+    _require(
+        (slot_bytes, clean_bytes, records) == (retired.slot_bytes, retired.clean_bytes, retired.records),
+        "retired blocks are miscounted",
+    )
 
 
 def _require(condition: bool, message: str) -> None:
@@ -130,7 +156,11 @@ def _check_tree(namespace: NamespaceState) -> None:
         parent = namespace.blocks.get(block.parent_key)
         _require(block.parent is parent, f"block {name} is not linked to its parent")
         if parent is not None:
-            _require(block in (parent.children or ()), f"block {name} is not its parent's child")
+            _require(
+                (block in (parent.children or ())) is not block.retired,
+                f"block {name} is not its parent's child, or is",
+            )
+            _require(block.retired or not parent.retired, f"block {name} stays and its parent is retired")
             _require(block.depth == parent.depth + 1, f"block {name} has depth {block.depth}")
         elif block.parent_key != ROOT_KEY:
             _require(block in namespace.orphans.get(block.parent_key, ()), f"orphan {name} is not noted")
@@ -147,13 +177,15 @@ def _check_tree(namespace: NamespaceState) -> None:
 
 
 def _check_leases(store: Store) -> None:
-    held: Counter[Block] = Counter()
+    held: Counter[Block | SsdBlock] = Counter()
     for lease in store.leases.all():
         _require(lease.session in store.sessions, f"lease {lease.id} belongs to no session")
         held.update(lease.blocks)
     for namespace in store.namespaces.by_id.values():
         for block in namespace.blocks.values():
             _require(block.leases == held[block], f"block {block.key.hex()[:12]} counts {block.leases} leases")
+        for copy in () if namespace.ssd is None else namespace.ssd.tree.blocks.values():
+            _require(copy.leases == held[copy], f"SSD block {copy.key.hex()[:12]} counts {copy.leases} leases")
 
 
 def _check_journal(store: Store, blocks: set[Block]) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvstore.core.block import Block
+from kvstore.core.ssd_record import SsdBlock
 
 
 @dataclass(slots=True)
@@ -14,7 +16,7 @@ class Lease:
 
     id: int
     session: int
-    blocks: list[Block]
+    blocks: list[Block | SsdBlock]
     expires_ns: int
 
 
@@ -38,7 +40,7 @@ class Leases:
         """Every lease, for ``validate_state()``."""
         return list(self._leases.values())
 
-    def take(self, session: int, blocks: list[Block] | tuple[Block, ...], expires_ns: int) -> int:
+    def take(self, session: int, blocks: Sequence[Block | SsdBlock], expires_ns: int) -> int:
         """Lease blocks; returns the lease's id."""
         for block in blocks:
             block.leases += 1
@@ -49,23 +51,23 @@ class Leases:
         heapq.heappush(self._expiry, (expires_ns, lease.id))
         return lease.id
 
-    def end(self, identity: int, session: int) -> list[Block] | None:
+    def end(self, identity: int, session: int) -> list[Block | SsdBlock] | None:
         """End one lease of a session; the blocks that no lease holds any more, or None if there is no such lease."""
         lease = self._leases.get(identity)
         if lease is None or lease.session != session:
             return None
         return self._end(lease)
 
-    def end_session(self, session: int) -> list[Block]:
+    def end_session(self, session: int) -> list[Block | SsdBlock]:
         """End all leases of a session; the blocks that no lease holds any more."""
-        freed: list[Block] = []
+        freed: list[Block | SsdBlock] = []
         for identity in list(self._of_session.get(session, ())):
             freed += self._end(self._leases[identity])
         return freed
 
-    def expire(self, now_ns: int) -> list[Block]:
+    def expire(self, now_ns: int) -> list[Block | SsdBlock]:
         """End all leases whose time is over; the blocks that no lease holds any more."""
-        freed: list[Block] = []
+        freed: list[Block | SsdBlock] = []
         while self._expiry and self._expiry[0][0] <= now_ns:
             _, identity = heapq.heappop(self._expiry)
             lease = self._leases.get(identity)
@@ -73,7 +75,7 @@ class Leases:
                 freed += self._end(lease)
         return freed
 
-    def _end(self, lease: Lease) -> list[Block]:
+    def _end(self, lease: Lease) -> list[Block | SsdBlock]:
         del self._leases[lease.id]
         held = self._of_session[lease.session]
         held.discard(lease.id)

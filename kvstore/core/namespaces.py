@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Final
 
 from kvstore.core.block import Block
+from kvstore.core.ssd_record import SsdBlock, SsdNamespace
+from kvstore.core.tree import ORPHAN_DEPTH, PrefixTree
 from kvstore.errors import InvalidArgument
-from kvstore.protocol.keys import ROOT_KEY
-from kvstore.protocol.namespace import Namespace
+from kvstore.protocol.namespace import Namespace, namespace_digest
 
 MAX_NAMESPACE_ID: Final = (1 << 16) - 1
 
@@ -16,24 +17,22 @@ MOST_IDLE: Final = 64
 """Namespaces that are remembered although they have neither blocks nor members, the latest ones. Each is about 1 KiB;
 one that was forgotten and is joined again costs another id."""
 
-ORPHAN_DEPTH: Final = 1 << 32
-"""Depth of a block whose parent is not there: of a request's blocks it leaves first, since nobody can reach it."""
 
-
-class NamespaceState:
-    """One generation of a namespace: its blocks by key, linked into a tree.
+class NamespaceState(PrefixTree[Block]):
+    """One generation of a namespace: its blocks in DRAM by key, linked into a tree, and what the SSD holds of it.
 
     Attributes:
+        canonical: its description, as a key.
         current: False once the namespace was invalidated; it then holds no blocks for ever.
         members: sessions that joined it and are open.
         codecs: ids of the codecs that its records may be of.
         exact: only records of effective fidelity 255 may be in it.
         lossy_records: resident records whose effective fidelity is below 255.
-        orphans: blocks whose parent is not resident, by the parent's key.
+        ssd: its blocks on the SSD, None where there never were any.
     """
 
     __slots__ = (
-        "blocks",
+        "canonical",
         "codecs",
         "current",
         "description",
@@ -43,33 +42,36 @@ class NamespaceState:
         "id",
         "lossy_records",
         "members",
-        "orphans",
         "parts",
         "slot_bytes",
+        "ssd",
     )
 
-    def __init__(self, identity: int, description: Namespace, generation: int) -> None:
+    def __init__(self, identity: int, description: Namespace, generation: int, canonical: bytes) -> None:
+        super().__init__()
         self.id = identity
+        self.canonical = canonical
         self.description = description
         self.generation = generation
-        self.digest = description.digest(generation)
+        self.digest = namespace_digest(canonical, generation)
         self.parts = description.parts
         self.codecs = frozenset(map(int, description.codecs))
         self.exact = description.fidelity == "exact"
-        self.blocks: dict[bytes, Block] = {}
-        self.orphans: dict[bytes, set[Block]] = {}
         self.slot_bytes = 0
         self.lossy_records = 0
         self.members = 0
         self.current = True
+        self.ssd: SsdNamespace | None = None
 
     @property
     def idle(self) -> bool:
         """Whether nothing is lost with it: a later generation that is current must be remembered."""
-        return not self.blocks and not self.members and not (self.current and self.generation)
+        if self.blocks or self.members or (self.current and self.generation):
+            return False
+        return self.ssd is None or not (self.ssd.tree.blocks or self.ssd.writing)
 
     def leading(self, keys: Iterable[bytes]) -> list[Block]:
-        """The longest run of complete blocks from the first key on."""
+        """The longest run of blocks from the first key on that are complete in DRAM."""
         found = list(map(self.blocks.get, keys))
         if not all(found):
             del found[found.index(None) :]
@@ -80,72 +82,39 @@ class NamespaceState:
                     return blocks[:index]
         return blocks
 
-    def closes_circle(self, key: bytes, parent_key: bytes) -> bool:
-        """Whether a new block would be its own ancestor. Only possible where children already wait for ``key``."""
-        if key == parent_key:
-            return True
-        if key not in self.orphans:
-            return False
-        above = self.blocks.get(parent_key)
-        while above is not None:
-            if above.parent_key == key:
-                return True
-            above = above.parent
-        return False
+    def below(self, key: bytes) -> SsdBlock | None:
+        """The block on the SSD where it is complete there, or together with what DRAM has of it."""
+        ssd = self.ssd
+        found = None if ssd is None else ssd.tree.blocks.get(key)
+        if found is None or len(found.parts) == self.parts:
+            return found
+        block = self.blocks.get(key)
+        above = () if block is None else block.parts
+        return found if all(part in found.parts or part in above for part in range(self.parts)) else None
 
-    def insert(self, block: Block) -> None:
-        """Link a new block to its parent, or note it as an orphan, and adopt the children that waited for it."""
-        self.blocks[block.key] = block
-        if block.parent_key != ROOT_KEY:
-            parent = self.blocks.get(block.parent_key)
-            if parent is None:
-                block.depth = ORPHAN_DEPTH
-                self.orphans.setdefault(block.parent_key, set()).add(block)
-            else:
-                _link(block, parent)
-        for child in self.orphans.pop(block.key, ()):
-            _link(child, block)
+    def leading_in_tiers(self, keys: list[bytes]) -> list[Block | SsdBlock]:
+        """The longest run of blocks from the first key on that are complete; where in DRAM, that one is meant."""
+        found: list[Block | SsdBlock] = []
+        found += self.leading(keys)
+        if self.ssd is not None and self.ssd.tree.blocks:
+            for key in keys[len(found) :]:
+                above = self.blocks.get(key)
+                block = above if above is not None and above.complete else self.below(key)
+                if block is None:
+                    break
+                found.append(block)
+        return found
 
-    def remove(self, block: Block) -> None:
-        """Unlink a block; its children become orphans and keep their depth."""
-        del self.blocks[block.key]
-        parent = block.parent
-        if parent is not None:
-            assert parent.children is not None
-            parent.children.discard(block)
-            block.parent = None
-        elif block.parent_key != ROOT_KEY:
-            waiting = self.orphans[block.parent_key]
-            waiting.discard(block)
-            if not waiting:
-                del self.orphans[block.parent_key]
-        if block.children:
-            for child in block.children:
-                child.parent = None
-            self.orphans[block.key] = block.children
-            block.children = None
+    def depth_below(self, key: bytes) -> int:
+        """Depth of a block on the SSD, that of an orphan's parent where there is none."""
+        block = None if self.ssd is None else self.ssd.tree.blocks.get(key)
+        return ORPHAN_DEPTH - 1 if block is None else block.depth
 
-
-def _link(block: Block, parent: Block) -> None:
-    if parent.children is None:
-        parent.children = set()
-    parent.children.add(block)
-    block.parent = parent
-    if block.depth != parent.depth + 1:
-        block.depth = parent.depth + 1
-        for below in descendants(block):
-            assert below.parent is not None
-            below.depth = below.parent.depth + 1
-
-
-def descendants(block: Block) -> Iterator[Block]:
-    """All blocks below, parents before their children."""
-    stack = list(block.children or ())
-    while stack:
-        below = stack.pop()
-        yield below
-        if below.children:
-            stack.extend(below.children)
+    def adopt(self, block: Block) -> None:
+        """Insert a block; one whose parent is on the SSD is no orphan, and those there that waited for it no more."""
+        self.insert(block, min(self.depth_below(block.parent_key) + 1, ORPHAN_DEPTH))
+        if self.ssd is not None and block.key in self.ssd.tree.orphans and block.depth < ORPHAN_DEPTH:
+            self.ssd.tree.deepen(block.key, block.depth)
 
 
 class Namespaces:
@@ -163,8 +132,24 @@ class Namespaces:
         Raises:
             InvalidArgument: there are no ids left.
         """
-        state = self._current.get(description.canonical())
-        return state if state is not None else self._add(description, 0)
+        canonical = description.canonical()
+        state = self._current.get(canonical)
+        if state is None:
+            return self._add(description, 0, canonical)
+        # One that was found on the SSD knows only the digest of its tenant's salt.
+        state.description = description
+        return state
+
+    def restore(self, ssd: SsdNamespace) -> NamespaceState:
+        """A namespace of which the SSD holds blocks, in their generation; members come later.
+
+        Raises:
+            InvalidArgument: there are no ids left, or its description is none.
+        """
+        state = self._add(Namespace.from_canonical(ssd.description), ssd.generation, ssd.description)
+        state.ssd = ssd
+        ssd.state = state.id
+        return state
 
     def advance(self, state: NamespaceState, generation: int) -> NamespaceState:
         """A later generation of a namespace. The caller removes the blocks of the old one.
@@ -172,13 +157,14 @@ class Namespaces:
         Raises:
             InvalidArgument: there are no ids left; nothing has changed.
         """
-        successor = self._add(state.description, generation)
+        successor = self._add(state.description, generation, state.canonical)
         state.current = False
+        successor.ssd, state.ssd = state.ssd, None
         return successor
 
     def current_of(self, state: NamespaceState) -> NamespaceState:
         """The current generation of the namespace that ``state`` is or was."""
-        return self._current[state.description.canonical()]
+        return self._current[state.canonical]
 
     def note_idle(self, state: NamespaceState) -> None:
         """A namespace has no blocks or no members any more; it may be forgotten when there are too many like it."""
@@ -194,12 +180,12 @@ class Namespaces:
             if state.idle:
                 del self.by_id[state.id]
                 if state.current:
-                    del self._current[state.description.canonical()]
+                    del self._current[state.canonical]
                     state.current = False
                     forgotten.append(state)
         return forgotten
 
-    def _add(self, description: Namespace, generation: int) -> NamespaceState:
+    def _add(self, description: Namespace, generation: int, canonical: bytes) -> NamespaceState:
         identity = self._last_id + 1
         if identity > MAX_NAMESPACE_ID:
             raise InvalidArgument(
@@ -207,7 +193,7 @@ class Namespaces:
                 "together); restart it"
             )
         self._last_id = identity
-        state = NamespaceState(identity, description, generation)
+        state = NamespaceState(identity, description, generation, canonical)
         self.by_id[identity] = state
-        self._current[description.canonical()] = state
+        self._current[canonical] = state
         return state

@@ -1,4 +1,4 @@
-"""Slabs and slots: who owns which 4 KiB pages of the arena. Bookkeeping only; the memory is the DRAM tier's.
+"""Slabs and slots: who owns which 4 KiB pages of the arena, or of the SSD's slab file. Bookkeeping only.
 
 The arena is cut into slabs of equal size; a slab belongs to one slot class (one slot size) or to none. A slot is named
 by its first page: ``offset = slot * 4096``. Slot 0 is the arena's header and never given out. Exact classes exist for
@@ -11,6 +11,7 @@ may be many such sizes. Where no adjacent slabs are free, fewer do.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -79,9 +80,10 @@ class SlabAllocator:
         slab_count: slabs in the arena.
         slab_bytes: bytes a slab, a multiple of 4096.
         first_page: page of the first slab (pages before it are the arena's header).
+        most_joined: how many adjacent slabs may be cut as one.
     """
 
-    def __init__(self, slab_count: int, slab_bytes: int, first_page: int) -> None:
+    def __init__(self, slab_count: int, slab_bytes: int, first_page: int, most_joined: int = _MOST_JOINED) -> None:
         self.slab_bytes = slab_bytes
         self._pages = slab_bytes // PAGE_BYTES
         self._first_page = first_page
@@ -89,6 +91,7 @@ class SlabAllocator:
         self.classes: dict[int, SlotClass] = {}
         self._empty: dict[int, Slab] = {}
         self._exact: set[int] = set()
+        self._most_joined = most_joined
         self.usable_slabs = 0
 
     @property
@@ -167,7 +170,9 @@ class SlabAllocator:
         slots = self.classes.get(pages)
         if slots is None:
             slots = self.classes[pages] = SlotClass(pages)
-        slab = self._take_empty(pages, _MOST_JOINED if pages in self._exact else min(_MOST_JOINED, slots.joined or 1))
+        slab = self._take_empty(
+            pages, self._most_joined if pages in self._exact else min(self._most_joined, slots.joined or 1)
+        )
         slots.joined += slab.joined
         slab.slot_pages = pages
         slab.slots = slab.pages // pages
@@ -234,3 +239,27 @@ class SlabAllocator:
         slab.draining = True
         slots.free_slots -= slab.slots - slab.used
         slots.open.pop(slab.index, None)
+
+    def restore(self, slots: Iterable[tuple[int, int]]) -> None:
+        """Take slots as used that were given out in an earlier life, by first page and bytes.
+
+        Precondition: nothing was cut yet; the slabs are usable; slots of a slab are of one size and do not overlap.
+        """
+        used: dict[int, tuple[int, set[int]]] = {}
+        for slot, slot_bytes in slots:
+            index = (slot - self._first_page) // self._pages
+            used.setdefault(index, (slot_bytes // PAGE_BYTES, set()))[1].add(slot)
+        for index, (pages, taken) in used.items():
+            slots_of = self.classes.get(pages)
+            if slots_of is None:
+                slots_of = self.classes[pages] = SlotClass(pages)
+            slab = self._empty.pop(index)
+            slots_of.joined += 1
+            slots_of.slabs[index] = slab
+            slab.slot_pages, slab.slots, slab.used = pages, slab.pages // pages, len(taken)
+            slab.cut = (max(taken) - slab.first_page) // pages + 1
+            slab.free = [slot for slot in slab.cut_slots() if slot not in taken]
+            slots_of.used_slots += slab.used
+            slots_of.free_slots += slab.slots - slab.used
+            if slab.used < slab.slots:
+                slots_of.open[index] = slab

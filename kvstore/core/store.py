@@ -7,7 +7,7 @@ Reads (``find``, ``leading``) change nothing; that a client read something comes
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -17,6 +17,7 @@ from kvstore.core.events import (
     ClearWanted,
     Committed,
     CommittedRecord,
+    Demoted,
     Displaced,
     Event,
     FoundCorrupt,
@@ -26,6 +27,7 @@ from kvstore.core.events import (
     LeaseReleased,
     LeasesEnded,
     LeaseWanted,
+    PersistWanted,
     PopulationEnded,
     Quiesced,
     RemoveWanted,
@@ -33,11 +35,13 @@ from kvstore.core.events import (
     SessionOpened,
     SlabPopulated,
     SlotWanted,
+    SsdChanged,
     Ticked,
 )
 from kvstore.core.instructions import (
     Answer,
     Count,
+    Demote,
     EndNamespace,
     Grant,
     Instruction,
@@ -52,9 +56,13 @@ from kvstore.core.instructions import (
 )
 from kvstore.core.journal import Journal
 from kvstore.core.leases import Leases
-from kvstore.core.namespaces import ORPHAN_DEPTH, Namespaces, NamespaceState, descendants
+from kvstore.core.namespaces import Namespaces, NamespaceState
+from kvstore.core.retired import Retired
 from kvstore.core.slabs import Slab, SlabAllocator
+from kvstore.core.ssd import SsdStore
+from kvstore.core.ssd_record import SsdBlock
 from kvstore.core.story import Story
+from kvstore.core.tree import ORPHAN_DEPTH, descendants
 from kvstore.errors import InvalidTransition
 from kvstore.format.constants import FIDELITY_EXACT, PAGE_BYTES
 from kvstore.policy.base import BEFORE_ALL, EvictionPolicy
@@ -69,6 +77,12 @@ LIMBO_PATIENCE_NS: Final = 100_000_000
 
 _MOST_SLOT_BYTES: Final = (1 << 32) - PAGE_BYTES
 """An index entry has 32 bits for a record's length."""
+
+RETIRED_AT_ONCE: Final = 64
+"""Most blocks that are retired by one event."""
+
+_RESERVE_SHARE: Final = 4
+"""What is kept free or clean for puts is at most this part of the capacity."""
 
 EVICTION_BATCH: Final = 64
 """Victims chosen at once when room must be made for a slot size."""
@@ -99,6 +113,8 @@ class StoreCounters:
 
     evicted_blocks: int = 0
     evicted_bytes: int = 0
+    dropped_blocks: int = 0
+    not_admitted_blocks: int = 0
     removed_blocks: int = 0
     moved_records: int = 0
     replaced_records: int = 0
@@ -147,15 +163,25 @@ class Store:
         slabs: the arena's slots; the store alone allocates from it.
         policy: chooses what leaves.
         journal: is told of each block that becomes complete or stops being so; None where nobody wants to know.
+        ssd: the tier below, None where there is none.
     """
 
     def __init__(
-        self, limits: StoreLimits, slabs: SlabAllocator, policy: EvictionPolicy, journal: Journal | None = None
+        self,
+        limits: StoreLimits,
+        slabs: SlabAllocator,
+        policy: EvictionPolicy,
+        journal: Journal | None = None,
+        ssd: SsdStore | None = None,
     ) -> None:
         self.limits = limits
         self.slabs = slabs
         self.policy = policy
         self.journal = journal
+        self.ssd = ssd
+        self.retired = Retired()
+        self.demotes = False
+        """Whether what leaves is written below first."""
         self.namespaces = Namespaces()
         self.leases = Leases()
         self.sessions: dict[int, SessionState] = {}
@@ -176,6 +202,11 @@ class Store:
         self._accesses: OrderedDict[tuple[int, int], int] = OrderedDict()
         self._access = 0
         self._now_ns = 0
+        self._reserve_bytes = min(limits.grant_bytes, limits.capacity_bytes // _RESERVE_SHARE)
+        if ssd is not None:
+            self._access = ssd.access
+            for below in list(ssd.namespaces.values()):
+                self.namespaces.restore(below)
         self._handlers: dict[type, Callable[[Any], list[Instruction]]] = {
             SlabPopulated: self._slab_populated,
             PopulationEnded: self._population_ended,
@@ -196,6 +227,9 @@ class Store:
             FoundCorrupt: self._found_corrupt,
             Quiesced: self._quiesced,
             Ticked: self._ticked,
+            Demoted: self._demoted,
+            SsdChanged: self._ssd_changed,
+            PersistWanted: self._persist_wanted,
         }
 
     # -------------------------------------------------------------- reading
@@ -220,9 +254,17 @@ class Store:
         namespace = self.namespaces.by_id.get(namespace_id)
         return [] if namespace is None else namespace.leading(keys)
 
-    def fidelity_of(self, blocks: list[Block]) -> int:
-        """The lowest effective fidelity among the records of resident blocks of one namespace, 255 for none."""
-        if not blocks or not blocks[0].namespace.lossy_records:
+    def leading_in_tiers(self, namespace_id: int, keys: list[bytes]) -> list[Block | SsdBlock]:
+        """The longest run of blocks from the first key on that are complete in DRAM or below."""
+        namespace = self.namespaces.by_id.get(namespace_id)
+        return [] if namespace is None else namespace.leading_in_tiers(keys)
+
+    def fidelity_of(self, blocks: Sequence[Block | SsdBlock]) -> int:
+        """The lowest effective fidelity among the records of blocks of one namespace, 255 for none."""
+        if not blocks:
+            return FIDELITY_EXACT
+        first = blocks[0]
+        if self.ssd is None and isinstance(first, Block) and not first.namespace.lossy_records:
             return FIDELITY_EXACT
         return min([record.fidelity for block in blocks for record in block.parts.values()])
 
@@ -250,9 +292,16 @@ class Store:
         return []
 
     def _leases_ended(self, event: LeasesEnded | SessionClosed) -> list[Instruction]:
-        for block in self.leases.end_session(event.session):
-            self.policy.released(block)
+        self._released(self.leases.end_session(event.session))
         return []
+
+    def _released(self, blocks: Iterable[Block | SsdBlock]) -> None:
+        """The last lease on each of them ended."""
+        for block in blocks:
+            if isinstance(block, Block):
+                self.policy.released(block)
+            elif self.ssd is not None:
+                self.ssd.policy.released(block)
 
     def _session_closed(self, event: SessionClosed) -> list[Instruction]:
         session = self.sessions.pop(event.session)
@@ -264,7 +313,11 @@ class Store:
         return [*([Withdraw(slots)] if slots else []), *self._forget_namespaces()]
 
     def _forget_namespaces(self) -> list[Instruction]:
-        return [EndNamespace(state.id) for state in self.namespaces.forget_idle()]
+        forgotten = self.namespaces.forget_idle()
+        for state in forgotten:
+            if state.ssd is not None and self.ssd is not None:
+                del self.ssd.namespaces[state.ssd.number]
+        return [EndNamespace(state.id) for state in forgotten]
 
     def _enter(self, session: int, namespace: NamespaceState) -> None:
         """A session joins a namespace, in which it may be already."""
@@ -296,6 +349,9 @@ class Store:
         # First what may fail for want of ids: the blocks are not lost for nothing then.
         successor = self.namespaces.advance(namespace, generation)
         withdrawn = self._withdraw_all(list(namespace.blocks.values()))
+        if successor.ssd is not None and self.ssd is not None:
+            self.ssd.advance(successor.ssd, generation)
+            successor.ssd.state = successor.id
         self.namespaces.note_idle(namespace)
         self._enter(session, successor)
         return [EndNamespace(namespace.id), *withdrawn, Namespaced(successor)]
@@ -303,13 +359,16 @@ class Store:
     def _slot_wanted(self, event: SlotWanted) -> list[Instruction]:
         if event.record_bytes > self._max_slot_bytes:
             return [Refuse(PutStatus.REJECTED, Reason.TOO_LARGE)]
-        slot_bytes = self.slot_bytes_for(event.record_bytes)
+        slot_bytes = event.slot_bytes or self.slot_bytes_for(event.record_bytes)
         session = self.sessions[event.session]
         number = None if event.ahead else self._number_of_wanted(event)
         if session.granted_bytes + slot_bytes > self.limits.grant_bytes_per_session:
             return [Refuse(PutStatus.THROTTLED, Reason.GRANT_LIMIT)]
         if self.granted_bytes + slot_bytes > self.limits.grant_bytes:
             return [Refuse(PutStatus.THROTTLED, Reason.GRANT_LIMIT)]
+        if self.demotes and self.granted_bytes + slot_bytes > self._room_bytes():
+            refusal = Refuse(PutStatus.THROTTLED, Reason.DEMOTING)
+            return [refusal] if event.ahead else [*self._retire_ahead(slot_bytes), refusal]
         slot = self.slabs.allocate(slot_bytes)
         if slot is None:
             return (
@@ -331,10 +390,20 @@ class Store:
         if parent_key and parent_key != ROOT_KEY:
             namespace = self.namespaces.by_id.get(event.namespace_id)
             parent = None if namespace is None else namespace.blocks.get(parent_key)
-            if parent is None or parent.depth >= ORPHAN_DEPTH:
+            if parent is None:
+                below = namespace is not None and namespace.depth_below(parent_key) + 1 < ORPHAN_DEPTH
+                return number if below else BEFORE_ALL
+            if parent.depth >= ORPHAN_DEPTH:
                 return BEFORE_ALL
-            self.policy.touch(parent, 1, number)
+            self._touch(parent, 1, number)
         return number
+
+    def _touch(self, block: Block, hits: int, number: int) -> None:
+        """A block, and some above it, were used."""
+        if block.retired:
+            self._revive(block, number)
+        else:
+            self.policy.touch(block, hits, number)
 
     def _make_room(self, slot_bytes: int, number: int | None) -> list[Instruction]:
         """Get a slab or a slot of this size: move records together, or evict what was used before an access."""
@@ -351,6 +420,10 @@ class Store:
         slots = self._evict_for_slot(slot_bytes, number)
         if slots:
             return [Withdraw(slots), TryAgain()]
+        if self.demotes:
+            demote = self._retire(slot_bytes)
+            if len(self.retired):
+                return [*demote, Refuse(PutStatus.THROTTLED, Reason.DEMOTING)]
         if self.limbo_bytes or self.leases:
             return [Refuse(PutStatus.THROTTLED, Reason.ALL_HELD)]
         if self._next_victim() is not None:
@@ -363,7 +436,7 @@ class Store:
         slots: list[int] = []
         missing: dict[int, int] = {}
         for _ in range(EVICTION_BATCH):
-            victim = self._next_victim(number)
+            victim = self._victim_for_slot(number)
             if victim is None:
                 break
             enough = False
@@ -443,12 +516,11 @@ class Store:
             instructions.append(Withdraw(left))
             placed = [record for record in placed if record.state is RecordState.RESIDENT]
         if placing.worse or placing.gone:
-            instructions += self._retire(placing)
+            instructions += self._retire_worse(placing)
             placed = [record for record in placed if record not in placing.worse]
         if placed:
             instructions.append(Publish(placed))
-        instructions.append(Answer(statuses, reasons))
-        return instructions
+        return [*instructions, *self._retire_ahead(), Answer(statuses, reasons)]
 
     def _place(
         self,
@@ -470,12 +542,16 @@ class Store:
         if namespace.exact and commit.fidelity < FIDELITY_EXACT:
             return PutStatus.REJECTED, Reason.NOT_EXACT
         block = namespace.blocks.get(commit.key)
+        parent = namespace.blocks.get(commit.parent_key)
+        for used in (parent, block):
+            if used is not None and used.retired:
+                self._revive(used, access)
         before: Record | None = None
         if block is None:
             if namespace.closes_circle(commit.key, commit.parent_key):
                 return PutStatus.REJECTED, Reason.BAD_PARENT
             block = Block(namespace, commit.key, commit.parent_key)
-            namespace.insert(block)
+            namespace.adopt(block)
             self.policy.insert(block, access)
             if block.depth >= ORPHAN_DEPTH:
                 # Nobody can reach it: it may have room that is free, and nothing leaves for it.
@@ -550,7 +626,7 @@ class Store:
         self.resident_record_bytes += by * record.record_bytes
         self.record_count += by
 
-    def _retire(self, placing: _Placing) -> list[Instruction]:
+    def _retire_worse(self, placing: _Placing) -> list[Instruction]:
         """Let records go whose place better ones took; a reader finds the old one or the new one, and never nothing."""
         instructions: list[Instruction] = []
         for record, before in placing.worse.items():
@@ -568,7 +644,7 @@ class Store:
         """Tell the policy which blocks that were there before were put again, unless nobody can reach them."""
         for block, number in placing.touched[placing.told :]:
             if block.parts and block.depth < ORPHAN_DEPTH:
-                self.policy.touch(block, 1, number)
+                self._touch(block, 1, number)
         placing.told = len(placing.touched)
 
     def _fit_capacity(self, placing: _Placing, placed: list[Record]) -> list[int]:
@@ -577,7 +653,7 @@ class Store:
         self._touch_placed(placing)
         newest_first = reversed(placed)
         while self._over_capacity():
-            victim = self._placed_orphan(placing) or self._next_victim()
+            victim = self._placed_orphan(placing) or self.retired.first() or self._next_victim()
             if victim is not None:
                 slots += self._evict(victim)
                 continue
@@ -634,9 +710,32 @@ class Store:
     def _accessed(self, event: Accessed) -> list[Instruction]:
         number = self._access_number(event.session, event.access)
         for deepest, hits in event.runs:
-            if deepest.parts:
-                self.policy.touch(deepest, hits, number)
+            if isinstance(deepest, SsdBlock):
+                if deepest.parts and self.ssd is not None:
+                    self.ssd.touch(deepest, number)
+            elif deepest.parts:
+                self._touch(deepest, hits, number)
+                self._touch_below(deepest, hits, number)
         return []
+
+    def _touch_below(self, deepest: Block, hits: int, number: int) -> None:
+        """What was used in DRAM stays as fresh on the SSD: the deepest block of it that has a copy there."""
+        below = deepest.namespace.ssd
+        if self.ssd is None or below is None or not below.tree.blocks:
+            return
+        block: Block | None = deepest
+        for _ in range(hits):
+            assert block is not None
+            copy = below.tree.blocks.get(block.key)
+            if copy is None and block.parent is None:
+                copy = below.tree.blocks.get(block.parent_key)
+                block = None
+            if copy is not None:
+                self.ssd.touch(copy, number)
+                return
+            if block is None:
+                return
+            block = block.parent
 
     def _access_number(self, session: int, access: int) -> int:
         """One number for all events of one engine request; numbers only grow."""
@@ -653,6 +752,9 @@ class Store:
 
     def _lease_wanted(self, event: LeaseWanted) -> list[Instruction]:
         blocks = [block for block in event.blocks if block.parts]
+        for block in blocks:
+            if isinstance(block, Block) and block.retired:
+                self._revive(block, self._access)
         if not blocks:
             return [Leased(0)]
         if self.leases.count_of(event.session) >= self.limits.leases_per_session:
@@ -661,8 +763,7 @@ class Store:
 
     def _lease_released(self, event: LeaseReleased) -> list[Instruction]:
         freed = self.leases.end(event.lease, event.session)
-        for block in freed or ():
-            self.policy.released(block)
+        self._released(freed or ())
         return [Count(0 if freed is None else 1)]
 
     def _remove_wanted(self, event: RemoveWanted) -> list[Instruction]:
@@ -673,22 +774,29 @@ class Store:
         orphaned: list[Block] = []
         removed = 0
         for key in event.keys:
+            below = self.ssd is not None and namespace.ssd is not None and self.ssd.remove_key(namespace.ssd, key)
             block = namespace.blocks.get(key)
             if block is not None:
                 orphaned += block.children or ()
                 slots += self._unlink(block, "removed")
-                removed += 1
+            elif below:
+                orphaned += namespace.orphans.get(key, ())
+            removed += block is not None or below
         # Only now, because some of them were removed as well: a whole chain costs no more than its length.
         condemned = [below for block in orphaned if block.parts for below in (block, *descendants(block))]
         if condemned:
             self.policy.condemn(sorted(condemned, key=lambda block: block.depth))
         self.counters.removed_blocks += removed
-        return [Withdraw(slots), Count(removed)] if slots else [Count(0)]
+        return [Withdraw(slots), Count(removed)] if slots else [Count(removed)]
 
     def _clear_wanted(self, event: ClearWanted) -> list[Instruction]:
         namespace = self.namespaces.by_id.get(event.namespace_id)
         blocks = [] if namespace is None else list(namespace.blocks.values())
-        return [*self._withdraw_all(blocks), Count(len(blocks))]
+        below = 0
+        if namespace is not None and namespace.ssd is not None and self.ssd is not None:
+            below = sum(key not in namespace.blocks for key in namespace.ssd.tree.blocks)
+            self.ssd.empty(namespace.ssd)
+        return [*self._withdraw_all(blocks), Count(len(blocks) + below)]
 
     def _displaced(self, event: Displaced) -> list[Instruction]:
         record = self.records[event.slot]
@@ -720,9 +828,8 @@ class Store:
         return []
 
     def _ticked(self, event: Ticked) -> list[Instruction]:
-        for block in self.leases.expire(self._now_ns):
-            self.policy.released(block)
-        return []
+        self._released(self.leases.expire(self._now_ns))
+        return self._retire_ahead()
 
     # -------------------------------------------------------------- changes of state
 
@@ -735,7 +842,106 @@ class Store:
         """Its slots, to be withdrawn."""
         self.counters.evicted_blocks += 1
         self.counters.evicted_bytes += block.slot_bytes
+        if self.ssd is not None and self.missing_below(block):
+            self.counters.dropped_blocks += 1
         return self._unlink(block, "evicted")
+
+    # -------------------------------------------------------------- the tier below
+
+    def _room_bytes(self) -> int:
+        """What can be committed before something has to be written below."""
+        return self.limits.capacity_bytes - self.resident_bytes + self.retired.clean_bytes
+
+    def _victim_for_slot(self, number: int | None) -> Block | None:
+        """The block that leaves next for a slot: what was retired first, or where nothing is demoted any."""
+        first = self.retired.first()
+        if first is None:
+            return None if self.demotes else self._next_victim(number)
+        return first if self.retired.is_clean(first) or not self.demotes else None
+
+    def missing_below(self, block: Block) -> list[Record]:
+        """Records of a block of which the SSD has none that is as good."""
+        namespace = block.namespace
+        assert self.ssd is not None
+        return [
+            record
+            for part, record in block.parts.items()
+            if not self.ssd.holds(namespace.ssd, block.key, part, record.fidelity)
+        ]
+
+    def _retire_ahead(self, wanted_bytes: int = 0) -> list[Instruction]:
+        """Have what leaves next written below before its room is needed."""
+        if not self.demotes:
+            return []
+        reserve = max(self._reserve_bytes, self.granted_bytes + wanted_bytes)
+        short = reserve - (self.limits.capacity_bytes - self.resident_bytes + self.retired.slot_bytes)
+        records_left = self.limits.max_records - self.record_count + self.retired.records
+        if short <= 0 and records_left >= min(RETIRED_AT_ONCE, self.limits.max_records // _RESERVE_SHARE):
+            return []
+        return self._retire(max(short, 1))
+
+    def _retire(self, slot_bytes: int) -> list[Instruction]:
+        """Retire blocks with so many bytes, or as many as there may be at once."""
+        assert self.ssd is not None
+        aim = self.retired.slot_bytes + slot_bytes
+        demote: list[Record] = []
+        accesses: list[int] = []
+        for _ in range(RETIRED_AT_ONCE):
+            block = None if self.retired.slot_bytes >= aim else self._next_victim()
+            if block is None:
+                break
+            access = self.policy.used(block)
+            self.policy.discard(block)
+            # Nobody can reach an orphan: it is not worth writing.
+            missing = self.missing_below(block) if block.depth < ORPHAN_DEPTH else []
+            self.retired.add(block, clean=not missing)
+            demote += missing
+            accesses += [access] * len(missing)
+        return [Demote(demote, accesses)] if demote else []
+
+    def _revive(self, block: Block, number: int) -> None:
+        """A retired block, and those above it, were used: they stay."""
+        chain: list[Block] = []
+        above: Block | None = block
+        while above is not None and above.retired:
+            chain.append(above)
+            above = above.parent
+        for revived in reversed(chain):
+            self.retired.take(revived)
+            self.policy.insert(revived, number)
+
+    def _demoted(self, event: Demoted) -> list[Instruction]:
+        for stored in event.records:
+            namespace = self.namespaces.by_id.get(stored.namespace.state)
+            block = None if namespace is None else namespace.blocks.get(stored.key)
+            if block is not None and block.retired and not self.missing_below(block):
+                self.retired.clean(block)
+        for block in event.given_up:
+            if block.retired:
+                self.retired.clean(block)
+        return self._retire_ahead()
+
+    def _ssd_changed(self, event: SsdChanged) -> list[Instruction]:
+        self.demotes = event.writable
+        if not event.writable:
+            self.retired.clean_all()
+        return self._retire_ahead()
+
+    def _persist_wanted(self, event: PersistWanted) -> list[Instruction]:
+        namespace = self.namespaces.by_id.get(event.namespace_id)
+        demote: dict[Record, int] = {}
+        for key in event.keys if namespace is not None and self.demotes else ():
+            assert namespace is not None
+            block = namespace.blocks.get(key)
+            while block is not None:
+                missing = self.missing_below(block)
+                if missing and missing[0] in demote:
+                    break
+                demote.update(dict.fromkeys(missing, self._access))
+                block = block.parent
+        # The first blocks of a chain first: what comes behind is of no use without them.
+        records = list(reversed(demote))
+        return [Demote(records, [demote[record] for record in records])] if records else []
 
     def _withdraw_all(self, blocks: list[Block]) -> list[Instruction]:
         slots = [slot for block in blocks for slot in self._unlink(block, "cleared")]
@@ -746,7 +952,11 @@ class Store:
 
     def _unlink(self, block: Block, cause: str) -> list[int]:
         """Take a block out of the tree and the policy, its records into limbo; their slots."""
-        self.policy.discard(block)
+        if block.retired:
+            self.retired.take(block)
+        else:
+            self.policy.discard(block)
+        self.retired.part_from(block)
         namespace = block.namespace
         namespace.remove(block)
         if not namespace.blocks:

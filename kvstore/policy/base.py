@@ -74,5 +74,8 @@ class EvictionPolicy(Protocol):
                 is worth keeping more than they are. With ``BEFORE_ALL`` nothing leaves.
         """
 
+    def used(self, block: Evictable) -> int:
+        """Access number of the last use of a block that is held, as far as the policy knows."""
+
     def held(self) -> int:
         """Blocks the policy holds, for ``validate_state()``."""

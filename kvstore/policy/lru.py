@@ -115,6 +115,10 @@ class Lru:
         if block.access <= _PARKED and not block.children and not block.leases:
             self._enter(block, _PARKED - block.access)
 
+    def used(self, block: Evictable) -> int:
+        """See ``EvictionPolicy``."""
+        return block.access if block.access >= 0 else _PARKED - block.access
+
     def held(self) -> int:
         """See ``EvictionPolicy``."""
         return self._held

@@ -133,4 +133,23 @@ class Namespace(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     def digest(self, generation: int) -> bytes:
         """32-byte digest of this description in a generation (0 until the first ``invalidate()``)."""
-        return sha256(_PREFIX + self.canonical() + generation.to_bytes(8, "little")).digest()
+        return namespace_digest(self.canonical(), generation)
+
+    @classmethod
+    def from_canonical(cls, canonical: bytes) -> Namespace:
+        """A namespace from its canonical description. The tenant's salt is not in it, only its digest: it stays empty.
+
+        Raises:
+            InvalidArgument: it is no canonical description.
+        """
+        try:
+            fields = json.loads(canonical)
+            del fields["tenant_salt"]
+            return cls(**fields)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise InvalidArgument(f"no description of a namespace: {error}") from None
+
+
+def namespace_digest(canonical: bytes, generation: int) -> bytes:
+    """32-byte digest of a canonical description in a generation."""
+    return sha256(_PREFIX + canonical + generation.to_bytes(8, "little")).digest()

@@ -21,12 +21,15 @@ from kvstore.core.journal import Journal
 from kvstore.core.slabs import SlabAllocator
 from kvstore.core.store import Store, StoreLimits
 from kvstore.errors import InvalidArgument, SettingsError
+from kvstore.format.constants import PAGE_BYTES
 from kvstore.mapped.arena import FIRST_SLAB_PAGE, STATE_OFFSET, ArenaHeader, ArenaState
 from kvstore.mapped.index_file import STATE_OFFSET as INDEX_STATE_OFFSET
 from kvstore.mapped.index_file import IndexHeader, IndexState, bucket_count_for
 from kvstore.observability.logs import Log, RepeatedLog, configure_logs, get_log
+from kvstore.policy.base import EvictionPolicy
 from kvstore.policy.registry import make_policy
 from kvstore.protocol.endpoint import default_arena_directory, default_directory, ipc_path
+from kvstore.server.below import Below
 from kvstore.server.counters import RequestCounters
 from kvstore.server.descriptors import reserve_descriptors
 from kvstore.server.events import EventPublisher
@@ -40,6 +43,7 @@ from kvstore.server.population import Population, populate_first
 from kvstore.server.puts import Puts
 from kvstore.server.requests import Requests
 from kvstore.server.sessions import Sessions
+from kvstore.server.ssd import SsdTier
 from kvstore.server.statistics import Statistics
 from kvstore.server.transport import RouterTransport
 from kvstore.settings import Settings
@@ -119,7 +123,8 @@ class Daemon:
             self._log.warning("removed_stale_arena", directory=str(directory), why="a daemon did not stop cleanly")
 
         incarnation = secrets.randbits(62) | 1
-        store, arena, index = self._make_store(directory, incarnation, mode, gid)
+        tier = await self._open_ssd()
+        store, arena, index = self._make_store(directory, incarnation, mode, gid, tier)
         executor = Executor(store, arena, self._clock, index)
         executor.apply(SlabPopulated(0))
         publisher = None
@@ -156,6 +161,11 @@ class Daemon:
         if index is not None:
             bell = Doorbell(directory / f"doorbell-{incarnation:016x}", mode & 0o622, gid)
             self._undo.callback(bell.close)
+        below = None
+        if tier is not None:
+            tier.start(executor)
+            self._undo.push_async_callback(tier.stop)
+            below = Below(tier, executor, self._clock)
         mapping = Mapping(
             executor,
             sessions,
@@ -182,9 +192,12 @@ class Daemon:
             max_lease_s=settings.limits.max_lease_s,
             pid=os.getpid(),
             mapping=mapping,
+            below=below,
             clock=self._clock,
             log=self._log,
         )
+        if tier is not None:
+            tier.promotions.have_back = mapping.have_back
         mapping.end_session = requests.close_session
         transport = RouterTransport(
             settings.endpoint,
@@ -209,9 +222,11 @@ class Daemon:
             mapping=mapping,
             index=index,
             events=publisher,
+            ssd=tier,
         )
         requests.transport, requests.statistics = transport, self._statistics
         self._requests, self._executor, self._sessions, self._mapping = requests, executor, sessions, mapping
+        self._tier = tier
 
         http_address = "off"
         if settings.http != "off":
@@ -238,16 +253,35 @@ class Daemon:
             index=str(index.path) if index is not None else "none: dram.mapped is off",
             hbm="none: this version has no GPU tier",
             events=settings.event_endpoints[0] if publisher is not None else "off",
+            **_told_of(tier),
         )
 
-    def _make_store(self, directory: Path, incarnation: int, mode: int, gid: int) -> tuple[Store, Arena, Index | None]:
-        settings = self.settings
-        dram, limits = settings.dram, settings.limits
+    def _policy(self) -> EvictionPolicy:
         try:
-            policy = make_policy(settings.eviction.policy)
+            return make_policy(self.settings.eviction.policy)
         except InvalidArgument as error:
             raise SettingsError(f"eviction.policy: {error}") from None
-        slab_bytes = dram.slab_bytes or automatic_slab_bytes(dram.capacity_bytes, dram.grant_bytes)
+
+    def _slab_bytes(self) -> int:
+        dram = self.settings.dram
+        return dram.slab_bytes or automatic_slab_bytes(dram.capacity_bytes, dram.grant_bytes)
+
+    async def _open_ssd(self) -> SsdTier | None:
+        settings = self.settings
+        if settings.ssd.directory is None:
+            return None
+        largest = min(self._slab_bytes(), settings.dram.capacity_bytes, settings.dram.grant_bytes)
+        return await SsdTier.open(
+            settings.ssd, largest // PAGE_BYTES * PAGE_BYTES, self._policy(), self._clock, self._log
+        )
+
+    def _make_store(
+        self, directory: Path, incarnation: int, mode: int, gid: int, tier: SsdTier | None
+    ) -> tuple[Store, Arena, Index | None]:
+        settings = self.settings
+        dram, limits = settings.dram, settings.limits
+        policy = self._policy()
+        slab_bytes = self._slab_bytes()
         slabs = slab_count(dram.capacity_bytes, dram.grant_bytes, slab_bytes)
         header = ArenaHeader(incarnation, slab_bytes, slabs, os.getpid())
         index_header = IndexHeader(
@@ -276,6 +310,7 @@ class Daemon:
             SlabAllocator(slabs, slab_bytes, FIRST_SLAB_PAGE),
             policy,
             Journal() if settings.events.publish else None,
+            None if tier is None else tier.ssd,
         )
         return store, arena, index
 
@@ -306,6 +341,8 @@ class Daemon:
             try:
                 self._executor.apply(Ticked())
                 self._mapping.tick()
+                if self._tier is not None:
+                    self._tier.tick()
                 for session in self._sessions.gone(self._clock(), self._mapping.grace_ns):
                     self._log.info("client_gone", pid=session.pid, locked=session.locked, requests=session.requests)
                     self._requests.close_session(session)
@@ -322,6 +359,19 @@ class Daemon:
 
 def _hazard_bytes(settings: Settings) -> int:
     return min(settings.limits.hazard_bytes_per_session, settings.dram.capacity_bytes // 4)
+
+
+def _told_of(tier: SsdTier | None) -> dict[str, object]:
+    """What the log says of the SSD tier at the start."""
+    if tier is None:
+        return {}
+    stats = tier.statistics()
+    return {
+        "ssd": stats.directory,
+        "ssd_capacity_bytes": stats.capacity_bytes,
+        "ssd_records": stats.recovered_records,
+        "ssd_io": "direct" if stats.direct else "buffered: the file system refuses O_DIRECT",
+    }
 
 
 def _remove_directory(directory: Path) -> None:

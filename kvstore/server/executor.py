@@ -8,6 +8,7 @@ from collections.abc import Callable
 from kvstore.core.block import Record
 from kvstore.core.events import Displaced, Event, Quiesced, SlotWanted
 from kvstore.core.instructions import (
+    Demote,
     EndNamespace,
     Grant,
     Instruction,
@@ -43,6 +44,8 @@ class Executor:
         self._pins: Counter[int] = Counter()
         self._withdrawn: set[int] = set()
         self._hazarded: dict[int, None] = {}
+        self.demote: Callable[[list[Record], list[int]], None] | None = None
+        """Writes records to the tier below, where there is one."""
 
     def apply(self, event: Event) -> Instruction | None:
         """Give an event to the store and carry out what it wants; its answer, where it has one."""
@@ -57,6 +60,9 @@ class Executor:
                     self.index.replace(instruction.slot, instruction.record)
             elif isinstance(instruction, Move):
                 self._move(instruction)
+            elif isinstance(instruction, Demote):
+                assert self.demote is not None
+                self.demote(instruction.records, instruction.accesses)
             elif isinstance(instruction, EndNamespace):
                 if self.index is not None:
                     self.index.end_namespace(instruction.namespace_id)

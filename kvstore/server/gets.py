@@ -53,7 +53,11 @@ class Reads:
         for index, key in enumerate(keys):
             record = store.find(request.namespace_id, key, request.part)
             if record is None or not self._sound(record):
-                missing.append(key)
+                if self._waits_below(request, key):
+                    # It is there, and DRAM had no room for it in time.
+                    statuses[index] = GetStatus.THROTTLED
+                else:
+                    missing.append(key)
                 continue
             if total + record.record_bytes > room and (total or self._outbound.bytes_of(session.id)):
                 if not polled:
@@ -79,6 +83,12 @@ class Reads:
         counters.bytes_out += total - RECORD_HEADER_BYTES * len(payloads)
         report = Accessed(session.id, request.access, runs_of(blocks), len(keys), tuple(missing[:16]))
         return GetReply(request.id, incarnation, bytes(statuses)), payloads, slots, total, report
+
+    def _waits_below(self, request: Get, key: bytes) -> bool:
+        namespace = self._executor.store.namespaces.by_id.get(request.namespace_id)
+        return (
+            namespace is not None and namespace.ssd is not None and namespace.ssd.stored(key, request.part) is not None
+        )
 
     def _sound(self, record: Record) -> bool:
         """Verify by policy; a record that is not what was committed leaves the store and is a miss."""

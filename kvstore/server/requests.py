@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, cast
 
 import zmq
 
 import kvstore
+from kvstore.core.block import Block
 from kvstore.core.events import (
     Accessed,
     ClearWanted,
@@ -22,6 +23,7 @@ from kvstore.core.events import (
     SlotWanted,
 )
 from kvstore.core.instructions import Count, Leased, Namespaced, Refuse
+from kvstore.core.ssd_record import SsdBlock
 from kvstore.errors import ErrorCode, InvalidArgument
 from kvstore.format.constants import MAX_RECORD_BYTES, RECORD_HEADER_BYTES
 from kvstore.mapped.client_file import LANE_COUNT, MAX_MISSING
@@ -69,6 +71,7 @@ from kvstore.protocol.messages import (
     Welcome,
 )
 from kvstore.protocol.version import MAX_KEYS_PER_REQUEST, PROTOCOL_OLDEST, PROTOCOL_VERSION, negotiate
+from kvstore.server.below import Below, tiers_of
 from kvstore.server.counters import RequestCounters
 from kvstore.server.executor import Executor
 from kvstore.server.gets import Reads
@@ -114,6 +117,7 @@ class Requests:
         max_lease_s: float,
         pid: int,
         mapping: Mapping,
+        below: Below | None,
         clock: Callable[[], int],
         log: Log,
     ) -> None:
@@ -130,6 +134,7 @@ class Requests:
         self._max_lease_s = max_lease_s
         self._pid = pid
         self._mapping = mapping
+        self._below = below
         self._clock = clock
         self._log = RepeatedLog(log)
         self._verification: asyncio.Task[Verified] | None = None
@@ -270,6 +275,7 @@ class Requests:
                 files.index,
                 files.doorbell,
                 files.unmapped,
+                0 if self._below is None else 1 << TierId.SSD,
             ),
         )
 
@@ -322,7 +328,13 @@ class Requests:
                 f"a lease lasts at most {self._max_lease_s:g} s (limits.max_lease_s), "
                 f"{request.lease_ms / 1000:g} s were asked for",
             )
-        blocks = self._store.leading(request.namespace_id, keys)
+        below = self._below
+        blocks: Sequence[Block | SsdBlock]
+        if below is None or (session.protocol < 4 and self._mapping.is_mapped(session)):
+            # An older client reads mapped memory only: what is not there is a miss to it.
+            blocks = self._store.leading(request.namespace_id, keys)
+        else:
+            blocks = below.worth_loading(self._store.leading_in_tiers(request.namespace_id, keys))
         lease = 0
         if request.lease_ms and blocks:
             answer = self._executor.apply(LeaseWanted(session.id, blocks, request.lease_ms * 1_000_000))
@@ -331,18 +343,21 @@ class Requests:
             assert isinstance(answer, Leased)
             lease = answer.lease
         hits = len(blocks)
-        tiers = ((int(TierId.DRAM), hits),) if hits else ()
+        tiers = ((int(TierId.DRAM), hits),) if below is None and hits else tiers_of(blocks)
         fidelity = self._store.fidelity_of(blocks)
         self._send(session.identity, MatchReply(request.id, self._incarnation, hits, tiers, lease, fidelity))
         # The client waits for the answer, not for the policy's bookkeeping.
         # A match asks for a chain: its deepest hit was used, and with it all above, as mapped clients report it.
-        runs = [(blocks[-1], hits)] if blocks else []
+        runs = _deepest(blocks)
         report = Accessed(session.id, request.access, runs, len(keys), tuple(keys[hits : hits + MAX_MISSING]))
         self._executor.apply(report)
         counters = self._counters
         counters.matches += 1
         counters.match_keys += len(keys)
         counters.match_hits += hits
+        if below is not None and request.prefetch and hits:
+            namespace = self._store.namespaces.by_id[request.namespace_id]
+            below.prefetch(namespace, [block for block in blocks if isinstance(block, SsdBlock)])
 
     def _put(self, session: Session, request: Put, payloads: list[zmq.Frame]) -> Reply:
         if request.count < 1 or len(payloads) != 2 * request.count:
@@ -367,6 +382,16 @@ class Requests:
             return
         if not 0 <= request.part < 1 << 16:
             raise Refused(ErrorCode.BAD_REQUEST, f"part {request.part} is not in 0 to 65535")
+        if self._below is not None:
+            namespace = self._store.namespaces.by_id.get(request.namespace_id)
+            lacking = self._below.lacking(namespace, split_keys(request.keys), request.part)
+            if lacking and namespace is not None:
+                promoted = self._below.promote(namespace, lacking, self._below.deadline_ns(request.timeout_ms))
+                self._later(session, promoted, lambda: self._answer_get(session, request))
+                return
+        self._answer_get(session, request)
+
+    def _answer_get(self, session: Session, request: Get) -> None:
         assert self.transport is not None
         reply, payloads, slots, payload_bytes, report = self._reads.get(session, request, self._incarnation)
         tracker = self.transport.send(session.identity, encode(reply), payloads)
@@ -383,31 +408,63 @@ class Requests:
         if namespace is not None:
             for index, key in enumerate(keys):
                 block = namespace.blocks.get(key)
-                if block is not None and block.complete:
-                    tiers[index] = TierId.DRAM
-                    fidelities[index] = min(record.fidelity for record in block.parts.values())
+                found: Block | SsdBlock | None = block if block is not None and block.complete else namespace.below(key)
+                if found is not None:
+                    tiers[index] = TierId.DRAM if found is block else TierId.SSD
+                    fidelities[index] = min(record.fidelity for record in found.parts.values())
         return ExistsReply(request.id, self._incarnation, bytes(tiers), bytes(fidelities))
 
-    def _prefetch(self, session: Session, request: Prefetch) -> Reply:
-        # With one tier nothing lies below it: what is there is where it was asked to be, and nothing to wait for.
+    def _prefetch(self, session: Session, request: Prefetch) -> Reply | None:
         if request.tier is not TierId.DRAM:
             raise Refused(
                 ErrorCode.BAD_REQUEST, f"this daemon has no {request.tier.name.lower()} tier to prefetch into"
             )
+        keys = _keys(request.keys)
         namespace = self._store.namespaces.by_id.get(request.namespace_id)
-        blocks = [] if namespace is None else [namespace.blocks.get(key) for key in _keys(request.keys)]
-        there = sum(block is not None and block.complete for block in blocks)
-        return CountReply(request.id, self._incarnation, there)
 
-    def _persist(self, session: Session, request: Persist) -> Reply:
+        def count() -> CountReply:
+            blocks = [] if namespace is None else [namespace.blocks.get(key) for key in keys]
+            there = sum(block is not None and block.complete for block in blocks)
+            return CountReply(request.id, self._incarnation, there)
+
+        lacking = [] if self._below is None else self._below.lacking(namespace, keys)
+        if not lacking or namespace is None or self._below is None:
+            return count()
+        if request.wait:
+            promoted = self._below.promote(namespace, lacking, self._below.deadline_ns(request.timeout_ms))
+            self._later(session, promoted, lambda: self._send(session.identity, count()))
+            return None
+        self._below.prefetch(namespace, lacking)
+        coming = sum(block is None or not block.complete for block in map(namespace.blocks.get, keys))
+        reply = count()
+        return CountReply(request.id, self._incarnation, min(reply.count + min(len(lacking), coming), len(keys)))
+
+    def _persist(self, session: Session, request: Persist) -> Reply | None:
+        keys = _keys(request.keys)
+        below = self._below
+        if below is not None:
+            self._mapping.drain_all()
+
+            async def persisted() -> None:
+                deadline_ns = below.deadline_ns(request.timeout_ms)
+                statuses, reasons = await below.persist(request.namespace_id, keys, deadline_ns)
+                self._send(session.identity, Persisted(request.id, self._incarnation, statuses, reasons))
+
+            self._later(session, persisted(), lambda: None)
+            return None
         # Shared memory does not outlive the daemon.
-        there = self._there(request.namespace_id, _keys(request.keys))
+        there = self._there(request.namespace_id, keys)
         reasons = bytes(Reason.NOT_DURABLE if known else Reason.MISSING for known in there)
         return Persisted(request.id, self._incarnation, bytes([PutStatus.REJECTED]) * len(reasons), reasons)
 
     def _hint(self, session: Session, request: Hint) -> Reply:
-        # With one tier there is nothing to bring up, or to let go sooner than the policy does by itself.
-        known = sum(self._there(request.namespace_id, _keys(request.keys)))
+        keys = _keys(request.keys)
+        if self._below is not None:
+            namespace = self._store.namespaces.by_id.get(request.namespace_id)
+            known = self._below.hint(namespace, keys, soon=request.soon)
+        else:
+            # With one tier there is nothing to bring up, or to let go sooner than the policy does by itself.
+            known = sum(self._there(request.namespace_id, keys))
         return CountReply(request.id, self._incarnation, known)
 
     def _there(self, namespace_id: int, keys: list[bytes]) -> list[bool]:
@@ -415,11 +472,33 @@ class Requests:
         namespace = self._store.namespaces.by_id.get(namespace_id)
         return [namespace is not None and key in namespace.blocks for key in keys]
 
-    def _remove(self, session: Session, request: Remove) -> Reply:
-        return self._count(request.id, RemoveWanted(request.namespace_id, _keys(request.keys)))
+    def _remove(self, session: Session, request: Remove) -> Reply | None:
+        reply = self._count(request.id, RemoveWanted(request.namespace_id, _keys(request.keys)))
+        return self._once_said(session, request, reply)
 
-    def _clear(self, session: Session, request: Clear) -> Reply:
-        return self._count(request.id, ClearWanted(request.namespace_id))
+    def _clear(self, session: Session, request: Clear) -> Reply | None:
+        return self._once_said(session, request, self._count(request.id, ClearWanted(request.namespace_id)))
+
+    def _once_said(self, session: Session, request: Remove | Clear | Invalidate, reply: Reply) -> Reply | None:
+        """A reply that may go out at once, or None: it goes out when what ended cannot come back after a crash."""
+        below = self._below
+        if below is None or not below.unsaid:
+            return reply
+
+        async def said() -> None:
+            answer: AnyReply | Reply = reply
+            if not await below.said(below.deadline_ns(request.timeout_ms)):
+                answer = ErrorReply(
+                    request.id,
+                    self._incarnation,
+                    ErrorCode.THROTTLED,
+                    "it is done in memory, but the SSD cannot be written now "
+                    f"({below.tier.problem or 'it is behind'}), so blocks may be back after a restart; try again",
+                )
+            self._send(session.identity, answer)
+
+        self._later(session, said(), lambda: None)
+        return None
 
     def _reserve(self, session: Session, request: Reserve) -> Reply:
         if not 0 <= request.lane < LANE_COUNT or not RECORD_HEADER_BYTES < request.record_bytes <= MAX_RECORD_BYTES:
@@ -450,7 +529,7 @@ class Requests:
         assert isinstance(answer, Count)
         return CountReply(number, self._incarnation, answer.count)
 
-    def _invalidate(self, session: Session, request: Invalidate) -> Reply:
+    def _invalidate(self, session: Session, request: Invalidate) -> Reply | None:
         state = self._store.namespaces.by_id.get(request.namespace_id)
         if state is None:
             raise Refused(ErrorCode.UNKNOWN_NAMESPACE, "no namespace was joined")
@@ -463,7 +542,7 @@ class Requests:
             answer = self._executor.apply(InvalidateWanted(request.namespace_id, session.id))
         except InvalidArgument as error:
             raise Refused(ErrorCode.LIMIT, str(error)) from None
-        return self._attached(session, request.id, answer)
+        return self._once_said(session, request, self._attached(session, request.id, answer))
 
     def _done(self, session: Session, request: Flush | Ping) -> Reply:
         # Requests of a connection are served in order, so earlier puts are published or refused by now.
@@ -475,12 +554,31 @@ class Requests:
 
     # -------------------------------------------------------------- work that waits
 
+    def _later(self, session: Session, work: Coroutine[Any, Any, None], then: Callable[[], None]) -> None:
+        """Answer a request when some work has ended, unless its client is gone by then."""
+
+        async def run() -> None:
+            try:
+                await work
+                if self._sessions.of(session.identity, session.id) is session:
+                    then()
+            except asyncio.CancelledError:
+                pass
+            except Exception as error:
+                # A defect of ours, and loud; the client finds its deadline.
+                self._log.log_every(1, "later", "error", "request_failed", error=repr(error), exc_info=error)
+
+        task = asyncio.get_running_loop().create_task(run())
+        self._waiting.add(task)
+        task.add_done_callback(self._waiting.discard)
+
     def _bye(self, session: Session, request: Bye) -> None:
         self.close_session(session)
 
     def _verify(self, session: Session, request: Verify) -> None:
         if self._verification is None or self._verification.done():
-            self._verification = asyncio.ensure_future(verify(self._executor))
+            tier = None if self._below is None else self._below.tier
+            self._verification = asyncio.ensure_future(verify(self._executor, tier))
         waiting = asyncio.ensure_future(self._answer_verified(session.identity, request.id, self._verification))
         self._waiting.add(waiting)
         waiting.add_done_callback(self._waiting.discard)
@@ -505,8 +603,23 @@ class Requests:
         self.stopping = True
         if self._verification is not None:
             self._verification.cancel()
+        if self._below is not None:
+            await self._below.stop()
         if self._waiting:
-            await asyncio.wait(self._waiting, timeout=1.0)
+            _, late = await asyncio.wait(self._waiting, timeout=1.0)
+            for task in late:
+                task.cancel()
+
+
+def _deepest(blocks: Sequence[Block | SsdBlock]) -> list[tuple[Block | SsdBlock, int]]:
+    """A chain's hits as runs: up to the deepest block in DRAM, and up to the deepest block below."""
+    runs: list[tuple[Block | SsdBlock, int]] = []
+    for kind in (Block, SsdBlock):
+        for index in range(len(blocks) - 1, -1, -1):
+            if isinstance(blocks[index], kind):
+                runs.append((blocks[index], index + 1))
+                break
+    return runs
 
 
 def _keys(joined: bytes) -> list[bytes]:

@@ -26,6 +26,7 @@ from kvstore.server.mapping import Mapping
 from kvstore.server.outbound import Outbound
 from kvstore.server.overload import Overload
 from kvstore.server.sessions import Sessions
+from kvstore.server.ssd import SsdTier
 from kvstore.server.transport import RouterTransport
 from kvstore.tiers.dram import Arena
 from kvstore.tiers.index import Index
@@ -50,6 +51,7 @@ class Statistics:
     mapping: Mapping
     index: Index | None = None
     events: EventPublisher | None = None
+    ssd: SsdTier | None = None
     problem: str = ""
 
     def snapshot(self, now_ns: int) -> DaemonStats:
@@ -101,6 +103,7 @@ class Statistics:
             sessions=self._sessions(now_ns),
             leases=len(self.store.leases),
             events=None if self.events is None else self.events.statistics(),
+            ssd=None if self.ssd is None else self.ssd.statistics(),
         )
 
     def _dram(self) -> DramStats:

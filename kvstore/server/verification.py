@@ -12,6 +12,7 @@ from kvstore.core.events import FoundCorrupt
 from kvstore.core.invariants import validate_state
 from kvstore.errors import CorruptRecord, InvariantViolation
 from kvstore.server.executor import Executor
+from kvstore.server.ssd import SsdTier
 
 _BYTES_BETWEEN_REQUESTS: Final = 4 << 20
 _MAX_PROBLEMS: Final = 100
@@ -27,8 +28,8 @@ class Verified:
     problems: list[str]
 
 
-async def verify(executor: Executor) -> Verified:
-    """Verify the whole tier. Corrupt records leave the store; they are named in ``problems`` (the first 100)."""
+async def verify(executor: Executor, ssd: SsdTier | None = None) -> Verified:
+    """Verify all tiers. Corrupt records leave the store; they are named in ``problems`` (the first 100)."""
     begin = time.monotonic()
     store = executor.store
     problems: list[str] = []
@@ -59,4 +60,9 @@ async def verify(executor: Executor) -> Verified:
             await asyncio.sleep(0)
     if more:
         problems.append(f"and {more} more")
+    if ssd is not None:
+        below = await ssd.verify()
+        records += below.records
+        checked_bytes += below.record_bytes
+        problems += below.problems
     return Verified(records, checked_bytes, time.monotonic() - begin, problems)

@@ -89,6 +89,11 @@ class Arena:
         offset = slot * PAGE_BYTES
         return self._view[offset : offset + record_bytes].toreadonly()
 
+    def slot(self, slot: int, slot_bytes: int) -> memoryview:
+        """The whole slot, writable: what a transfer reads from or writes to while nobody else writes it."""
+        offset = slot * PAGE_BYTES
+        return self._view[offset : offset + slot_bytes]
+
     def write(self, slot: int, slot_bytes: int, header: Buffer, sections: Buffer) -> None:
         """Write a record and zero the rest of its slot.
 

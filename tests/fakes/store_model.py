@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from kvstore.core.events import CommittedRecord
-from kvstore.core.namespaces import ORPHAN_DEPTH
+from kvstore.core.tree import ORPHAN_DEPTH
 from kvstore.protocol.keys import ROOT_KEY
 from kvstore.protocol.messages import PutStatus, Reason
 

@@ -235,7 +235,7 @@ def test_refusal_of_several_values_counts_the_others(config: Path) -> None:
         ("[dram]\ncapcity_bytes = 1", "unknown key 'dram.capcity_bytes'; did you mean dram.capacity_bytes?"),
         ("capacity_bytes = 1", "unknown key 'capacity_bytes'; did you mean dram.capacity_bytes?"),
         ("[limits]\nverify = 1", "unknown key 'limits.verify'; did you mean dram.verify?"),
-        ("zebra = 1", "known are endpoint, http, log_level, log_format, [dram], [access], [limits], [eviction]"),
+        ("zebra = 1", "known are endpoint, http, log_level, log_format, [dram], [access], [limits], [ssd], [eviction]"),
         ("[access]\nzebra = 1", "known in [access] are mode, group"),
         ("_env_file = 1", "unknown key '_env_file'"),
         ("dram = 4", "dram is a table of settings: write [dram], got 4"),

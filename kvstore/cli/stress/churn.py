@@ -60,7 +60,7 @@ class Table:
         self.counts: Counter[str] = Counter()
         self._keys = shape.keys()
         self._incarnation = secrets.randbits(62) | 1
-        self._state = NamespaceState(NAMESPACE_ID, Namespace(name="stress"), 0)
+        self._state = NamespaceState(NAMESPACE_ID, Namespace(name="stress"), 0, Namespace(name="stress").canonical())
         self._blocks = [Block(self._state, key, bytes(32)) for key in self._keys.keys]
         self._unwritten = set(range(len(self._keys)))
         self.live: dict[int, int] = {}

@@ -51,7 +51,9 @@ def test_serve_with_every_flag_sets_every_setting(
     more = "--log-level debug --log-format json --mode 0660 --group 4321 --set limits.max_sessions=7 --set http=x"
     mapped = "--set dram.mapped=false --set dram.max_records=1000"
     events = "--set events.publish=true --set events.endpoint=/tmp/e.sock --set events.heartbeat_s=2"
-    assert kvstore(monkeypatch, "serve", *flags.split(), *more.split(), *mapped.split(), *events.split()) == 0
+    ssd = "--ssd below --ssd-capacity 2GiB --set ssd.reserve_bytes=0 --set ssd.transcode=raw>lossless-zstd"
+    given = f"{flags} {more} {mapped} {events} {ssd}"
+    assert kvstore(monkeypatch, "serve", *given.split()) == 0
     (settings,) = started
     assert settings.model_dump(mode="json") == {
         "endpoint": "ipc:///tmp/k.sock",
@@ -66,6 +68,20 @@ def test_serve_with_every_flag_sets_every_setting(
             "buffer_steps": 10_000,
             "hwm": 10_000,
             "heartbeat_s": 2.0,
+        },
+        "ssd": {
+            "directory": os.path.join(os.path.realpath(tmp_path), "below"),
+            "capacity_bytes": 2 << 30,
+            "slab_bytes": None,
+            "reserve_bytes": 0,
+            "max_records": None,
+            "threads": 8,
+            "group_records": 64,
+            "group_ms": 20,
+            "recovery": "lazy",
+            "admission": "all",
+            "transcode": "raw>lossless-zstd",
+            "prefill_tokens_per_s": 0.0,
         },
         "dram": {
             "directory": os.path.join(os.path.realpath(tmp_path), "arena"),

@@ -1,0 +1,420 @@
+"""The SSD tier: its files, its threads, and what happens when the device fails.
+
+A failed write or sync degrades the tier: nothing more is written, what can be read is read, DRAM evicts as it would
+without a tier below. The tier tries again with growing pauses, and comes back by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+from collections.abc import Callable, Coroutine
+from typing import Final
+
+from kvstore.core.events import Demoted, SsdChanged
+from kvstore.core.slabs import SlabAllocator
+from kvstore.core.ssd import SsdStore
+from kvstore.core.ssd_record import SsdRecord
+from kvstore.errors import SettingsError
+from kvstore.format.constants import PAGE_BYTES
+from kvstore.format.ssd_files import FIRST_SSD_PAGE
+from kvstore.observability.logs import Log, RepeatedLog
+from kvstore.policy.base import EvictionPolicy
+from kvstore.protocol.messages import SsdStats
+from kvstore.server.executor import Executor
+from kvstore.server.ssd_demotion import Demotions
+from kvstore.server.ssd_groups import Groups, index_bytes
+from kvstore.server.ssd_promotion import Promotions
+from kvstore.server.ssd_recovery import Recovered, recover
+from kvstore.server.ssd_transfers import Transfers
+from kvstore.server.ssd_verification import SsdVerified, check_record, verify_ssd
+from kvstore.settings import SsdSettings
+from kvstore.sizes import format_size
+from kvstore.tiers.disk import SsdDirectory
+from kvstore.tiers.dram import automatic_slab_bytes
+
+_TYPICAL_RECORD_BYTES: Final = 64 << 10
+_FEWEST_RECORDS: Final = 1024
+_SLABS_AHEAD: Final = 2
+"""Slabs that are formatted before they are needed."""
+
+_FIRST_PAUSE_S: Final = 1.0
+_LONGEST_PAUSE_S: Final = 30.0
+_OTHER_BYTES: Final = 2 * PAGE_BYTES
+"""The slab file's first page, and the lock file."""
+
+
+def max_records_of(settings: SsdSettings) -> int:
+    """Records for which there is room in logs and checkpoints."""
+    assert settings.capacity_bytes is not None
+    return settings.max_records or max(_FEWEST_RECORDS, settings.capacity_bytes // _TYPICAL_RECORD_BYTES)
+
+
+class SsdTier:
+    """The tier of one daemon.
+
+    Args:
+        settings: of the tier, with a directory.
+        directory: locked; closed by ``stop``.
+        recovered: what was found in it; its files are closed by ``stop``.
+        ssd: the state, restored from it.
+        clock: nanoseconds, monotonic.
+        log: of the daemon.
+    """
+
+    def __init__(
+        self,
+        settings: SsdSettings,
+        directory: SsdDirectory,
+        recovered: Recovered,
+        ssd: SsdStore,
+        clock: Callable[[], int],
+        log: Log,
+    ) -> None:
+        self.settings = settings
+        self.ssd = ssd
+        self.directory = directory
+        self._slabs = recovered.slabs
+        self._recovered = recovered
+        self._recovered_records = ssd.record_count
+        self._clock = clock
+        self._log = log
+        self._repeated = RepeatedLog(log)
+        self.state = "ok"
+        self.problem = ""
+        self._pause_s = _FIRST_PAUSE_S
+        self._formatted = recovered.formatted_slabs
+        self._wake_formatting = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._trying: asyncio.Task[None] | None = None
+        self.write_errors = 0
+        self.refused_loads = 0
+        self.hits = 0
+        self._write_rate = 0.0
+        self._rate_at = (0, 0)
+
+    # -------------------------------------------------------------- life
+
+    @classmethod
+    async def open(
+        cls,
+        settings: SsdSettings,
+        largest_slot_bytes: int,
+        policy: EvictionPolicy,
+        clock: Callable[[], int],
+        log: Log,
+        directory: SsdDirectory | None = None,
+    ) -> SsdTier:
+        """Lock the directory and find out what it holds; nothing runs yet.
+
+        Args:
+            settings: with a directory.
+            largest_slot_bytes: of the DRAM tier: slabs must hold it.
+            policy: of the SSD tier.
+            clock: see the class.
+            log: see the class.
+            directory: opened already, else it is opened here.
+
+        Raises:
+            SettingsError: the sizes are impossible, or the directory holds what this daemon must not touch.
+            ResourceTaken, PermissionRefused: the directory cannot be had.
+        """
+        assert settings.directory is not None
+        assert settings.capacity_bytes is not None
+        max_records = max_records_of(settings)
+        data_bytes = settings.capacity_bytes - index_bytes(max_records) - _OTHER_BYTES
+        slab_bytes = settings.slab_bytes or _slab_bytes(data_bytes, largest_slot_bytes)
+        if data_bytes < slab_bytes or slab_bytes < largest_slot_bytes:
+            raise SettingsError(_too_small(settings, max_records, slab_bytes, largest_slot_bytes))
+        directory = directory or SsdDirectory(settings.directory)
+        try:
+            try:
+                recovered = await recover(directory, slab_bytes, settings.slab_bytes, data_bytes // slab_bytes)
+            except OSError as error:
+                raise SettingsError(
+                    f"cannot read the SSD directory {settings.directory}: {error.strerror or error}; repair it, or "
+                    "choose another --ssd"
+                ) from None
+            slab_bytes = recovered.slab_bytes
+            if slab_bytes < largest_slot_bytes or data_bytes < slab_bytes:
+                recovered.slabs.close()
+                await recovered.log.close()
+                raise SettingsError(_too_small(settings, max_records, slab_bytes, largest_slot_bytes))
+            slabs = SlabAllocator(data_bytes // slab_bytes, slab_bytes, FIRST_SSD_PAGE, most_joined=1)
+            for index in range(recovered.formatted_slabs):
+                slabs.make_usable(index)
+            ssd = SsdStore(slabs, policy, max_records)
+            ssd.restore(recovered.namespaces, recovered.puts[-max_records:])
+        except BaseException:
+            directory.close()
+            raise
+        return cls(settings, directory, recovered, ssd, clock, log)
+
+    def start(self, executor: Executor) -> None:
+        """Begin to serve, on the running event loop; the store has this tier's state below it."""
+        loop = asyncio.get_running_loop()
+        settings, recovered = self.settings, self._recovered
+        self._executor = executor
+        self.transfers = Transfers(settings.threads, loop)
+        self.groups = Groups(
+            self.ssd,
+            self.directory,
+            recovered,
+            self.transfers,
+            settings.group_records,
+            settings.group_ms / 1000,
+            self._stored,
+            self.failed,
+        )
+        self.demotions = Demotions(executor, self.ssd, self._slabs, self.transfers, self.groups, self.failed)
+        self.promotions = Promotions(executor, self.ssd, self._slabs, self.transfers, self._repeated, self._clock)
+        executor.demote = self.demotions.demote
+        self.ssd.growing = self._formatted < len(self.ssd.slabs.slabs)
+        self.groups.start()
+        self._spawn(self._format())
+        executor.apply(SsdChanged(writable=True))
+        for problem in recovered.problems:
+            self._log.warning("ssd_recovery", why=problem)
+        if self.groups.tidy():
+            self._spawn(self.groups.begin_checkpoint())
+        if settings.recovery == "eager":
+            self._spawn(self._verify_headers())
+        recovered.puts.clear()
+
+    def _spawn(self, coroutine: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            error = task.exception()
+            self._log.error("ssd_task_failed", error=repr(error), exc_info=error)
+
+    async def stop(self) -> None:
+        """Commit what is on its way, close the files, give the directory back."""
+        tasks = [*self._tasks, *([self._trying] if self._trying is not None else [])]
+        for task in tasks:
+            task.cancel()
+        for task in tasks:
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        self.demotions.pause()
+        await self.demotions.idle(5.0)
+        await self.groups.stop()
+        self.transfers.stop()
+        self.transfers.deliver()
+        self._slabs.close()
+        self.directory.close()
+
+    # -------------------------------------------------------------- groups
+
+    def _stored(self, records: list[SsdRecord]) -> None:
+        if records:
+            self._executor.apply(Demoted(records))
+            self._measure(sum(record.slot_bytes for record in records))
+        self.demotions.pump()
+        self._wake_formatting.set()
+
+    def _measure(self, slot_bytes: int) -> None:
+        now_ns = self._clock()
+        since_ns, done = self._rate_at
+        if now_ns - since_ns > 1_000_000_000:
+            self._rate_at = (now_ns, slot_bytes)
+            return
+        done += slot_bytes
+        self._rate_at = (since_ns, done)
+        if done >= 8 << 20 and now_ns > since_ns:
+            rate = done * 1e9 / (now_ns - since_ns)
+            self._write_rate = rate if not self._write_rate else 0.9 * self._write_rate + 0.1 * rate
+            self._rate_at = (now_ns, 0)
+
+    # -------------------------------------------------------------- formatting
+
+    async def _format(self) -> None:
+        """Keep some slabs formatted ahead, as long as the limits allow it."""
+        slabs = self.ssd.slabs
+        while self._formatted < len(slabs.slabs):
+            if slabs.free_slabs >= _SLABS_AHEAD or self.state != "ok":
+                self._wake_formatting.clear()
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(self._wake_formatting.wait(), 1.0)
+                continue
+            if not await self._format_one():
+                # The tier stays as it is until there is room again.
+                self.ssd.growing = False
+                self.demotions.pump()
+                await asyncio.sleep(10.0)
+                self.ssd.growing = True
+                continue
+            slabs.make_usable(self._formatted)
+            self._formatted += 1
+            self.ssd.growing = self._formatted < len(slabs.slabs)
+            self.demotions.pump()
+        self.ssd.growing = False
+
+    async def _format_one(self) -> bool:
+        slab_bytes = self.ssd.slabs.slab_bytes
+        offset = FIRST_SSD_PAGE * PAGE_BYTES + self._formatted * slab_bytes
+
+        def work() -> None:
+            self._slabs.format(offset, slab_bytes)
+            self._slabs.sync()
+
+        try:
+            free_bytes = self.directory.free_bytes()
+            if free_bytes - slab_bytes < self.settings.reserve_bytes:
+                self._repeated.log_every(
+                    60,
+                    "ssd_reserve",
+                    "warning",
+                    "ssd_stays_smaller",
+                    free_bytes=free_bytes,
+                    reserve_bytes=self.settings.reserve_bytes,
+                    why="the file system's free space is near ssd.reserve_bytes",
+                )
+                return False
+            await self.transfers.call(work)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._slabs.truncate(offset)
+            self._repeated.log_every(60, "ssd_format", "error", "ssd_stays_smaller", why=str(error))
+            self.write_errors += 1
+            return False
+        return True
+
+    # -------------------------------------------------------------- faults
+
+    def failed(self, error: OSError, what: str) -> None:
+        """A write or a sync failed."""
+        self.write_errors += 1
+        self.problem = f"{what}: {error.strerror or error}"
+        if self.state == "ok":
+            self.state = "read-only"
+            self._log.error("ssd_degraded", why=self.problem, directory=str(self.directory.path))
+            self.demotions.pause()
+            self._executor.apply(SsdChanged(writable=False))
+        if self._trying is None or self._trying.done():
+            self._trying = asyncio.ensure_future(self._try_again())
+            self._trying.add_done_callback(self._ended)
+
+    async def _try_again(self) -> None:
+        while True:
+            await asyncio.sleep(self._pause_s)
+            self._pause_s = min(self._pause_s * 2, _LONGEST_PAUSE_S)
+            try:
+                if not self.directory.there():
+                    raise OSError(errno.ENOENT, "the directory is gone")
+                await self.demotions.idle(_LONGEST_PAUSE_S)
+                await self.groups.begin_log()
+            except OSError as error:
+                self.problem = f"cannot begin another log: {error.strerror or error}"
+                continue
+            self.state, self.problem = "ok", ""
+            self._log.info("ssd_recovered", directory=str(self.directory.path))
+            self.demotions.resume()
+            self._executor.apply(SsdChanged(writable=True))
+            self._wake_formatting.set()
+            return
+
+    def tick(self) -> None:
+        """Once a second."""
+        if self.state == "ok":
+            if not self.directory.there():
+                self.failed(OSError(errno.ENOENT, "the directory is gone"), "find the SSD directory")
+            elif not self.write_errors:
+                self._pause_s = _FIRST_PAUSE_S
+        self.demotions.pump()
+
+    # -------------------------------------------------------------- verification
+
+    async def _verify_headers(self) -> None:
+        """Look at every record once, in the background; what is damaged is dropped."""
+        for block in list(self.ssd.blocks()):
+            for record in list(block.parts.values()):
+                await check_record(self.ssd, self._slabs, self.transfers, record, self._repeated)
+
+    async def verify(self) -> SsdVerified:
+        """Check the state and every stored record; damaged ones are dropped."""
+        return await verify_ssd(self.ssd, self._slabs, self.transfers, self._repeated)
+
+    # -------------------------------------------------------------- statistics
+
+    def statistics(self) -> SsdStats:
+        """See ``SsdStats``."""
+        ssd, store = self.ssd, self._executor.store
+        slabs = ssd.slabs
+        formatted_bytes = self._formatted * slabs.slab_bytes
+        try:
+            file_bytes = self.directory.used_bytes()
+        except OSError:
+            file_bytes = 0
+        return SsdStats(
+            directory=str(self.directory.path),
+            state=self.state,
+            problem=self.problem,
+            direct=self._slabs.direct,
+            capacity_bytes=self.settings.capacity_bytes or 0,
+            file_bytes=file_bytes,
+            formatted_bytes=formatted_bytes,
+            resident_bytes=ssd.resident_bytes,
+            record_bytes=ssd.record_bytes,
+            writing_bytes=ssd.writing_bytes,
+            leaving_bytes=ssd.leaving_bytes,
+            blocks=ssd.block_count,
+            records=ssd.record_count,
+            free_bytes=slabs.free_slabs * slabs.slab_bytes
+            + sum(slots.free_slots * slots.slot_pages * PAGE_BYTES for slots in slabs.classes.values()),
+            demoted_blocks=self.demotions.blocks,
+            demoted_bytes=ssd.counters.stored_bytes,
+            dropped_blocks=store.counters.dropped_blocks,
+            promoted_blocks=self.promotions.blocks,
+            promoted_bytes=self.promotions.bytes,
+            evicted_blocks=ssd.counters.evicted_blocks,
+            evicted_bytes=ssd.counters.evicted_bytes,
+            removed_blocks=ssd.counters.removed_blocks,
+            hits=self.hits,
+            refused_loads=self.refused_loads,
+            not_admitted_blocks=store.counters.not_admitted_blocks,
+            corrupt_records=ssd.counters.corrupt_records,
+            read_errors=self.promotions.read_errors,
+            write_errors=self.write_errors,
+            groups=self.groups.groups,
+            log_bytes=self.groups.log_bytes,
+            checkpoints=self.groups.checkpoints,
+            recovered_records=self._recovered_records,
+            recovery_s=self._recovered.seconds,
+            read_bytes_per_s=self.promotions.bytes_per_s,
+            write_bytes_per_s=self._write_rate,
+            waiting_blocks=self.demotions.waiting,
+            retired_bytes=store.retired.slot_bytes,
+            clean_bytes=store.retired.clean_bytes,
+        )
+
+
+def _slab_bytes(data_bytes: int, largest_slot_bytes: int) -> int:
+    """A slab size: near a 64th, and where that is possible eight of the largest slots."""
+    chosen = automatic_slab_bytes(max(data_bytes, 1), max(data_bytes, 1))
+    eight = 8 * largest_slot_bytes
+    return max(chosen, eight if data_bytes >= 8 * eight else largest_slot_bytes)
+
+
+def _too_small(settings: SsdSettings, max_records: int, slab_bytes: int, largest_slot_bytes: int) -> str:
+    assert settings.capacity_bytes is not None
+    need = index_bytes(max_records) + _OTHER_BYTES + max(slab_bytes, largest_slot_bytes)
+    if slab_bytes < largest_slot_bytes:
+        return (
+            f"ssd slabs of {format_size(slab_bytes)} are smaller than the largest slot of the DRAM tier "
+            f"({format_size(largest_slot_bytes)}); raise ssd.slab_bytes, or lower dram.slab_bytes (an SSD directory "
+            "keeps the slabs that it was made with: empty it to change them)"
+        )
+    return (
+        f"ssd.capacity_bytes ({format_size(settings.capacity_bytes)}) is too small: log and checkpoints for "
+        f"{max_records} records and one slab take {format_size(need)}; raise it (--ssd-capacity), or lower "
+        "ssd.max_records"
+    )
+
+
+__all__ = ["SsdTier", "max_records_of"]

@@ -1,0 +1,193 @@
+"""Demotion: resident records are written to the SSD, straight from their slots in the arena."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+from kvstore.core.block import Block, Record
+from kvstore.core.events import Demoted
+from kvstore.core.ssd import SsdStore
+from kvstore.core.ssd_record import SsdRecord, SsdState
+from kvstore.format.constants import PAGE_BYTES
+from kvstore.server.executor import Executor
+from kvstore.server.ssd_groups import Groups
+from kvstore.server.ssd_transfers import Transfers
+from kvstore.tiers.disk import SlabFile
+
+_MOST_WRITES: Final = 64
+"""Writes that are with the threads at a time; the rest waits here, where it can still be called off."""
+
+
+class _Waiting:
+    """A record that is to be written; its slot is pinned."""
+
+    __slots__ = ("access", "block", "part", "record", "slot", "slot_bytes")
+
+    def __init__(self, record: Record, access: int) -> None:
+        assert record.block is not None
+        self.record = record
+        self.block: Block = record.block
+        self.part = record.part
+        self.slot = record.slot
+        self.slot_bytes = record.slot_bytes
+        self.access = access
+
+
+class Demotions:
+    """Writes what the store wants written below.
+
+    Args:
+        executor: pins slots while they are read.
+        ssd: the tier's state.
+        slabs: its file.
+        transfers: its threads.
+        groups: commits what was written.
+        on_failure: called with an error of the file; nothing is written until ``resume``.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        ssd: SsdStore,
+        slabs: SlabFile,
+        transfers: Transfers,
+        groups: Groups,
+        on_failure: Callable[[OSError, str], None],
+    ) -> None:
+        self._executor = executor
+        self._ssd = ssd
+        self._slabs = slabs
+        self._transfers = transfers
+        self._groups = groups
+        self._on_failure = on_failure
+        self._queue: deque[_Waiting] = deque()
+        self._flying = 0
+        self._paused = False
+        self._scheduled = False
+        self._idle = asyncio.Event()
+        self.blocks = 0
+        self.bytes = 0
+
+    @property
+    def waiting(self) -> int:
+        """Records that wait or are being written."""
+        return len(self._queue) + self._flying
+
+    async def idle(self, timeout_s: float) -> None:
+        """Wait until no write is with the threads any more, or the time is over."""
+        if self._flying:
+            self._idle = asyncio.Event()
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), timeout_s)
+
+    def demote(self, records: list[Record], accesses: list[int]) -> None:
+        """Take records on; they are resident."""
+        for record, access in zip(records, accesses, strict=True):
+            self._executor.pin([record.slot])
+            self._queue.append(_Waiting(record, access))
+        if not self._scheduled:
+            # Not at once: the store is in the middle of what it wants done.
+            self._scheduled = True
+            asyncio.get_running_loop().call_soon(self._pump_now)
+
+    def _pump_now(self) -> None:
+        self._scheduled = False
+        self.pump()
+
+    def pump(self) -> None:
+        """Give the threads what they can take and there are slots for."""
+        given_up: list[Block] = []
+        while self._queue and self._flying < _MOST_WRITES and not self._paused:
+            waiting = self._queue[0]
+            block = waiting.block
+            namespace = block.namespace
+            if not namespace.current or namespace.blocks.get(block.key) is not block:
+                # It was removed, or had to leave at once.
+                self._drop()
+                continue
+            below = namespace.ssd
+            if below is None:
+                below = namespace.ssd = self._ssd.namespace(namespace.canonical, namespace.generation)
+                below.state = namespace.id
+            current = block.parts.get(waiting.part)
+            if (
+                current is None
+                or (block.key, waiting.part) in below.writing
+                or self._ssd.holds(below, block.key, waiting.part, current.fidelity)
+            ):
+                self._drop()
+                if block.retired:
+                    given_up += self._settled(block)
+                continue
+            if waiting.slot_bytes > self._ssd.slabs.slab_bytes:
+                self._drop()
+                given_up.append(block)
+                continue
+            record = self._ssd.begin(
+                below, block.key, block.parent_key, waiting.part, waiting.slot_bytes, block.depth, waiting.access
+            )
+            if record is None:
+                # Room is being made; it is there after a group.
+                if self._ssd.something_to_log:
+                    self._groups.hurry()
+                break
+            self._queue.popleft()
+            source = waiting.record
+            record.record_bytes, record.checksum = source.record_bytes, source.checksum
+            record.codec, record.fidelity = source.codec, source.fidelity
+            record.token_count = 0
+            self._write(waiting, record)
+        if given_up:
+            self._executor.apply(Demoted([], given_up))
+
+    def _settled(self, block: Block) -> list[Block]:
+        """A retired block of which nothing is on its way any more, if that is so."""
+        below = block.namespace.ssd
+        assert below is not None
+        return [] if any((block.key, part) in below.writing for part in block.parts) else [block]
+
+    def _drop(self) -> None:
+        self._executor.unpin([self._queue.popleft().slot])
+
+    def _write(self, waiting: _Waiting, record: SsdRecord) -> None:
+        offset = record.slot * PAGE_BYTES
+        source = self._executor.arena.slot(waiting.slot, waiting.slot_bytes)
+        self._flying += 1
+
+        def work() -> None:
+            self._slabs.write(offset, [source])
+
+        def done(error: BaseException | None) -> None:
+            self._flying -= 1
+            if not self._flying:
+                self._idle.set()
+            source.release()
+            self._executor.unpin([waiting.slot])
+            if error is None:
+                if record.state is SsdState.WRITING:
+                    self.blocks += 1
+                    self.bytes += record.slot_bytes
+                self._groups.add(record)
+                self.pump()
+                return
+            self._ssd.fail(record)
+            self._ssd.written(record)
+            if not isinstance(error, OSError):
+                raise error
+            self._on_failure(error, "cannot write a record")
+
+        self._transfers.write(work, done)
+
+    def pause(self) -> None:
+        """Write nothing more; what waits is given up."""
+        self._paused = True
+        while self._queue:
+            self._drop()
+
+    def resume(self) -> None:
+        """Write again."""
+        self._paused = False

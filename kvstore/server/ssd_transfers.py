@@ -1,0 +1,124 @@
+"""Worker threads that read and write slots, and tell the event loop when they are done."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+Done = Callable[[BaseException | None], None]
+_STOPPED: Final = "the SSD tier is stopping"
+
+
+@dataclass(slots=True)
+class _Job:
+    work: Callable[[], None]
+    done: Done
+
+
+class Transfers:
+    """A pool of threads. Reads go first: somebody waits for them.
+
+    A job's ``done`` is called on the event loop with what the work raised, or None; several at a time wake it once.
+
+    Args:
+        threads: how many.
+        loop: where ``done`` is called.
+    """
+
+    def __init__(self, threads: int, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._wake = threading.Condition()
+        self._reads: deque[_Job] = deque()
+        self._writes: deque[_Job] = deque()
+        self._finished: deque[tuple[_Job, BaseException | None]] = deque()
+        self._told = False
+        self._stopped = False
+        self.in_flight = 0
+        self._threads = [
+            threading.Thread(target=self._run, name=f"kvstore-ssd-{number}", daemon=True) for number in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def read(self, work: Callable[[], None], done: Done) -> None:
+        """Have something done that somebody waits for."""
+        self._add(self._reads, _Job(work, done))
+
+    def write(self, work: Callable[[], None], done: Done) -> None:
+        """Have something done when no read waits."""
+        self._add(self._writes, _Job(work, done))
+
+    async def call(self, work: Callable[[], None]) -> None:
+        """Have something done and wait for it.
+
+        Raises:
+            BaseException: what the work raised.
+        """
+        future: asyncio.Future[None] = self._loop.create_future()
+
+        def done(error: BaseException | None) -> None:
+            if future.done():
+                return
+            if error is None:
+                future.set_result(None)
+            else:
+                future.set_exception(error)
+
+        self.read(work, done)
+        await future
+
+    def _add(self, queue: deque[_Job], job: _Job) -> None:
+        self.in_flight += 1
+        with self._wake:
+            queue.append(job)
+            self._wake.notify()
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                while not (self._reads or self._writes or self._stopped):
+                    self._wake.wait()
+                if not (self._reads or self._writes):
+                    return
+                job = (self._reads or self._writes).popleft()
+            error: BaseException | None = None
+            try:
+                job.work()
+            except BaseException as raised:
+                error = raised
+            self._tell(job, error)
+
+    def _tell(self, job: _Job, error: BaseException | None) -> None:
+        with self._wake:
+            self._finished.append((job, error))
+            if self._told or self._stopped:
+                return
+            self._told = True
+        self._loop.call_soon_threadsafe(self.deliver)
+
+    def deliver(self) -> None:
+        """Call ``done`` of all jobs that ended; on the event loop."""
+        while True:
+            with self._wake:
+                if not self._finished:
+                    self._told = False
+                    return
+                job, error = self._finished.popleft()
+            self.in_flight -= 1
+            job.done(error)
+
+    def stop(self) -> None:
+        """Finish what was asked for, then end. Blocks for as long as that takes; then call ``deliver``."""
+        with self._wake:
+            self._stopped = True
+            # What nobody needs any more is not written: the caller has counted on none of it.
+            dropped = list(self._writes)
+            self._writes.clear()
+            self._wake.notify_all()
+        for thread in self._threads:
+            thread.join()
+        self._finished.extend((job, OSError(_STOPPED)) for job in dropped)
