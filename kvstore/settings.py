@@ -30,6 +30,7 @@ from kvstore.protocol.endpoint import (
 from kvstore.protocol.version import MAX_LEASE_MS
 from kvstore.settings_sources import load_settings
 from kvstore.sizes import format_size, parse_size
+from kvstore.transcode.pairs import pair_of
 
 __all__ = [
     "AccessSettings",
@@ -106,6 +107,12 @@ def _check_directory(directory: Path) -> Path:
     if not expanded.is_absolute():
         raise InvalidArgument(f"'{directory}' must be an absolute path")
     return expanded
+
+
+def _check_pair(name: str) -> str:
+    if name:
+        pair_of(name)
+    return name
 
 
 def _check_event_endpoint(endpoint: str) -> str:
@@ -291,7 +298,7 @@ class SsdSettings(_Section):
     admission: Literal["all", "predicted"] = "all"
     """What is written when it leaves DRAM: everything, or what is likely to be asked for again."""
 
-    transcode: str = ""
+    transcode: Annotated[str, AfterValidator(_check_pair)] = ""
     """Codecs of records on their way down, as ``raw>lossless``; empty: as they are."""
 
     prefill_tokens_per_s: Annotated[float, BeforeValidator(_no_bool), Field(ge=0, allow_inf_nan=False)] = 0.0

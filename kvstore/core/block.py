@@ -80,7 +80,8 @@ class Block(TreeBlock):
     Attributes:
         told: the journal's: its place among the blocks that were told of.
         retired: it was chosen to leave, and left the policy; it can be read until its room is needed. No block that is
-            not retired has a retired ancestor, and retired blocks are not their parents' children.
+            not retired has a retired ancestor, and retired blocks are not their parents' children. Of one that is gone:
+            it left before its copy below was durable.
     """
 
     __slots__ = ("namespace", "parts", "retired", "slot_bytes", "told")

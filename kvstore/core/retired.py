@@ -65,6 +65,16 @@ class Retired:
         for block in self._blocks:
             self.clean(block)
 
+    def clean_bytes_above(self, block: Block) -> int:
+        """Clean bytes that are none any more when a block and those above it come back."""
+        found = 0
+        above: Block | None = block
+        while above is not None and above.retired:
+            if self._blocks[above]:
+                found += above.slot_bytes
+            above = above.parent
+        return found
+
     def first(self) -> Block | None:
         """The block that leaves first."""
         return next(iter(self._blocks), None)

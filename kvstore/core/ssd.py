@@ -126,6 +126,7 @@ class SsdStore:
         return count
 
     def _end_all(self, namespace: SsdNamespace) -> None:
+        namespace.ended += 1
         for record in list(namespace.writing.values()):
             self._cancel(record)
         ended = list(namespace.tree.blocks.values())
@@ -331,6 +332,7 @@ class SsdStore:
 
     def remove_key(self, namespace: SsdNamespace, key: bytes) -> bool:
         """A block is removed, by key, and what of it is being written; whether any of it was stored."""
+        namespace.ended += 1
         if namespace.writing:
             for place in [place for place in namespace.writing if place[0] == key]:
                 self._cancel(namespace.writing[place])

@@ -109,6 +109,7 @@ class SsdNamespace:
         digest: of this generation; what records must carry.
         tree: blocks with stored records.
         writing: records on their way, by key and part.
+        ended: grows whenever something of it is removed.
         told: the log knows its number and generation, or will with the next group.
     """
 
@@ -116,6 +117,7 @@ class SsdNamespace:
         "block_tokens",
         "description",
         "digest",
+        "ended",
         "generation",
         "number",
         "slot_bytes",
@@ -130,6 +132,7 @@ class SsdNamespace:
         self.description = description
         self.block_tokens = Namespace.from_canonical(description).block_tokens
         self.state = 0
+        self.ended = 0
         self.told = False
         self.begin_generation(generation)
 

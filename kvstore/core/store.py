@@ -400,10 +400,11 @@ class Store:
 
     def _touch(self, block: Block, hits: int, number: int) -> None:
         """A block, and some above it, were used."""
-        if block.retired:
-            self._revive(block, number)
-        else:
+        if not block.retired:
             self.policy.touch(block, hits, number)
+        elif self._room_bytes() - self.retired.clean_bytes_above(block) >= self.granted_bytes:
+            # Else its room is promised to those that write; it has a copy below, which stays fresh.
+            self._revive(block, number)
 
     def _make_room(self, slot_bytes: int, number: int | None) -> list[Instruction]:
         """Get a slab or a slot of this size: move records together, or evict what was used before an access."""
@@ -842,9 +843,13 @@ class Store:
         """Its slots, to be withdrawn."""
         self.counters.evicted_blocks += 1
         self.counters.evicted_bytes += block.slot_bytes
-        if self.ssd is not None and self.missing_below(block):
+        on_its_way = block.retired and not self.retired.is_clean(block)
+        if self.ssd is not None and not on_its_way and self.missing_below(block):
             self.counters.dropped_blocks += 1
-        return self._unlink(block, "evicted")
+        slots = self._unlink(block, "evicted")
+        # What is being written goes on to be.
+        block.retired = on_its_way
+        return slots
 
     # -------------------------------------------------------------- the tier below
 
@@ -917,7 +922,7 @@ class Store:
             if block is not None and block.retired and not self.missing_below(block):
                 self.retired.clean(block)
         for block in event.given_up:
-            if block.retired:
+            if block in self.retired:
                 self.retired.clean(block)
         return self._retire_ahead()
 

@@ -27,6 +27,7 @@ from kvstore.server.ssd_demotion import Demotions
 from kvstore.server.ssd_groups import Groups, index_bytes
 from kvstore.server.ssd_promotion import Promotions
 from kvstore.server.ssd_recovery import Recovered, recover
+from kvstore.server.ssd_transcoding import Transcoding
 from kvstore.server.ssd_transfers import Transfers
 from kvstore.server.ssd_verification import SsdVerified, check_record, verify_ssd
 from kvstore.settings import SsdSettings
@@ -167,8 +168,13 @@ class SsdTier:
             self._stored,
             self.failed,
         )
-        self.demotions = Demotions(executor, self.ssd, self._slabs, self.transfers, self.groups, self.failed)
-        self.promotions = Promotions(executor, self.ssd, self._slabs, self.transfers, self._repeated, self._clock)
+        transcoding = Transcoding(settings.transcode) if settings.transcode else None
+        self.demotions = Demotions(
+            executor, self.ssd, self._slabs, self.transfers, self.groups, transcoding, self.failed
+        )
+        self.promotions = Promotions(
+            executor, self.ssd, self._slabs, self.transfers, transcoding, self._repeated, self._clock
+        )
         executor.demote = self.demotions.demote
         self.ssd.growing = self._formatted < len(self.ssd.slabs.slabs)
         self.groups.start()
@@ -369,7 +375,7 @@ class SsdTier:
             + sum(slots.free_slots * slots.slot_pages * PAGE_BYTES for slots in slabs.classes.values()),
             demoted_blocks=self.demotions.blocks,
             demoted_bytes=ssd.counters.stored_bytes,
-            dropped_blocks=store.counters.dropped_blocks,
+            dropped_blocks=store.counters.dropped_blocks + self.demotions.dropped,
             promoted_blocks=self.promotions.blocks,
             promoted_bytes=self.promotions.bytes,
             evicted_blocks=ssd.counters.evicted_blocks,

@@ -8,13 +8,14 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final
 
-from kvstore.core.block import Block, Record
+from kvstore.core.block import Block, Record, RecordState
 from kvstore.core.events import Demoted
 from kvstore.core.ssd import SsdStore
-from kvstore.core.ssd_record import SsdRecord, SsdState
+from kvstore.core.ssd_record import SsdNamespace, SsdRecord, SsdState
 from kvstore.format.constants import PAGE_BYTES
 from kvstore.server.executor import Executor
 from kvstore.server.ssd_groups import Groups
+from kvstore.server.ssd_transcoding import Smaller, Transcoding
 from kvstore.server.ssd_transfers import Transfers
 from kvstore.tiers.disk import SlabFile
 
@@ -25,16 +26,20 @@ _MOST_WRITES: Final = 64
 class _Waiting:
     """A record that is to be written; its slot is pinned."""
 
-    __slots__ = ("access", "block", "part", "record", "slot", "slot_bytes")
+    __slots__ = ("access", "block", "ended", "part", "record", "slot", "slot_bytes", "smaller", "transcoded")
 
     def __init__(self, record: Record, access: int) -> None:
         assert record.block is not None
         self.record = record
+        self.transcoded = False
+        self.smaller: Smaller | None = None
         self.block: Block = record.block
         self.part = record.part
         self.slot = record.slot
         self.slot_bytes = record.slot_bytes
         self.access = access
+        below = self.block.namespace.ssd
+        self.ended = 0 if below is None else below.ended
 
 
 class Demotions:
@@ -46,6 +51,7 @@ class Demotions:
         slabs: its file.
         transfers: its threads.
         groups: commits what was written.
+        transcoding: what records become on the way; None: they stay as they are.
         on_failure: called with an error of the file; nothing is written until ``resume``.
     """
 
@@ -56,6 +62,7 @@ class Demotions:
         slabs: SlabFile,
         transfers: Transfers,
         groups: Groups,
+        transcoding: Transcoding | None,
         on_failure: Callable[[OSError, str], None],
     ) -> None:
         self._executor = executor
@@ -63,12 +70,15 @@ class Demotions:
         self._slabs = slabs
         self._transfers = transfers
         self._groups = groups
+        self._transcoding = transcoding
         self._on_failure = on_failure
         self._queue: deque[_Waiting] = deque()
         self._flying = 0
         self._paused = False
         self._scheduled = False
         self._idle = asyncio.Event()
+        self.dropped = 0
+        """Records that left DRAM and were removed, or may have been, before they were written."""
         self.blocks = 0
         self.bytes = 0
 
@@ -105,30 +115,35 @@ class Demotions:
             waiting = self._queue[0]
             block = waiting.block
             namespace = block.namespace
-            if not namespace.current or namespace.blocks.get(block.key) is not block:
-                # It was removed, or had to leave at once.
-                self._drop()
-                continue
             below = namespace.ssd
-            if below is None:
+            if namespace.current and below is None:
                 below = namespace.ssd = self._ssd.namespace(namespace.canonical, namespace.generation)
                 below.state = namespace.id
-            current = block.parts.get(waiting.part)
-            if (
-                current is None
-                or (block.key, waiting.part) in below.writing
-                or self._ssd.holds(below, block.key, waiting.part, current.fidelity)
+            if below is None or not self._wanted(waiting, below):
+                self._drop()
+                continue
+            if (block.key, waiting.part) in below.writing or self._ssd.holds(
+                below, block.key, waiting.part, waiting.record.fidelity
             ):
                 self._drop()
-                if block.retired:
+                if block.retired and block.parts:
                     given_up += self._settled(block)
                 continue
             if waiting.slot_bytes > self._ssd.slabs.slab_bytes:
                 self._drop()
                 given_up.append(block)
                 continue
+            if self._transcoding is not None and not waiting.transcoded:
+                self._queue.popleft()
+                if self._transcoding.applies_to(namespace, waiting.record.codec):
+                    self._transcode(waiting, self._transcoding)
+                else:
+                    waiting.transcoded = True
+                    self._queue.appendleft(waiting)
+                continue
+            slot_bytes = waiting.slot_bytes if waiting.smaller is None else waiting.smaller.slot.nbytes
             record = self._ssd.begin(
-                below, block.key, block.parent_key, waiting.part, waiting.slot_bytes, block.depth, waiting.access
+                below, block.key, block.parent_key, waiting.part, slot_bytes, block.depth, waiting.access
             )
             if record is None:
                 # Room is being made; it is there after a group.
@@ -139,10 +154,25 @@ class Demotions:
             source = waiting.record
             record.record_bytes, record.checksum = source.record_bytes, source.checksum
             record.codec, record.fidelity = source.codec, source.fidelity
-            record.token_count = 0
+            if waiting.smaller is not None:
+                header = waiting.smaller.header
+                record.record_bytes, record.checksum = header.record_bytes, header.payload_checksum
+                record.codec = int(header.codec)
+                if self._transcoding is not None and self._transcoding.pair.restored:
+                    record.home_bytes = waiting.slot_bytes
             self._write(waiting, record)
         if given_up:
             self._executor.apply(Demoted([], given_up))
+
+    def _wanted(self, waiting: _Waiting, below: SsdNamespace) -> bool:
+        """Whether a record is still to be written: it was not removed meanwhile, nor has a better one its place."""
+        block = waiting.block
+        if block.parts:
+            return block.parts.get(waiting.part) is waiting.record or waiting.record.state is not RecordState.RESIDENT
+        # It had to leave at once. Whether it was removed since, only its namespace knows.
+        wanted = block.retired and below.ended == waiting.ended
+        self.dropped += block.retired and not wanted
+        return wanted
 
     def _settled(self, block: Block) -> list[Block]:
         """A retired block of which nothing is on its way any more, if that is so."""
@@ -151,22 +181,58 @@ class Demotions:
         return [] if any((block.key, part) in below.writing for part in block.parts) else [block]
 
     def _drop(self) -> None:
-        self._executor.unpin([self._queue.popleft().slot])
+        waiting = self._queue.popleft()
+        self._executor.unpin([waiting.slot])
+        self._give_back(waiting)
+
+    def _give_back(self, waiting: _Waiting) -> None:
+        if waiting.smaller is not None and self._transcoding is not None:
+            self._transcoding.scratch.give(waiting.smaller.memory)
+            waiting.smaller = None
+
+    def _transcode(self, waiting: _Waiting, transcoding: Transcoding) -> None:
+        record = self._executor.arena.record(waiting.slot, waiting.record.record_bytes)
+        self._flying += 1
+
+        def work() -> None:
+            waiting.smaller = transcoding.down(record, waiting.slot_bytes)
+
+        def done(error: BaseException | None) -> None:
+            self._ended()
+            record.release()
+            waiting.transcoded = True
+            if waiting.smaller is not None and waiting.smaller.slot.nbytes >= waiting.slot_bytes:
+                self._give_back(waiting)
+            self._queue.appendleft(waiting)
+            if self._paused:
+                self._drop()
+            if error is not None:
+                raise error
+            self.pump()
+
+        self._transfers.write(work, done)
+
+    def _ended(self) -> None:
+        self._flying -= 1
+        if not self._flying:
+            self._idle.set()
 
     def _write(self, waiting: _Waiting, record: SsdRecord) -> None:
         offset = record.slot * PAGE_BYTES
-        source = self._executor.arena.slot(waiting.slot, waiting.slot_bytes)
+        if waiting.smaller is None:
+            source = self._executor.arena.slot(waiting.slot, waiting.slot_bytes)
+        else:
+            source = waiting.smaller.slot
         self._flying += 1
 
         def work() -> None:
             self._slabs.write(offset, [source])
 
         def done(error: BaseException | None) -> None:
-            self._flying -= 1
-            if not self._flying:
-                self._idle.set()
+            self._ended()
             source.release()
             self._executor.unpin([waiting.slot])
+            self._give_back(waiting)
             if error is None:
                 if record.state is SsdState.WRITING:
                     self.blocks += 1

@@ -13,12 +13,14 @@ from kvstore.core.namespaces import NamespaceState
 from kvstore.core.ssd import SsdStore
 from kvstore.core.ssd_record import SsdBlock, SsdRecord, SsdState
 from kvstore.errors import CorruptRecord
-from kvstore.format.constants import PAGE_BYTES
-from kvstore.format.record import RecordHeader
+from kvstore.format.constants import PAGE_BYTES, RECORD_HEADER_BYTES
+from kvstore.format.record import RecordHeader, decode_header
 from kvstore.observability.logs import RepeatedLog
 from kvstore.protocol.messages import PutStatus
 from kvstore.server.executor import Executor
+from kvstore.server.ssd_transcoding import Transcoding
 from kvstore.server.ssd_transfers import Transfers
+from kvstore.server.ssd_verification import verify_slot
 from kvstore.tiers.disk import SlabFile
 
 PROMOTING: Final = 1 << 62
@@ -36,8 +38,8 @@ class Promotions:
         ssd: the tier's state.
         slabs: its file.
         transfers: its threads.
+        transcoding: what records became on their way down; None: they are as they were.
         log: for records that are not what was written.
-        have_back: takes back slots that were lent ahead and are not used; how many.
         clock: nanoseconds, monotonic.
     """
 
@@ -47,6 +49,7 @@ class Promotions:
         ssd: SsdStore,
         slabs: SlabFile,
         transfers: Transfers,
+        transcoding: Transcoding | None,
         log: RepeatedLog,
         clock: Callable[[], int],
     ) -> None:
@@ -54,6 +57,7 @@ class Promotions:
         self._ssd = ssd
         self._slabs = slabs
         self._transfers = transfers
+        self._transcoding = transcoding
         self._log = log
         self._clock = clock
         self._flying: dict[SsdRecord, asyncio.Future[bool]] = {}
@@ -61,6 +65,7 @@ class Promotions:
         self._first_ns = 0
         self._bytes_since = 0
         self.have_back: Callable[[], int] = lambda: 0
+        """Takes back slots that were lent ahead and are not used; how many."""
         self.blocks = 0
         self.bytes = 0
         self.read_errors = 0
@@ -131,15 +136,23 @@ class Promotions:
         arena = self._executor.arena
         target = arena.slot(granted.slot, record.home_bytes)
         offset = record.slot * PAGE_BYTES
-        digest = namespace.digest
         found: list[RecordHeader] = []
 
         def work() -> None:
-            self._slabs.read(offset, [target])
-            header = arena.verify(granted.slot, record.home_bytes, record.record_bytes, record.key, record.part)
-            if header.namespace_digest != digest or header.payload_checksum != record.checksum:
-                raise CorruptRecord("the record in the slot is of another namespace or block")
-            found.append(header)
+            if record.home_bytes == record.slot_bytes:
+                self._slabs.read(offset, [target])
+                found.append(verify_slot(target, record))
+                return
+            if self._transcoding is None:
+                raise CorruptRecord("the record was transcoded, and ssd.transcode is not set any more")
+            memory = self._transcoding.scratch.take(record.slot_bytes)
+            try:
+                self._slabs.read(offset, [memory])
+                verify_slot(memory, record)
+                self._transcoding.up(memory[: record.record_bytes], target)
+            finally:
+                self._transcoding.scratch.give(memory)
+            found.append(decode_header(target[:RECORD_HEADER_BYTES]))
 
         def done(error: BaseException | None) -> None:
             target.release()

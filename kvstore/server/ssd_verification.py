@@ -11,7 +11,7 @@ from kvstore.core.ssd_invariants import validate_ssd
 from kvstore.core.ssd_record import SsdRecord, SsdState
 from kvstore.errors import CorruptRecord, InvariantViolation
 from kvstore.format.constants import PAGE_BYTES
-from kvstore.format.record import decode_record, padding_is_zero
+from kvstore.format.record import RecordHeader, decode_record, padding_is_zero
 from kvstore.observability.logs import RepeatedLog
 from kvstore.server.ssd_transfers import Transfers
 from kvstore.tiers.disk import SlabFile
@@ -28,8 +28,8 @@ class SsdVerified:
     problems: list[str] = field(default_factory=list)
 
 
-def verify_slot(slot: memoryview, record: SsdRecord) -> None:
-    """Check what lies in a record's slot.
+def verify_slot(slot: memoryview, record: SsdRecord) -> RecordHeader:
+    """Check what lies in a record's slot; its header.
 
     Raises:
         CorruptRecord: naming what is wrong.
@@ -44,6 +44,7 @@ def verify_slot(slot: memoryview, record: SsdRecord) -> None:
         raise CorruptRecord("the record in the slot is not the one that was written")
     if not padding_is_zero(slot, record.record_bytes):
         raise CorruptRecord("the slot's padding is not zero")
+    return header
 
 
 async def check_record(
