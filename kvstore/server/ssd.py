@@ -13,7 +13,6 @@ from collections.abc import Callable, Coroutine
 from typing import Final
 
 from kvstore.core.events import Demoted, SsdChanged
-from kvstore.core.slabs import SlabAllocator
 from kvstore.core.ssd import SsdStore
 from kvstore.core.ssd_record import SsdRecord
 from kvstore.errors import SettingsError
@@ -26,7 +25,7 @@ from kvstore.server.executor import Executor
 from kvstore.server.ssd_demotion import Demotions
 from kvstore.server.ssd_groups import Groups, index_bytes
 from kvstore.server.ssd_promotion import Promotions
-from kvstore.server.ssd_recovery import Recovered, recover
+from kvstore.server.ssd_recovery import Recovered, recover, restored, say_what_is_left
 from kvstore.server.ssd_transcoding import Transcoding
 from kvstore.server.ssd_transfers import Transfers
 from kvstore.server.ssd_verification import SsdVerified, check_record, verify_ssd
@@ -42,6 +41,10 @@ _SLABS_AHEAD: Final = 2
 
 _FIRST_PAUSE_S: Final = 1.0
 _LONGEST_PAUSE_S: Final = 30.0
+_WELL_NS: Final = 60_000_000_000
+"""How long nothing fails until the pauses begin anew."""
+
+_GONE: Final = "it was removed, renamed or replaced; put it back, or restart the daemon"
 _OTHER_BYTES: Final = 2 * PAGE_BYTES
 """The slab file's first page, and the lock file."""
 
@@ -85,6 +88,7 @@ class SsdTier:
         self.state = "ok"
         self.problem = ""
         self._pause_s = _FIRST_PAUSE_S
+        self._well_since_ns = 0
         self._formatted = recovered.formatted_slabs
         self._wake_formatting = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -130,25 +134,26 @@ class SsdTier:
             raise SettingsError(_too_small(settings, max_records, slab_bytes, largest_slot_bytes))
         directory = directory or SsdDirectory(settings.directory)
         try:
+            recovered = await recover(directory, slab_bytes, settings.slab_bytes, data_bytes // slab_bytes)
             try:
-                recovered = await recover(directory, slab_bytes, settings.slab_bytes, data_bytes // slab_bytes)
-            except OSError as error:
-                raise SettingsError(
-                    f"cannot read the SSD directory {settings.directory}: {error.strerror or error}; repair it, or "
-                    "choose another --ssd"
-                ) from None
-            slab_bytes = recovered.slab_bytes
-            if slab_bytes < largest_slot_bytes or data_bytes < slab_bytes:
+                slab_bytes = recovered.slab_bytes
+                if slab_bytes < largest_slot_bytes or data_bytes < slab_bytes:
+                    raise SettingsError(_too_small(settings, max_records, slab_bytes, largest_slot_bytes))
+                ssd = restored(recovered, data_bytes // slab_bytes, policy, max_records)
+                if recovered.dropped:
+                    # Else a later start could find them again, after they were removed.
+                    await say_what_is_left(directory, recovered, ssd)
+            except BaseException:
                 recovered.slabs.close()
                 await recovered.log.close()
-                raise SettingsError(_too_small(settings, max_records, slab_bytes, largest_slot_bytes))
-            slabs = SlabAllocator(data_bytes // slab_bytes, slab_bytes, FIRST_SSD_PAGE, most_joined=1)
-            for index in range(recovered.formatted_slabs):
-                slabs.make_usable(index)
-            ssd = SsdStore(slabs, policy, max_records)
-            ssd.restore(recovered.namespaces, recovered.puts[-max_records:])
-        except BaseException:
+                raise
+        except BaseException as error:
             directory.close()
+            if isinstance(error, OSError):
+                raise SettingsError(
+                    f"cannot use the SSD directory {settings.directory}: {error.strerror or error}; repair it, or "
+                    "choose another --ssd"
+                ) from None
             raise
         return cls(settings, directory, recovered, ssd, clock, log)
 
@@ -182,8 +187,7 @@ class SsdTier:
         executor.apply(SsdChanged(writable=True))
         for problem in recovered.problems:
             self._log.warning("ssd_recovery", why=problem)
-        if self.groups.tidy():
-            self._spawn(self.groups.begin_checkpoint())
+        self._spawn(self.groups.tidy())
         if settings.recovery == "eager":
             self._spawn(self._verify_headers())
         recovered.puts.clear()
@@ -267,7 +271,6 @@ class SsdTier:
 
         def work() -> None:
             self._slabs.format(offset, slab_bytes)
-            self._slabs.sync()
 
         try:
             free_bytes = self.directory.free_bytes()
@@ -289,7 +292,7 @@ class SsdTier:
             self._repeated.log_every(60, "ssd_format", "error", "ssd_stays_smaller", why=str(error))
             self.write_errors += 1
             return False
-        return True
+        return await self.groups.sync()
 
     # -------------------------------------------------------------- faults
 
@@ -312,13 +315,14 @@ class SsdTier:
             self._pause_s = min(self._pause_s * 2, _LONGEST_PAUSE_S)
             try:
                 if not self.directory.there():
-                    raise OSError(errno.ENOENT, "the directory is gone")
-                await self.demotions.idle(_LONGEST_PAUSE_S)
+                    raise OSError(errno.ENOENT, _GONE)
+                await self.demotions.try_again(_LONGEST_PAUSE_S)
                 await self.groups.begin_log()
             except OSError as error:
-                self.problem = f"cannot begin another log: {error.strerror or error}"
+                self.problem = f"cannot write yet: {error.strerror or error}"
                 continue
             self.state, self.problem = "ok", ""
+            self._well_since_ns = self._clock()
             self._log.info("ssd_recovered", directory=str(self.directory.path))
             self.demotions.resume()
             self._executor.apply(SsdChanged(writable=True))
@@ -329,8 +333,8 @@ class SsdTier:
         """Once a second."""
         if self.state == "ok":
             if not self.directory.there():
-                self.failed(OSError(errno.ENOENT, "the directory is gone"), "find the SSD directory")
-            elif not self.write_errors:
+                self.failed(OSError(errno.ENOENT, _GONE), "cannot find the SSD directory")
+            elif self._clock() - self._well_since_ns > _WELL_NS:
                 self._pause_s = _FIRST_PAUSE_S
         self.demotions.pump()
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import mmap
 from collections import deque
 from collections.abc import Callable
 from typing import Final
@@ -21,6 +23,8 @@ from kvstore.tiers.disk import SlabFile
 
 _MOST_WRITES: Final = 64
 """Writes that are with the threads at a time; the rest waits here, where it can still be called off."""
+
+_ZEROS_BYTES: Final = 1 << 20
 
 
 class _Waiting:
@@ -79,6 +83,7 @@ class Demotions:
         self._idle = asyncio.Event()
         self.dropped = 0
         """Records that left DRAM and were removed, or may have been, before they were written."""
+        self._failed_at: tuple[int, int] | None = None
         self.blocks = 0
         self.bytes = 0
 
@@ -93,6 +98,23 @@ class Demotions:
             self._idle = asyncio.Event()
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._idle.wait(), timeout_s)
+
+    async def try_again(self, timeout_s: float) -> None:
+        """After a pause: wait for the writes that are on their way, then write zeros where one failed.
+
+        Raises:
+            OSError: it fails still, or a write does not end.
+        """
+        await self.idle(timeout_s)
+        if self._flying:
+            raise OSError(errno.ETIMEDOUT, "an earlier write does not end")
+        if self._failed_at is not None:
+            # The slot is free, and nothing takes it before `resume`.
+            offset, slot_bytes = self._failed_at
+            zeros = memoryview(mmap.mmap(-1, min(slot_bytes, _ZEROS_BYTES), prot=mmap.PROT_READ))
+            whole, rest = divmod(slot_bytes, zeros.nbytes)
+            await self._transfers.call(lambda: self._slabs.write(offset, [zeros] * whole + [zeros[:rest]]))
+            self._failed_at = None
 
     def demote(self, records: list[Record], accesses: list[int]) -> None:
         """Take records on; they are resident."""
@@ -244,6 +266,7 @@ class Demotions:
             self._ssd.written(record)
             if not isinstance(error, OSError):
                 raise error
+            self._failed_at = offset, record.slot_bytes
             self._on_failure(error, "cannot write a record")
 
         self._transfers.write(work, done)

@@ -2,27 +2,34 @@
 
 Order of a group: the slab file is synced, one frame is appended to the log, the log is synced, and only then the
 records can be found and clients are told. While a group waits for the device the next records are written already.
+
+A group and a change of logs never overlap: a frame is in the log that its sync is of. Logs behind the last checkpoint
+are bounded also where checkpoints fail: a failed one is written before anything more is committed.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+import errno
+from collections.abc import Callable
 from typing import Final
 
 from kvstore.core.ssd import Group, SsdStore
 from kvstore.core.ssd_record import SsdRecord
-from kvstore.format.ssd_files import CHECKPOINT_MAGIC, NumberedHeader, checkpoint_name, encode_numbered_header, log_name
-from kvstore.format.ssd_log import PUT_BYTES, EndEntry, encode_entry, encode_frame
+from kvstore.format.ssd_files import checkpoint_name, log_name
+from kvstore.format.ssd_log import PUT_BYTES, encode_entry, encode_frame
+from kvstore.server.ssd_checkpoint import write_checkpoint
 from kvstore.server.ssd_recovery import Recovered, new_log
 from kvstore.server.ssd_transfers import Transfers
-from kvstore.tiers.disk import AppendFile, SlabFile, SsdDirectory
+from kvstore.tiers.disk import TEMPORARY_SUFFIX, SlabFile, SsdDirectory
 
 SMALLEST_LOG_BYTES: Final = 256 << 10
-_RECORDS_A_FRAME: Final = 1024
-_MOST_LOGS: Final = 8
-"""Logs of earlier lives that are kept before a checkpoint replaces them."""
+_LAST_S: Final = 10.0
+"""How long the last group may take."""
+
+_MOST_FILES: Final = 8
+"""Logs behind a checkpoint that are kept before another one replaces them."""
 
 
 def index_bytes(max_records: int) -> int:
@@ -60,8 +67,10 @@ class Groups:
         self._store_id = recovered.store_id
         self._log = recovered.log
         self._number = recovered.log_number
-        self._old_names = list(recovered.names)
-        self._old_bytes = recovered.old_bytes
+        # What the next checkpoint replaces: the one before, and all logs but the one that is appended to.
+        self._old_names = dict.fromkeys(recovered.names)
+        self._old_log_bytes = recovered.old_log_bytes
+        self._checkpoint_bytes = recovered.checkpoint_bytes
         self._transfers = transfers
         self._group_records = group_records
         self._group_s = group_s
@@ -73,7 +82,10 @@ class Groups:
         self._synced = asyncio.Event()
         self._sequence = 0
         self._hurry = False
+        self._turn = asyncio.Lock()
+        self._torn = False
         self._failed = False
+        self._broken = False
         self._stopping = False
         self._checkpoint: asyncio.Task[None] | None = None
         self._task: asyncio.Task[None] | None = None
@@ -83,14 +95,28 @@ class Groups:
     @property
     def log_bytes(self) -> int:
         """Of all logs and checkpoints."""
-        return self._log.size_bytes + self._old_bytes
+        return self._log.size_bytes + self._old_log_bytes + self._checkpoint_bytes
 
     def start(self) -> None:
         """Begin to commit."""
         self._task = asyncio.ensure_future(self._run())
+        self._task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """Have a defect of ours end in an error that is seen, and not in clients that wait."""
+        error = None if task.cancelled() else task.exception()
+        if isinstance(error, Exception):
+            self._broken = True
+            asyncio.get_running_loop().call_exception_handler({"message": "the SSD's log stopped", "exception": error})
+            self._fail(OSError(errno.EIO, f"a defect, restart the daemon: {error!r}"), "go on")
 
     def add(self, record: SsdRecord) -> None:
         """A record's bytes were written; its slot is let go of when its group is over."""
+        if self._failed:
+            # It may have been among what a failed sync lost; a later sync would say nothing of it.
+            self._ssd.fail(record)
+            self._ssd.written(record)
+            return
         self._written.append(record)
         self._wake.set()
         if len(self._written) >= self._group_records:
@@ -137,6 +163,11 @@ class Groups:
                     break
 
     async def _commit(self) -> None:
+        async with self._turn:
+            if not self._failed and (self._written or self._ssd.something_to_log):
+                await self._commit_group()
+
+    async def _commit_group(self) -> None:
         """One group. Errors end in ``on_failure``."""
         written, self._written = self._written, []
         group: Group | None = None
@@ -147,8 +178,11 @@ class Groups:
             group = self._ssd.begin_group(written)
             frame = encode_frame(self._sequence, [encode_entry(entry) for entry in group.entries])
             what = "write the log"
+            # Nothing is appended behind what may be torn.
+            self._torn = True
             await self._log.append(frame)
             await self._log.sync()
+            self._torn = False
         except OSError as error:
             if group is not None:
                 self._ssd.fail_group(group)
@@ -170,6 +204,16 @@ class Groups:
         synced, self._synced = self._synced, asyncio.Event()
         synced.set()
 
+    async def sync(self) -> bool:
+        """Sync the slab file between two groups; False where that failed: the error is told once, and to all."""
+        async with self._turn:
+            try:
+                await self._transfers.call(self._slabs.sync)
+            except OSError as error:
+                self._fail(error, "sync the slab file")
+                return False
+        return True
+
     def _fail(self, error: OSError, what: str) -> None:
         self._failed = True
         for record in self._written:
@@ -184,89 +228,102 @@ class Groups:
     def _log_limit_bytes(self) -> int:
         return max(self._ssd.record_count * PUT_BYTES, SMALLEST_LOG_BYTES)
 
+    def _due(self) -> bool:
+        """Whether the logs behind the checkpoint are as long, or as many, as they may become."""
+        log_bytes = self._log.size_bytes + self._old_log_bytes
+        return log_bytes >= self._log_limit_bytes() or len(self._old_names) > _MOST_FILES
+
     async def _checkpoint_if_due(self) -> None:
         checkpoint = self._checkpoint
-        if checkpoint is not None:
-            if not checkpoint.done():
-                if self._log.size_bytes >= self._log_limit_bytes():
-                    # Two logs are all there may be.
-                    await asyncio.wait({checkpoint})
-                return
-            self._checkpoint = None
-        if self._log.size_bytes >= self._log_limit_bytes():
-            await self.begin_checkpoint()
+        if checkpoint is not None and not checkpoint.done():
+            if self._log.size_bytes >= self._log_limit_bytes():
+                # Two logs of that size are all there may be.
+                await asyncio.wait({checkpoint})
+        elif self._due():
+            await self._begin_checkpoint()
 
-    def tidy(self) -> bool:
-        """Whether logs of earlier lives should be replaced by a checkpoint now."""
-        return len(self._old_names) > _MOST_LOGS or self._old_bytes > 2 * self._log_limit_bytes()
+    async def tidy(self) -> None:
+        """Replace logs of earlier lives where they are long or many."""
+        async with self._turn:
+            if not self._failed and self._checkpoint is None and self._due():
+                await self._begin_checkpoint()
 
-    async def begin_checkpoint(self) -> None:
+    async def _begin_checkpoint(self) -> None:
         """Begin another log and write a checkpoint for it, in the background."""
-        number = self._number + 1
         try:
-            log = await new_log(self._directory, number, self._store_id)
+            replaced = await self._change_log()
         except OSError as error:
             self._fail(error, "begin another log")
             return
-        self._switch(log, number)
-        self._checkpoint = asyncio.ensure_future(self._write_checkpoint(number, list(self._old_names)))
+        self._checkpoint = asyncio.ensure_future(self._checkpoint_behind(replaced))
+        self._checkpoint.add_done_callback(self._ended)
 
-    def _switch(self, log: AppendFile, number: int) -> None:
+    async def _change_log(self) -> list[str]:
+        """Begin the log of the next number; the names of what its checkpoint will replace."""
+        number = self._number + 1
+        log = await new_log(self._directory, number, self._store_id)
         before = self._log
-        self._old_names.append(log_name(self._number))
-        self._old_bytes += before.size_bytes
+        self._old_names[log_name(self._number)] = None
+        self._old_log_bytes += before.size_bytes
         self._log = log
-        self._number, self._sequence = number, 0
+        self._number, self._sequence, self._torn = number, 0, False
         self._closing = asyncio.ensure_future(before.close())
+        return list(self._old_names)
 
-    async def _write_checkpoint(self, number: int, replaced: list[str]) -> None:
+    async def _checkpoint_behind(self, replaced: list[str]) -> None:
         try:
-            size_bytes = await self._directory.write_whole(checkpoint_name(number), self._chunks(number))
+            await self._write_checkpoint(replaced)
         except OSError as error:
             self._fail(error, "write a checkpoint")
-            return
-        self.checkpoints += 1
-        for name in replaced:
-            with contextlib.suppress(OSError):
-                self._directory.remove(name)
-        self._old_names = [name for name in self._old_names if name not in replaced] + [checkpoint_name(number)]
-        self._old_bytes = size_bytes
 
-    async def _chunks(self, number: int) -> AsyncIterator[bytes]:
-        # Everything that this says is as it was when the log of the same number began.
-        namespaces, records = self._ssd.snapshot()
-        yield encode_numbered_header(NumberedHeader(CHECKPOINT_MAGIC, number, self._store_id))
-        yield encode_frame(0, [encode_entry(entry) for entry in namespaces])
-        sequence = 1
-        for begin in range(0, len(records), _RECORDS_A_FRAME):
-            some = records[begin : begin + _RECORDS_A_FRAME]
-            entries = [encode_entry(self._ssd.put_entry(record, used)) for record, used in some]
-            yield encode_frame(sequence, entries)
-            sequence += 1
-            await asyncio.sleep(0)
-        yield encode_frame(sequence, [encode_entry(EndEntry(len(records)))])
+    async def _write_checkpoint(self, replaced: list[str]) -> None:
+        """Write the checkpoint of the current log's number; then what it replaces goes."""
+        name = checkpoint_name(self._number)
+        try:
+            size_bytes = await write_checkpoint(self._directory, self._ssd, self._number, self._store_id)
+        except OSError:
+            # Either may be there now, and both are true: only the next one that is whole may replace them.
+            self._old_names |= dict.fromkeys([name, name + TEMPORARY_SUFFIX])
+            raise
+        self.checkpoints += 1
+        left: list[str] = []
+        for old in replaced:
+            try:
+                if old != name:
+                    self._directory.remove(old)
+            except OSError:
+                left.append(old)
+        self._old_names = dict.fromkeys([*left, name])
+        self._old_log_bytes, self._checkpoint_bytes = 0, size_bytes
 
     # -------------------------------------------------------------- failure and end
 
     async def begin_log(self) -> None:
-        """After a failure: begin another log and a checkpoint; from then on groups are committed again.
+        """After a failure: begin another log, and a checkpoint where one is due; then groups are committed again.
+
+        Precondition: no write that began before is with the threads any more.
 
         Raises:
             OSError: it still fails.
         """
-        number = self._number + 1
-        with contextlib.suppress(OSError):
-            self._directory.remove(log_name(number))
-        log = await new_log(self._directory, number, self._store_id)
-        self._switch(log, number)
-        if self._checkpoint is not None and not self._checkpoint.done():
-            await asyncio.wait({self._checkpoint})
-        self._failed = False
+        async with self._turn:
+            if self._broken:
+                raise OSError(errno.EIO, "stopped by a defect; restart the daemon")
+            if self._checkpoint is not None and not self._checkpoint.done():
+                await asyncio.wait({self._checkpoint})
+            await self._transfers.call(self._slabs.sync)
+            with contextlib.suppress(OSError):
+                self._directory.remove(log_name(self._number + 1))
+            if self._torn or self._sequence:
+                await self._change_log()
+            if self._due():
+                await self._write_checkpoint([old for old in self._old_names if old != log_name(self._number)])
+            self._failed = False
         self._wake.set()
 
     async def stop(self) -> None:
         """Commit what was written, then end."""
-        if not self._failed and (self._written or self._ssd.something_to_log):
+        if not self._failed and (self._written or self._ssd.synced < self._ssd.position):
             await asyncio.shield(self._last())
         self._stopping = True
         self._tell()
@@ -279,7 +336,6 @@ class Groups:
             await self._log.close()
 
     async def _last(self) -> None:
-        position = self._ssd.position
-        self.hurry()
+        more = bool(self._written) and not self._ssd.something_to_log
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self.wait(max(position, self._ssd.synced + 1)), 10.0)
+            await asyncio.wait_for(self.wait(self._ssd.position + more), _LAST_S)

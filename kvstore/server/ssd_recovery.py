@@ -8,6 +8,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Final
 
+from kvstore.core.slabs import SlabAllocator
+from kvstore.core.ssd import SsdStore
 from kvstore.core.ssd_replay import Replayed
 from kvstore.errors import CorruptRecord, SettingsError
 from kvstore.format.constants import PAGE_BYTES
@@ -29,6 +31,8 @@ from kvstore.format.ssd_files import (
     parse_name,
 )
 from kvstore.format.ssd_log import Frames, NamespaceEntry, PutEntry
+from kvstore.policy.base import EvictionPolicy
+from kvstore.server.ssd_checkpoint import write_checkpoint
 from kvstore.sizes import format_size
 from kvstore.tiers.disk import SLABS_NAME, AppendFile, SlabFile, SsdDirectory
 
@@ -42,8 +46,9 @@ class Recovered:
     Attributes:
         slab_bytes, formatted_slabs: of the slab file.
         log_number: of the log that is appended to; made anew.
-        names: of older logs and checkpoints, which the next checkpoint replaces.
-        old_bytes: of them together.
+        names: of the checkpoint and the logs behind it, which the next checkpoint replaces.
+        checkpoint_bytes, old_log_bytes: of them.
+        dropped: records that were given up.
         problems: what could not be read, for the log.
         seconds: how long it took.
     """
@@ -57,7 +62,8 @@ class Recovered:
     namespaces: list[NamespaceEntry] = field(default_factory=list)
     puts: list[PutEntry] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
-    old_bytes: int = 0
+    checkpoint_bytes: int = 0
+    old_log_bytes: int = 0
     dropped: int = 0
     problems: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -118,6 +124,31 @@ async def recover(
         raise
 
 
+def restored(recovered: Recovered, slab_count: int, policy: EvictionPolicy, max_records: int) -> SsdStore:
+    """The state that the files describe, for a slab file of so many slabs; what there is no room for is dropped."""
+    slabs = SlabAllocator(slab_count, recovered.slab_bytes, FIRST_SSD_PAGE, most_joined=1)
+    for index in range(recovered.formatted_slabs):
+        slabs.make_usable(index)
+    ssd = SsdStore(slabs, policy, max_records)
+    kept = recovered.puts[-max_records:]
+    recovered.dropped += len(recovered.puts) - len(kept)
+    ssd.restore(recovered.namespaces, kept)
+    return ssd
+
+
+async def say_what_is_left(directory: SsdDirectory, recovered: Recovered, ssd: SsdStore) -> None:
+    """Replace the files that still speak of records that were dropped.
+
+    Raises:
+        OSError: that cannot be written.
+    """
+    recovered.checkpoint_bytes = await write_checkpoint(directory, ssd, recovered.log_number, recovered.store_id)
+    recovered.old_log_bytes = 0
+    for name in recovered.names:
+        directory.remove(name)
+    recovered.names = [checkpoint_name(recovered.log_number)]
+
+
 def _refuse_strangers(directory: SsdDirectory, names: list[str]) -> None:
     strangers = [name for name in names if parse_name(name) is None]
     if strangers:
@@ -175,8 +206,10 @@ async def _read(
         if parsed is not None:
             numbers[parsed[0]].append(parsed[1])
     problems: list[str] = []
-    state, first = _checkpoint(directory, header.store_id, sorted(numbers["checkpoint"], reverse=True), problems)
-    old_bytes = 0
+    state, first, checkpoint_bytes = _checkpoint(
+        directory, header.store_id, sorted(numbers["checkpoint"], reverse=True), problems
+    )
+    log_bytes = 0
     expected = first
     for number in sorted(numbers["log"]):
         if number < first:
@@ -185,7 +218,7 @@ async def _read(
         # What an earlier life wrote counts from now on, so it must not vanish any more.
         await directory.sync_file(name)
         data = directory.read_bytes(name, _MOST_FILE_BYTES)
-        old_bytes += len(data)
+        log_bytes += len(data)
         if number != expected:
             problems.append(f"{log_name(expected)} is missing")
             state.doubt()
@@ -198,6 +231,16 @@ async def _read(
     puts = state.settle(header.slab_bytes, FIRST_SSD_PAGE, formatted)
     last = max([*numbers["log"], *numbers["checkpoint"], -1]) + 1
     log = await new_log(directory, last, header.store_id)
+    # The name of the checkpoint is durable with that of the log: nothing before it is needed any more.
+    kept = [checkpoint_name(first)] if checkpoint_bytes else []
+    kept += [log_name(number) for number in sorted(numbers["log"]) if number >= first]
+    for kind, number in filter(None, map(parse_name, names)):
+        name = log_name(number) if kind == "log" else checkpoint_name(number)
+        if name not in kept:
+            try:
+                directory.remove(name)
+            except OSError:
+                kept.append(name)
     return Recovered(
         slabs,
         log,
@@ -207,8 +250,9 @@ async def _read(
         last,
         list(state.namespaces.values()),
         puts,
-        [name for name in names if parse_name(name) is not None],
-        old_bytes,
+        kept,
+        checkpoint_bytes,
+        log_bytes,
         state.dropped,
         problems,
         time.monotonic() - begin,
@@ -217,8 +261,8 @@ async def _read(
 
 def _checkpoint(
     directory: SsdDirectory, store_id: bytes, numbers: list[int], problems: list[str]
-) -> tuple[Replayed, int]:
-    """The newest checkpoint that is whole, and the number of the first log behind it."""
+) -> tuple[Replayed, int, int]:
+    """The newest checkpoint that is whole, the number of the first log behind it, and its size in bytes."""
     for number in numbers:
         name = checkpoint_name(number)
         state = Replayed()
@@ -235,8 +279,8 @@ def _checkpoint(
         except (CorruptRecord, OSError) as error:
             problems.append(f"{name}: {error}")
             continue
-        return state, number
-    return Replayed(), 0
+        return state, number, len(data)
+    return Replayed(), 0, 0
 
 
 def _log(data: bytes, number: int, store_id: bytes, state: Replayed, problems: list[str]) -> None:

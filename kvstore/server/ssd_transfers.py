@@ -109,7 +109,12 @@ class Transfers:
                     return
                 job, error = self._finished.popleft()
             self.in_flight -= 1
-            job.done(error)
+            try:
+                job.done(error)
+            except BaseException:
+                # The others are told all the same.
+                self._loop.call_soon(self.deliver)
+                raise
 
     def stop(self) -> None:
         """Finish what was asked for, then end. Blocks for as long as that takes; then call ``deliver``."""
