@@ -95,6 +95,14 @@ class Retired:
             assert parent.children is not None
             parent.children.add(block)
 
+    def adopted(self, parent: Block) -> None:
+        """A block came that blocks in the queue waited for as their parent."""
+        waiting = {child for child in parent.children or () if child.retired}
+        if waiting:
+            assert parent.children is not None
+            parent.children -= waiting
+            self._by_parent[parent] = waiting
+
     def part_from(self, parent: Block) -> None:
         """A block leaves the tree: those in the queue below it have no parent any more."""
         children = self._by_parent.pop(parent, None)

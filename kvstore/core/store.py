@@ -553,6 +553,7 @@ class Store:
                 return PutStatus.REJECTED, Reason.BAD_PARENT
             block = Block(namespace, commit.key, commit.parent_key)
             namespace.adopt(block)
+            self.retired.adopted(block)
             self.policy.insert(block, access)
             if block.depth >= ORPHAN_DEPTH:
                 # Nobody can reach it: it may have room that is free, and nothing leaves for it.

@@ -1,7 +1,7 @@
 """One client of the soak: random operations for ever, every byte of every hit checked. Run as a script.
 
-Each of its connections maps the daemon's memory or does not, by chance. Arguments: endpoint, seed. Prints one line for
-each hundred rounds; ends with status 1 at the first wrong byte.
+Each of its connections maps the daemon's memory or does not, by chance. Arguments: endpoint, seed, and how many prompts
+there are (200). Prints one line for each hundred rounds; ends with status 1 at the first wrong byte.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def chain(prompt: int) -> list[bytes]:
     return keys
 
 
-def work(client: Client, rng: random.Random) -> None:
+def work(client: Client, rng: random.Random, prompts: int) -> None:
     """One engine request and a little mischief."""
-    keys = chain(rng.randrange(PROMPTS))
+    keys = chain(rng.randrange(prompts))
     match = client.match(keys, lease=rng.choice([None, 0.2, 5.0]))
     outs = [bytearray(150_300) for _ in range(len(match))]
     lengths = client.get_many_into(keys[: len(match)], outs, request=match.request)
@@ -61,14 +61,15 @@ def work(client: Client, rng: random.Random) -> None:
 
 def main() -> None:
     """Work until killed."""
-    endpoint, seed = sys.argv[1:]
+    endpoint, seed = sys.argv[1:3]
+    prompts = int(sys.argv[3]) if len(sys.argv) > 3 else PROMPTS
     rng = random.Random(seed)
     rounds = 0
     while True:
         with Client(endpoint, namespace="soak", timeout=20.0, mapped=rng.choice([None, False])) as client:
             for _ in range(rng.randint(50, 500)):
                 try:
-                    work(client, rng)
+                    work(client, rng, prompts)
                 except (Throttled, DaemonUnavailable, DeadlineExceeded) as error:
                     print(type(error).__name__, flush=True)
                 rounds += 1
