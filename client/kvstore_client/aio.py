@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -19,7 +19,7 @@ from kvstore.protocol.messages import Bye, DaemonStats, PutStatus, TierName, Ver
 from kvstore.protocol.version import MAX_OUTSTANDING_REQUESTS
 from kvstore_client.base import DRAM, GOODBYE_MS, UNWAITED_BYTES, VERIFY_TIMEOUT_S, BaseClient
 from kvstore_client.link import Link
-from kvstore_client.operations import NOT_THERE, check_read
+from kvstore_client.operations import MISSED, NOT_THERE, check_durable, check_read
 from kvstore_client.results import FlushResult, MatchResult
 from kvstore_client.session import Ask, Steps, Told, is_lost_session
 from kvstore_client.views import AsyncView
@@ -122,14 +122,18 @@ class AsyncClient(BaseClient):
         part: int = 0,
         wait: bool = True,
         request: int | None = None,
+        durable: bool = False,
     ) -> PutStatus:
         """See ``Client.put``."""
         mapped = self._mapped
-        if mapped is not None and not wait and mapped.put_unwaited(key, data, parent, part, request):
+        if mapped is not None and not (wait or durable) and mapped.put_unwaited(key, data, parent, part, request):
             if mapped.refused:
                 self._operations.note_mapped(mapped)
             return PutStatus.PENDING
-        return (await self.put_many([key], [data], parent=parent, part=part, wait=wait, request=request))[0]
+        statuses = await self.put_many(
+            [key], [data], parent=parent, part=part, wait=wait, request=request, durable=durable
+        )
+        return statuses[0]
 
     async def put_many(
         self,
@@ -140,12 +144,14 @@ class AsyncClient(BaseClient):
         part: int = 0,
         wait: bool = True,
         request: int | None = None,
+        durable: bool = False,
     ) -> list[PutStatus]:
         """See ``Client.put_many``."""
+        check_durable(durable, wait)
         await self.connect()
         chain = self._operations.check_chain(keys, datas, parent, part, request)
         if wait:
-            return await self._run(self._operations.put_chain(chain))
+            return await self._run(self._operations.put_chain(chain, time.monotonic() + self.timeout, durable))
         rest = await self._run(self._operations.put_unwaited(chain))
         deadline = time.monotonic() + self.timeout
         for ask in self._operations.put_asks(rest):
@@ -162,12 +168,15 @@ class AsyncClient(BaseClient):
         mapped = await self._mapping()
         if mapped is not None:
             check_read(part, request)
-            length = mapped.get_into(key, out, part, request or 0, not self._puts)
+            below = mapped.lower_tiers
+            length = mapped.get_into(key, out, part, request or 0, not (self._puts or below))
             if length >= 0:
                 return length
             if length in NOT_THERE:
                 return None
-        return (await self._receive_into([key], [out], part, request))[0]
+            if below and length == MISSED:
+                return (await self._receive_into([key], [out], [key], part, request))[0]
+        return (await self._receive_into([key], [out], [], part, request))[0]
 
     async def get_many_into(
         self, keys: Sequence[bytes], outs: Sequence[object], *, part: int = 0, request: int | None = None
@@ -175,7 +184,7 @@ class AsyncClient(BaseClient):
         """See ``Client.get_many_into``. Copying from mapped memory keeps the loop for as long as it takes."""
         mapped = await self._mapping()
         if mapped is None or len(keys) != len(outs) or not keys:
-            return await self._receive_into(keys, outs, part, request)
+            return await self._receive_into(keys, outs, [], part, request)
         found = self._read_mapped(mapped, keys, outs, part, request, sure=not self._puts)
         if isinstance(found, list):
             return list[int | None](found)
@@ -185,12 +194,14 @@ class AsyncClient(BaseClient):
         return found.lengths
 
     async def _receive_into(
-        self, keys: Sequence[bytes], outs: Sequence[object], part: int, request: int | None
+        self, keys: Sequence[bytes], outs: Sequence[object], missed: Sequence[bytes], part: int, request: int | None
     ) -> list[int | None]:
-        return await self._run(self._operations.get_into(keys, outs, part, request))
+        return await self._run(self._operations.read_rest(keys, outs, missed, part, request))
 
-    async def _receive_one(self, key: bytes, part: int, request: int | None) -> tuple[RecordHeader, memoryview] | None:
-        return (await self._run(self._operations.get_data([key], part, request)))[0]
+    async def _receive_one(
+        self, pin: Callable[[MappedSession], bool], key: bytes, part: int, request: int | None, missed: bool
+    ) -> tuple[RecordHeader, memoryview] | None:
+        return await self._run(self._operations.view_rest(pin, key, part, request, missed))
 
     async def _mapping(self) -> MappedSession | None:
         """The daemon's memory, after connecting where that was not done yet."""
@@ -202,14 +213,14 @@ class AsyncClient(BaseClient):
         """See ``Client.view``."""
         return AsyncView(self, key, part, request)
 
-    async def match(self, keys: Sequence[bytes], *, lease: float | None = None) -> AsyncMatch:
+    async def match(self, keys: Sequence[bytes], *, lease: float | None = None, prefetch: bool = False) -> AsyncMatch:
         """See ``Client.match``."""
         mapped = await self._mapping()
         if mapped is not None and lease is None and not self._puts:
             known = self._match_mapped(mapped, keys)
             if known is not None:
                 return AsyncMatch(known[0], DRAM * known[0], known[1], 0, 0.0, known[2], self, 0)
-        found = await self._run(self._operations.match(keys, lease))
+        found = await self._run(self._operations.match(keys, lease, prefetch))
         fields = (found.hits, found.tiers, found.request, found.lease, found.lease_s, found.fidelity)
         return AsyncMatch(*fields, self, self._session.number)
 
@@ -239,9 +250,13 @@ class AsyncClient(BaseClient):
         """See ``Client.invalidate``."""
         await self._run(self._operations.invalidate())
 
-    async def prefetch(self, keys: Sequence[bytes], tier: TierName = "dram") -> int:
+    async def prefetch(self, keys: Sequence[bytes], tier: TierName = "dram", *, wait: bool = False) -> int:
         """See ``Client.prefetch``."""
-        return await self._run(self._operations.prefetch(keys, tier))
+        return await self._run(self._operations.prefetch(keys, tier, wait))
+
+    async def hint(self, keys: Sequence[bytes], *, soon: bool = True) -> int:
+        """See ``Client.hint``."""
+        return await self._run(self._operations.hint(keys, soon))
 
     async def stats(self) -> DaemonStats:
         """See ``Client.stats``."""
@@ -265,7 +280,13 @@ class AsyncClient(BaseClient):
         try:
             ask = next(steps)
             while True:
-                ask = steps.send(await self._ask(ask, deadline))
+                try:
+                    told = await self._ask(ask, deadline)
+                except DeadlineExceeded as late:
+                    # Some operations know what that means for their result.
+                    ask = steps.throw(late)
+                else:
+                    ask = steps.send(told)
         except StopIteration as stop:
             result: R = stop.value
             return result

@@ -24,7 +24,7 @@ from kvstore.protocol.namespace import Namespace
 from kvstore.protocol.version import MAX_KEYS_PER_REQUEST
 from kvstore_client.link import Link
 from kvstore_client.mapped_watch import unwatch, watch
-from kvstore_client.operations import NOT_THERE, Operations, check_read, list_of
+from kvstore_client.operations import MISSED, NOT_THERE, Operations, check_read, list_of
 from kvstore_client.results import ReadBatch
 from kvstore_client.session import Session
 
@@ -238,14 +238,16 @@ class BaseClient:
         check_read(part, request)
         given, targets = list_of(keys), list_of(outs)
         access = self._operations.next_access() if request is None and len(given) > 1 else request or 0
-        results = mapped.get_many_into(given, targets, part, access, sure)
+        below = mapped.lower_tiers
+        results = mapped.get_many_into(given, targets, part, access, sure and not below)
         if isinstance(results, int):
             return ReadBatch(given, targets, access, [None] * len(given), list(range(len(given))))
         if min(results) >= 0:
             return results
         lengths = [result if result >= 0 else None for result in results]
         asked = [index for index, result in enumerate(results) if result < 0 and result not in NOT_THERE]
-        return ReadBatch(given, targets, access, lengths, asked)
+        missed = [index for index in asked if results[index] == MISSED] if below else []
+        return ReadBatch(given, targets, access, lengths, asked, missed)
 
     @property
     def namespace(self) -> Namespace:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import zmq
 
@@ -25,10 +25,13 @@ from kvstore_client.base import (
     BaseClient,
 )
 from kvstore_client.link import Link
-from kvstore_client.operations import NOT_THERE, check_read
+from kvstore_client.operations import MISSED, NOT_THERE, check_durable, check_read
 from kvstore_client.results import FlushResult, MatchResult
 from kvstore_client.session import Ask, Steps, Told, is_lost_session
 from kvstore_client.views import View
+
+if TYPE_CHECKING:
+    from kvstore_client.mapped_session import MappedSession
 
 R = TypeVar("R")
 
@@ -119,6 +122,7 @@ class Client(BaseClient):
         part: int = 0,
         wait: bool = True,
         request: int | None = None,
+        durable: bool = False,
     ) -> PutStatus:
         """Store one part of a block.
 
@@ -129,20 +133,26 @@ class Client(BaseClient):
             part: shard and KV group, 0 where there is one.
             wait: False returns ``PENDING`` as soon as the data is copied out; ``flush`` tells what became of it.
             request: the ``request`` of a match of the same engine request.
+            durable: wait also until the block, and what is stored of those before it, is in a tier that outlives the
+                daemon. For what was stored or there the answer is then whether that is so: ``STORED``, ``THROTTLED``
+                (not yet) or ``REJECTED`` (this daemon has no such tier, or cannot write it: the log says so).
 
         Returns:
             ``STORED``; ``EXISTS``: the key was there and its record is kept; ``THROTTLED``: not now;
-            ``REJECTED``: there is no place for it behind its own chain, or the namespace was invalidated.
+            ``REJECTED``: there is no place for it behind its own chain, or the namespace was invalidated. A put for
+            which blocks have to be written to a tier below first is tried again for as long as ``timeout`` allows.
 
         Raises:
-            InvalidArgument: a bad key, parent, part or buffer, or more data than the largest slot holds.
+            InvalidArgument: a bad key, parent, part or buffer, or more data than the largest slot holds; ``durable`` of
+                a put that does not wait.
+            ProtocolMismatch: the daemon is too old for ``durable``; nothing was stored.
         """
         mapped = self._mapped
-        if mapped is not None and not wait and mapped.put_unwaited(key, data, parent, part, request):
+        if mapped is not None and not (wait or durable) and mapped.put_unwaited(key, data, parent, part, request):
             if mapped.refused:
                 self._operations.note_mapped(mapped)
             return PutStatus.PENDING
-        return self.put_many([key], [data], parent=parent, part=part, wait=wait, request=request)[0]
+        return self.put_many([key], [data], parent=parent, part=part, wait=wait, request=request, durable=durable)[0]
 
     def put_many(
         self,
@@ -153,12 +163,14 @@ class Client(BaseClient):
         part: int = 0,
         wait: bool = True,
         request: int | None = None,
+        durable: bool = False,
     ) -> list[PutStatus]:
         """Store one part of each block of a chain: ``keys[i - 1]`` is the parent of ``keys[i]``. See ``put``."""
         self._check_usable()
+        check_durable(durable, wait)
         chain = self._operations.check_chain(keys, datas, parent, part, request)
         if wait:
-            return self._run(self._operations.put_chain(chain))
+            return self._run(self._operations.put_chain(chain, time.monotonic() + self.timeout, durable))
         rest = self._run(self._operations.put_unwaited(chain))
         if rest.blocks:
             deadline = time.monotonic() + self.timeout
@@ -185,12 +197,15 @@ class Client(BaseClient):
         mapped = self._mapped
         if mapped is not None:
             check_read(part, request)
-            length = mapped.get_into(key, out, part, request or 0, not self._unwaited)
+            below = mapped.lower_tiers
+            length = mapped.get_into(key, out, part, request or 0, not (self._unwaited or below))
             if length >= 0:
                 return length
             if length in NOT_THERE:
                 return None
-        return self._receive_into([key], [out], part, request)[0]
+            if below and length == MISSED:
+                return self._receive_into([key], [out], [key], part, request)[0]
+        return self._receive_into([key], [out], [], part, request)[0]
 
     def get_many_into(
         self, keys: Sequence[bytes], outs: Sequence[object], *, part: int = 0, request: int | None = None
@@ -198,7 +213,7 @@ class Client(BaseClient):
         """Copy the data of several blocks, each into its buffer; lengths, None for a miss. See ``get_into``."""
         mapped = self._mapped
         if mapped is None or len(keys) != len(outs) or not keys:
-            return self._receive_into(keys, outs, part, request)
+            return self._receive_into(keys, outs, [], part, request)
         found = self._read_mapped(mapped, keys, outs, part, request, sure=not self._unwaited)
         if isinstance(found, list):
             return list[int | None](found)
@@ -207,12 +222,14 @@ class Client(BaseClient):
         return found.lengths
 
     def _receive_into(
-        self, keys: Sequence[bytes], outs: Sequence[object], part: int, request: int | None
+        self, keys: Sequence[bytes], outs: Sequence[object], missed: Sequence[bytes], part: int, request: int | None
     ) -> list[int | None]:
-        return self._run(self._operations.get_into(keys, outs, part, request))
+        return self._run(self._operations.read_rest(keys, outs, missed, part, request))
 
-    def _receive_one(self, key: bytes, part: int, request: int | None) -> tuple[RecordHeader, memoryview] | None:
-        return self._run(self._operations.get_data([key], part, request))[0]
+    def _receive_one(
+        self, pin: Callable[[MappedSession], bool], key: bytes, part: int, request: int | None, missed: bool
+    ) -> tuple[RecordHeader, memoryview] | None:
+        return self._run(self._operations.view_rest(pin, key, part, request, missed))
 
     def view(self, key: bytes, *, part: int = 0, request: int | None = None) -> View:
         """A read-only memoryview of the data, valid inside the ``with``; None for a miss.
@@ -222,12 +239,13 @@ class Client(BaseClient):
         """
         return View(self, key, part, request)
 
-    def match(self, keys: Sequence[bytes], *, lease: float | None = None) -> Match:
+    def match(self, keys: Sequence[bytes], *, lease: float | None = None, prefetch: bool = False) -> Match:
         """How many leading blocks are complete, and in which tiers.
 
         Args:
             keys: a chain's keys, from the first block on.
             lease: seconds for which the hits must not be evicted. Leases of a client that dies end at once.
+            prefetch: those of the hits that are in tiers below DRAM begin to come up; the gets then wait less.
 
         Raises:
             InvalidArgument: a lease longer than the daemon's ``limits.max_lease_s``.
@@ -238,7 +256,7 @@ class Client(BaseClient):
             known = self._match_mapped(mapped, keys)
             if known is not None:
                 return Match(known[0], DRAM * known[0], known[1], 0, 0.0, known[2], self, 0)
-        found = self._run(self._operations.match(keys, lease))
+        found = self._run(self._operations.match(keys, lease, prefetch))
         fields = (found.hits, found.tiers, found.request, found.lease, found.lease_s, found.fidelity)
         return Match(*fields, self, self._session.number)
 
@@ -270,9 +288,22 @@ class Client(BaseClient):
         """
         self._run(self._operations.invalidate())
 
-    def prefetch(self, keys: Sequence[bytes], tier: TierName = "dram") -> int:
-        """Ask to have blocks in a tier soon; how many are there or on their way."""
-        return self._run(self._operations.prefetch(keys, tier))
+    def prefetch(self, keys: Sequence[bytes], tier: TierName = "dram", *, wait: bool = False) -> int:
+        """Ask to have blocks in a tier soon; how many are there or on their way.
+
+        ``wait``: return when they came or will not come; how many are there then.
+        """
+        return self._run(self._operations.prefetch(keys, tier, wait))
+
+    def hint(self, keys: Sequence[bytes], *, soon: bool = True) -> int:
+        """Say that a session which uses these blocks is about to come back, or with ``soon=False`` that it is over.
+
+        The daemon may bring them up, or let go of them first; it promises nothing. How many of them it knows.
+
+        Raises:
+            ProtocolMismatch: the daemon is too old for hints.
+        """
+        return self._run(self._operations.hint(keys, soon))
 
     def stats(self) -> DaemonStats:
         """The daemon's statistics."""
@@ -297,7 +328,13 @@ class Client(BaseClient):
             try:
                 ask = next(steps)
                 while True:
-                    ask = steps.send(self._ask(ask, deadline))
+                    try:
+                        told = self._ask(ask, deadline)
+                    except DeadlineExceeded as late:
+                        # Some operations know what that means for their result.
+                        ask = steps.throw(late)
+                    else:
+                        ask = steps.send(told)
             except StopIteration as stop:
                 result: R = stop.value
                 return result

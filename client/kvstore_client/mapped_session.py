@@ -74,6 +74,7 @@ class MappedSession(SharedMemory):
         views: the views that hold hazards.
         batches: those that hold slots or hazards, by id.
         pin_one: the compiled function, for views.
+        lower_tiers: not 0 where the daemon has tiers below this memory, so that a miss here need not be one.
     """
 
     pin_one = staticmethod(pin_one)
@@ -89,6 +90,7 @@ class MappedSession(SharedMemory):
     ) -> None:
         super().__init__(welcome, session_fd, namespace_id, parts, digest, directory)
         self.corrupt = 0
+        self.lower_tiers = welcome.lower_tiers
         self.free_hazards = list(range(HAZARD_WORDS))
         self.hazard_bytes = 0
         self.views: dict[int, _Pinned] = {}
@@ -174,14 +176,15 @@ class MappedSession(SharedMemory):
     def match(self, keys: list[bytes], access: int) -> int:
         """How many leading keys are there, and how far from exact, as of ``kvstore.mapped.reads.match``.
 
-        ``BUSY`` while puts of this client are not published.
+        ``BUSY`` while puts of this client are not published, and where the daemon may have more in tiers below.
         """
         if self.pending and self.settle():
             # What this client put and nobody published yet would end the run.
             return BUSY
-        hits: int = match(self.address, id(keys), len(keys), access)
+        unsure = self.lower_tiers
+        hits: int = match(self.address, id(keys), len(keys), access, unsure)
         if hits == LOOK and self._look():
-            hits = match(self.address, id(keys), len(keys), access)
+            hits = match(self.address, id(keys), len(keys), access, unsure)
         return hits
 
     def pin_failed(self, where: int, key: bytes, hazard: int, part: int, access: int, unsure: int) -> int:
@@ -195,7 +198,7 @@ class MappedSession(SharedMemory):
             if self.hazard_bytes + (where & _LENGTH_MASK) <= self.most_hazard_bytes:
                 return where
             unpin(self.address, hazard)
-            where = BUSY
+            where = LARGE
         self.views.pop(hazard, None)
         self.free_hazards.append(hazard)
         if where == CORRUPT:

@@ -7,13 +7,21 @@ import logging
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, get_args
 
-from kvstore.errors import CorruptRecord, ErrorCode, InvalidArgument, RemoteError, Throttled
+from kvstore.errors import (
+    CorruptRecord,
+    DeadlineExceeded,
+    ErrorCode,
+    InvalidArgument,
+    ProtocolMismatch,
+    RemoteError,
+    Throttled,
+)
 from kvstore.format.constants import FIDELITY_EXACT, RECORD_HEADER_BYTES, CodecId
 from kvstore.format.record import Buffer, RecordHeader, decode_record, encode_header, raw_header
-from kvstore.mapped.context import CORRUPT, FULL, MISS, NO_GRANT, NO_LANE, OVER, STALE
+from kvstore.mapped.context import BUSY, CORRUPT, FULL, MISS, NO_GRANT, NO_LANE, OVER, STALE
 from kvstore.protocol.keys import check_key, check_parent, join_keys
 from kvstore.protocol.messages import (
     Attached,
@@ -27,9 +35,12 @@ from kvstore.protocol.messages import (
     Get,
     GetReply,
     GetStatus,
+    Hint,
     Invalidate,
     Match,
     MatchReply,
+    Persist,
+    Persisted,
     Ping,
     Prefetch,
     Put,
@@ -38,6 +49,7 @@ from kvstore.protocol.messages import (
     Reason,
     Release,
     Remove,
+    Request,
     Reserve,
     Reserved,
     Stats,
@@ -62,9 +74,23 @@ _PUT_BYTES: Final = 32 << 20
 _GET_PAUSES_S: Final = (0.002, 0.004, 0.008, 0.016, 0.032)
 """Pauses before a get is asked again of which the daemon sent nothing; then it is throttled."""
 
+_DEMOTING_PAUSES_S: Final = (0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128)
+"""Pauses before a put is tried again for which blocks have to be written to a tier below first; then the last again."""
+
+DEMOTING_ANSWER: Final = PutStatus.THROTTLED | Reason.DEMOTING << 8
+"""Answer to a put, or to a persist, for which blocks have to be written to a tier below first."""
+
+NO_ROOM_ANSWER: Final = PutStatus.REJECTED | Reason.NO_ROOM << 8
+_GOOD_ANSWERS: Final = frozenset({int(PutStatus.STORED), int(PutStatus.EXISTS)})
+_DEMOTING: Final = -100
+"""Beside the results of ``kvstore.mapped.context``: there are no slots for so long."""
+
 _LOG_EVERY_S: Final = 5.0
 NOT_THERE: Final = frozenset({MISS, STALE, CORRUPT})
 """Results of a mapped read that are a miss, as they would be if they were asked for."""
+
+MISSED: Final = BUSY
+"""Result of a mapped read that is not sure to be a miss, because the block may be in a tier below."""
 
 STALE_ANSWER: Final = PutStatus.REJECTED | Reason.STALE_NAMESPACE << 8
 """Answer to a put that began before the namespace was invalidated."""
@@ -141,6 +167,25 @@ class Chain(NamedTuple):
     def rest(self, begin: int) -> Chain:
         """The same without the first blocks."""
         return self._replace(blocks=self.blocks[begin:])
+
+    def some(self, positions: Sequence[int]) -> Chain:
+        """Some of the blocks, each behind the same one as before."""
+        return self._replace(blocks=[self.blocks[at] for at in positions])
+
+
+def demoting_pauses(until: float) -> Iterator[float]:
+    """Pauses (s) before further tries while blocks are written to a tier below, as long as there is time for them."""
+    for pause_s in itertools.chain(_DEMOTING_PAUSES_S, itertools.repeat(_DEMOTING_PAUSES_S[-1])):
+        if time.monotonic() + pause_s >= until:
+            return
+        yield pause_s
+
+
+def waits_for_demotion(answers: Sequence[int]) -> list[int]:
+    """Positions of what is to be tried again: what waits for room, and what found none behind it in its chain."""
+    first = next((at for at, answer in enumerate(answers) if answer == DEMOTING_ANSWER), len(answers))
+    again = (DEMOTING_ANSWER, NO_ROOM_ANSWER)
+    return [at for at in range(first, len(answers)) if answers[at] in again]
 
 
 class Operations:
@@ -229,13 +274,60 @@ class Operations:
             asks.append(Ask(Put, (len(frames) // 2,), access, frames, digest=digest))
         return asks
 
-    def put_chain(self, chain: Chain) -> Steps[list[PutStatus]]:
-        """Store a chain and wait for each answer: through mapped memory as far as that goes, else by sending it."""
+    def put_chain(self, chain: Chain, until: float, durable: bool = False) -> Steps[list[PutStatus]]:
+        """Store a chain and wait for each answer; with ``durable`` also until what is stored outlives the daemon.
+
+        Args:
+            chain: what is stored.
+            until: as long (``time.monotonic``) is tried again what has to wait for blocks that are written below.
+            durable: of what was stored or there, the answer says whether it is durable.
+
+        Raises:
+            ProtocolMismatch: the daemon is too old for ``durable``; nothing was stored.
+        """
+        if durable:
+            yield from self.check_known(Persist)
+        answers = yield from self._put_once(chain)
+        pauses = demoting_pauses(until)
+        while again := waits_for_demotion(answers):
+            try:
+                if not (yield from self.pause(pauses)):
+                    break
+                anew = yield from self._put_once(chain.some(again))
+            except DeadlineExceeded:
+                break
+            for at, answer in zip(again, anew, strict=True):
+                answers[at] = answer
+        self.note_demoting(answers)
+        if durable:
+            there = [at for at, answer in enumerate(answers) if answer in _GOOD_ANSWERS]
+            persisted = yield from self.persist([chain.blocks[at][0] for at in there], until)
+            for at, answer in zip(there, persisted, strict=True):
+                answers[at] = answer
+        return [PutStatus(answer & 0xFF) for answer in answers]
+
+    def pause(self, pauses: Iterator[float]) -> Steps[bool]:
+        """Wait for the next of the pauses, and for a sign of life; False where there is none."""
+        pause_s = next(pauses, None)
+        if pause_s is None:
+            return False
+        expect((yield Ask(Ping, pause_s=pause_s)), Done)
+        return True
+
+    def note_demoting(self, answers: Sequence[int]) -> None:
+        """Log what was given up because the time was over."""
+        records = answers.count(DEMOTING_ANSWER)
+        if records:
+            self._log_refusal(Reason.DEMOTING, records)
+
+    def _put_once(self, chain: Chain) -> Steps[list[int]]:
+        """Answers (status | reason << 8), through mapped memory as far as that goes, else by sending records."""
         mapped = self._session.mapped
         if mapped is None or not mapped.writable:
             return (yield from self._put_sent(chain))
         waiting: deque[int] = deque()
         answers: list[int] = []
+        number = 0
         try:
             for key, previous, payload in chain.blocks:
                 number = yield from self._put_mapped(mapped, key, previous, payload, chain)
@@ -254,16 +346,20 @@ class Operations:
                     waiting.popleft()
         finally:
             mapped.forget_answers(waiting)
-        statuses = [self.answered(answer) for answer in answers]
+        for answer in answers:
+            self.answered(answer)
+        rest = chain.rest(len(answers))
+        if number == _DEMOTING and self._session.mapped is mapped and not waiting:
+            # No use in sending what there is no slot for.
+            return answers + [DEMOTING_ANSWER] * len(rest.blocks)
         # The rest, and what a daemon that is gone did not answer: a repeated put changes nothing.
-        return statuses + (yield from self._put_sent(chain.rest(len(answers))))
+        return answers + (yield from self._put_sent(rest))
 
-    def answered(self, answer: int) -> PutStatus:
-        """What an answer (status | reason << 8) says; the reason of a refusal goes to the log, now and then."""
+    def answered(self, answer: int) -> None:
+        """Log the reason of a refusal (status | reason << 8), now and then; not of what is tried again."""
         reason = answer >> 8
-        if reason:
+        if reason and reason != Reason.DEMOTING:
             self._log_refusal(reason, 1)
-        return PutStatus(answer & 0xFF)
 
     def put_unwaited(self, chain: Chain) -> Steps[Chain]:
         """Write a chain into mapped memory without waiting for answers; what has to be sent instead."""
@@ -293,14 +389,18 @@ class Operations:
                 expect((yield Ask(Ping)), Done)
                 mapped.settle()
             elif number in (NO_LANE, NO_GRANT):
-                if not (yield from self.reserve(mapped, RECORD_HEADER_BYTES + payload.nbytes, previous, chain.access)):
-                    return NO_GRANT
+                record_bytes = RECORD_HEADER_BYTES + payload.nbytes
+                refused = yield from self.reserve(mapped, record_bytes, previous, chain.access)
+                if refused is not None:
+                    return _DEMOTING if refused == Reason.DEMOTING else NO_GRANT
             else:
                 return number
         return NO_GRANT
 
-    def reserve(self, mapped: MappedSession, record_bytes: int, parent: bytes, access: int) -> Steps[bool]:
-        """Ask for slots for records of a size; whether there are some, in the mapping that they were asked for.
+    def reserve(self, mapped: MappedSession, record_bytes: int, parent: bytes, access: int) -> Steps[int | None]:
+        """Ask for slots for records of a size; None where there are some, else the ``Reason``.
+
+        It is 0 where the mapping that they were asked for is over.
 
         ``parent``: of the block that is written first. Neither it nor what ``access`` used leaves for the slots.
         """
@@ -310,13 +410,12 @@ class Operations:
         # Now and then, so that answers are taken before the ring goes around and others take their place.
         mapped.settle()
         if reserved.reason or self._session.mapped is not mapped:
-            return False
+            return reserved.reason
         mapped.open_lane(lane, record_bytes)
-        return True
+        return None
 
-    def _put_sent(self, chain: Chain) -> Steps[list[PutStatus]]:
-        answers = yield from self.send_puts(self.put_asks(chain), len(chain.blocks), chain.digest)
-        return [PutStatus(answer & 0xFF) for answer in answers]
+    def _put_sent(self, chain: Chain) -> Steps[list[int]]:
+        return (yield from self.send_puts(self.put_asks(chain), len(chain.blocks), chain.digest))
 
     def send_puts(self, asks: Sequence[Ask], records: int, digest: bytes) -> Steps[list[int]]:
         """Answers (status | reason << 8) to records that are sent; reasons go to the log, each every few seconds.
@@ -332,12 +431,14 @@ class Operations:
             if not set(reply.statuses) <= _STATUSES:
                 raise RemoteError(ErrorCode.INTERNAL, f"the daemon gave an unknown answer: {reply.statuses.hex()}")
             for reason, refused in Counter(reply.reasons).items():
-                if reason:
+                if reason and reason != Reason.DEMOTING:
                     self._log_refusal(reason, refused, reply.id)
             answers += [status | reason << 8 for status, reason in zip(reply.statuses, reply.reasons, strict=True)]
         return answers
 
-    def _log_refusal(self, reason: int, records: int, request: int | None = None) -> None:
+    def _log_refusal(
+        self, reason: int, records: int, request: int | None = None, outcome: str = "were not stored"
+    ) -> None:
         if reason == Reason.STALE_NAMESPACE:
             # The answer may be to a put from before this client moved on itself; mapped memory knows.
             mapped = self._session.mapped
@@ -348,7 +449,7 @@ class Operations:
         now = time.monotonic()
         if now - self._logged.get(reason, -_LOG_EVERY_S) >= _LOG_EVERY_S:
             self._logged[reason] = now
-            _log.warning("%d records were not stored: %s", records, _reason_name(reason))
+            _log.warning("%d records %s: %s", records, outcome, _reason_name(reason))
 
     def note_unwaited(self, told: Told, records: int) -> None:
         """Count the answers to a put that nobody waited for; ``flush`` reports them."""
@@ -450,6 +551,66 @@ class Operations:
             wanted = throttled + wanted[len(asked) :]
         return [found[at] for at in range(len(keys))]
 
+    def bring_up(self, missed: Sequence[bytes]) -> Steps[bool]:
+        """Have blocks that are in tiers below come up into mapped memory; False where time was over before.
+
+        Asks for all of them at once. Afterwards what is not in mapped memory is nowhere, or does not come up.
+        """
+        try:
+            for some in _batches(missed):
+                expect((yield Ask(Prefetch, (some, TierId.DRAM, True), waits=True)), CountReply)
+        except DeadlineExceeded:
+            return False
+        return True
+
+    def read_rest(
+        self,
+        keys: Sequence[bytes],
+        outs: Sequence[object],
+        missed: Sequence[bytes],
+        part: int,
+        request: int | None,
+    ) -> Steps[list[int | None]]:
+        """As ``get_into``, of what mapped memory did not give at once.
+
+        ``missed``: those that were not there and may be below: they come up first, and are looked for there once more.
+        """
+        if not missed:
+            return (yield from self.get_into(keys, outs, part, request))
+        in_time = yield from self.bring_up(missed)
+        mapped = self._session.mapped
+        lengths: list[int | None] = [None] * len(keys)
+        asked = list(range(len(keys)))
+        if mapped is not None:
+            results = mapped.get_many_into(list(keys), list(outs), part, request or 0, True)
+            if isinstance(results, list):
+                lengths = [result if result >= 0 else None for result in results]
+                asked = [at for at in asked if results[at] < 0 and results[at] not in NOT_THERE]
+        if asked and in_time:
+            found = yield from self.get_into([keys[at] for at in asked], [outs[at] for at in asked], part, request)
+            for at, length in zip(asked, found, strict=True):
+                lengths[at] = length
+        return lengths
+
+    def view_rest(
+        self, pin: Callable[[MappedSession], bool], key: bytes, part: int, request: int | None, missed: bool
+    ) -> Steps[tuple[RecordHeader, memoryview] | None]:
+        """As ``get_data`` of one key that could not be held in mapped memory at once.
+
+        Args:
+            pin: tries again to hold it there; whether that is the answer.
+            key: of the block.
+            part: of it.
+            request: the engine request.
+            missed: it was not there and may be below: it comes up first.
+        """
+        if missed:
+            in_time = yield from self.bring_up([key])
+            mapped = self._session.mapped
+            if (mapped is not None and pin(mapped)) or not in_time:
+                return None
+        return (yield from self.get_data([key], part, request))[0]
+
     def get_into(
         self, keys: Sequence[bytes], outs: Sequence[object], part: int, request: int | None
     ) -> Steps[list[int | None]]:
@@ -489,8 +650,8 @@ class Operations:
 
     # -------------------------------------------------------------- the rest
 
-    def match(self, keys: Sequence[bytes], lease: float | None) -> Steps[MatchResult]:
-        """Count leading blocks, and lease them."""
+    def match(self, keys: Sequence[bytes], lease: float | None, prefetch: bool) -> Steps[MatchResult]:
+        """Count leading blocks, lease them, and have those below DRAM begin to come up."""
         lease_ms = 0
         if lease is not None:
             if not 0 < lease <= MAX_LEASE_MS / 1000:
@@ -502,7 +663,7 @@ class Operations:
         if len(keys) > MAX_KEYS_PER_REQUEST:
             raise InvalidArgument(f"match takes at most {MAX_KEYS_PER_REQUEST} keys, got {len(keys)}")
         access = self.next_access()
-        reply = expect((yield Ask(Match, (joined, lease_ms), access)), MatchReply)
+        reply = expect((yield Ask(Match, (joined, lease_ms, bool(prefetch)), access)), MatchReply)
         tiers = [_TIER_NAMES[tier] for tier, count in reply.tiers for _ in range(count)]
         lease_s = lease_ms / 1000 if reply.lease else 0.0
         return MatchResult(reply.hits, tiers, access, reply.lease, lease_s, reply.fidelity)
@@ -531,14 +692,66 @@ class Operations:
             removed += expect((yield Ask(Remove, (some,))), CountReply).count
         return removed
 
-    def prefetch(self, keys: Sequence[bytes], tier: str) -> Steps[int]:
-        """Ask to have blocks in a tier; how many are there or on their way."""
+    def prefetch(self, keys: Sequence[bytes], tier: str, wait: bool) -> Steps[int]:
+        """Ask to have blocks in a tier; how many are there or on their way, or with ``wait`` in the end are there."""
         if tier not in get_args(TierName):
             raise InvalidArgument(f"unknown tier {tier!r}; there are: {', '.join(get_args(TierName))}")
         count = 0
         for some in _batches(keys):
-            count += expect((yield Ask(Prefetch, (some, TierId[tier.upper()]))), CountReply).count
+            ask = Ask(Prefetch, (some, TierId[tier.upper()], bool(wait)), waits=bool(wait))
+            count += expect((yield ask), CountReply).count
         return count
+
+    def check_known(self, kind: type[Request]) -> Steps[None]:
+        """Make sure that the daemon knows a kind of request, before anything is done that needs it.
+
+        Raises:
+            ProtocolMismatch: it does not.
+        """
+        if not self._session.number:
+            # Not connected: whoever answers now may be another one.
+            expect((yield Ask(Ping)), Done)
+        unknown = self._session.too_old_for(kind)
+        if unknown:
+            raise ProtocolMismatch(unknown)
+
+    def persist(self, keys: Sequence[bytes], until: float) -> Steps[list[int]]:
+        """Wait until blocks are durable; answers (status | reason << 8).
+
+        ``until``: as long (``time.monotonic``) is tried again what takes longer than the daemon waits.
+        """
+        answers = [DEMOTING_ANSWER] * len(keys)
+        todo = list(range(len(keys)))
+        pauses = demoting_pauses(until)
+        try:
+            while todo:
+                at = 0
+                for some in _batches([keys[index] for index in todo]):
+                    reply = expect((yield Ask(Persist, (some,), waits=True)), Persisted)
+                    if not set(reply.statuses) <= _STATUSES:
+                        raise RemoteError(
+                            ErrorCode.INTERNAL, f"the daemon gave an unknown answer: {reply.statuses.hex()}"
+                        )
+                    for status, reason in zip(reply.statuses, reply.reasons, strict=True):
+                        answers[todo[at]] = status | reason << 8
+                        at += 1
+                todo = [index for index in todo if answers[index] == DEMOTING_ANSWER]
+                if todo and not (yield from self.pause(pauses)):
+                    break
+        except DeadlineExceeded:
+            # They are stored all the same, and known not to be durable yet.
+            pass
+        for answer, records in Counter(answers).items():
+            if answer >> 8:
+                self._log_refusal(answer >> 8, records, outcome="are stored but not known to be durable")
+        return answers
+
+    def hint(self, keys: Sequence[bytes], soon: bool) -> Steps[int]:
+        """Say that a session comes back soon, or is over; how many of its blocks the daemon knows."""
+        known = 0
+        for some in _batches(keys):
+            known += expect((yield Ask(Hint, (some, bool(soon)))), CountReply).count
+        return known
 
     def clear(self) -> Steps[int]:
         """Remove all blocks of the namespace; how many there were."""
@@ -607,6 +820,16 @@ def check_request(request: object) -> None:
     """
     if request is not None and (type(request) is not int or not 0 <= request < 1 << 63):
         raise InvalidArgument(f"request must be the .request of a match, got {request!r}")
+
+
+def check_durable(durable: object, wait: object) -> None:
+    """Refuse a put that is to be durable and does not wait.
+
+    Raises:
+        InvalidArgument: it is one.
+    """
+    if durable and not wait:
+        raise InvalidArgument("durable=True waits until the blocks are durable; it does not go with wait=False")
 
 
 def check_part(part: object) -> None:

@@ -15,7 +15,7 @@ class MatchResult:
 
     Attributes:
         hits: how many; also ``len()``.
-        tiers: where each of them lies, nearest tier first.
+        tiers: where each of them lies: the nearest tier that has all of it.
         request: pass it as ``request=`` to the gets and puts of the same engine request, so that the eviction policy
             sees one access a block, and its tail leaves before its head.
         lease: id of the lease, 0 for none.
@@ -41,7 +41,8 @@ class ReadBatch:
 
     Attributes:
         lengths: of each key's data, None for a miss and for what is in ``asked``.
-        asked: positions that must be asked for over the socket.
+        asked: positions that must be asked for.
+        missed: those of them that are not in mapped memory, and may be in a tier below it.
         access: the engine request.
     """
 
@@ -50,10 +51,12 @@ class ReadBatch:
     access: int
     lengths: list[int | None]
     asked: list[int]
+    missed: list[int] = field(default_factory=list)
 
-    def arguments(self) -> tuple[list[bytes], list[object]]:
-        """Keys and buffers of what must be asked for."""
-        return [self.keys[at] for at in self.asked], [self.outs[at] for at in self.asked]
+    def arguments(self) -> tuple[list[bytes], list[object], list[bytes]]:
+        """Keys and buffers of what must be asked for, and keys of what was missed."""
+        asked = self.asked
+        return [self.keys[at] for at in asked], [self.outs[at] for at in asked], [self.keys[at] for at in self.missed]
 
     def fill(self, lengths: list[int | None]) -> None:
         """Take over what was answered."""

@@ -11,7 +11,7 @@ import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 import kvstore
 from kvstore.errors import (
@@ -33,6 +33,8 @@ from kvstore.protocol.messages import (
     Attached,
     ErrorReply,
     Hello,
+    Hint,
+    Persist,
     PutReply,
     PutStatus,
     Reason,
@@ -45,6 +47,11 @@ from kvstore.protocol.version import PROTOCOL_OLDEST, PROTOCOL_VERSION
 
 if TYPE_CHECKING:
     from kvstore_client.mapped_session import MappedSession
+
+_SINCE: Final[dict[type[Request], int]] = {Persist: 4, Hint: 4}
+"""Protocol versions with which requests came; what is not listed may always be sent, or is the session's own affair."""
+_WAITED: Final = 0.9
+"""Share of the time that is left within which the daemon is to answer a request that waits there."""
 
 R = TypeVar("R")
 ReplyT = TypeVar("ReplyT", bound=Reply)
@@ -60,6 +67,7 @@ class Ask:
         payloads: payload frames.
         pause_s: a pause before it is sent.
         digest: of the generation that the records of a put are of; empty for other requests.
+        waits: the daemon answers when something has come about, or when it may not wait any longer.
     """
 
     type: type[Request]
@@ -68,6 +76,7 @@ class Ask:
     payloads: Sequence[Buffer] = ()
     pause_s: float = 0.0
     digest: bytes = b""
+    waits: bool = False
 
 
 class Told(NamedTuple):
@@ -105,6 +114,8 @@ class Session:
         joined_after: number of the last request before the generation was joined; answers up to it are of earlier ones.
         digest: 32 bytes, goes into every record.
         max_record_bytes: largest record the daemon takes, header included.
+        protocol: the version that was agreed on, 0 before the first greeting.
+        lower_tiers: tiers below DRAM that the daemon reads from, a bit each; 0 where there are none.
         wants_mapping: whether to ask for the daemon's memory.
         in_own_process: whether the daemon that was greeted last lives in this very process.
         unlocked: why the session's file could not be locked, where it could not.
@@ -141,10 +152,15 @@ class Session:
         self.generation = -1
         self.digest = bytes(32)
         self.max_record_bytes = 0
+        self.protocol = 0
+        self.lower_tiers = 0
 
     def request(self, ask: Ask, timeout_s: float) -> Request:
         """The struct of a request in this session."""
         self._last_id += 1
+        if ask.waits:
+            # Else its answer would always come when nobody waits for it any more.
+            timeout_s *= _WAITED
         return ask.type(
             self._last_id,
             self.number,
@@ -156,16 +172,29 @@ class Session:
             *ask.fields,
         )
 
-    def refused(self, ask: Ask) -> PutReply | None:
-        """The answer to a put whose generation this client left before it could be sent, else None.
+    def refused(self, ask: Ask) -> PutReply | ErrorReply | None:
+        """The answer to what must not be sent: a put whose generation this client left, what the daemon cannot know.
 
         To be asked at the moment of sending: another thread or task may move on at any other.
         """
+        unknown = self.too_old_for(ask.type)
+        if unknown:
+            return ErrorReply(0, self.incarnation, ErrorCode.PROTOCOL_MISMATCH, unknown)
         if not ask.digest or ask.digest == self.digest:
             return None
         records = len(ask.payloads) // 2
         statuses, reasons = bytes([PutStatus.REJECTED]), bytes([Reason.STALE_NAMESPACE])
         return PutReply(0, self.incarnation, statuses * records, reasons * records)
+
+    def too_old_for(self, kind: type[Request]) -> str:
+        """Why the daemon that was greeted last does not know a kind of request, "" where it does."""
+        since = _SINCE.get(kind, 0)
+        if self.protocol >= since:
+            return ""
+        return (
+            f"the daemon (kvstored {self.daemon_version}) is too old for {kind.__name__}, which needs protocol {since}: "
+            f"it speaks {self.protocol}; upgrade the daemon"
+        )
 
     def greet(self, in_own_process: bool) -> Steps[None]:
         """Open a session, lock its file, join the namespace in the generation the client was in.
@@ -198,6 +227,8 @@ class Session:
         self.daemon_version = welcome.daemon_version
         self.max_record_bytes = welcome.max_record_bytes
         self._same_host = welcome.same_host
+        self.protocol = welcome.protocol
+        self.lower_tiers = welcome.lower_tiers
         return bool(welcome.session_file) and not self.in_own_process and self._lock(welcome)
 
     def attach(self, locked: bool, generation: int) -> Ask:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from kvstore.format.constants import PAGE_BYTES, RECORD_HEADER_BYTES
 from kvstore.format.record import RecordHeader, decode_header
-from kvstore_client.operations import NOT_THERE, check_read
+from kvstore.mapped.context import LARGE
+from kvstore_client.operations import MISSED, NOT_THERE, check_read
 
 if TYPE_CHECKING:
     from kvstore_client.aio import AsyncClient
@@ -28,7 +29,7 @@ _LENGTH_MASK: Final = (1 << 32) - 1
 class _Pinned:
     """What both kinds of view do with a mapping."""
 
-    __slots__ = ("_data", "_hazard", "_header", "_held", "_key", "_length", "_part", "_request")
+    __slots__ = ("_data", "_hazard", "_header", "_held", "_key", "_length", "_part", "_request", "_why")
 
     _data: memoryview | None
     _held: MappedSession | None
@@ -38,6 +39,7 @@ class _Pinned:
     _length: int
     _part: int
     _request: int | None
+    _why: int
 
     @property
     def length(self) -> int:
@@ -68,6 +70,7 @@ class _Pinned:
         if not hazards:
             mapped.reclaim()
             if not hazards:
+                self._why = LARGE
                 return False
         hazard = hazards.pop()
         # Before anything is held: should an interrupt strike from here on, ``reclaim`` finds what nobody uses.
@@ -78,6 +81,7 @@ class _Pinned:
         if where < 0 or mapped.hazard_bytes + (where & _LENGTH_MASK) > mapped.most_hazard_bytes:
             where = mapped.pin_failed(where, key, hazard, part, request or 0, unsure)
             if where < 0:
+                self._why = where
                 return where in NOT_THERE
         self._length = length = where & _LENGTH_MASK
         mapped.hazard_bytes += length
@@ -87,6 +91,10 @@ class _Pinned:
         self._hazard = hazard
         self._held = mapped
         return True
+
+    def _pin_again(self, mapped: MappedSession) -> bool:
+        """As ``_pin``, after what was missed came up as far as it does."""
+        return self._pin(mapped, True)
 
     def _release(self, *error: object) -> None:
         """Let go of the data; where a slice or array made from it is still there, its slot is held until that is gone.
@@ -126,8 +134,9 @@ class View(_Pinned):
     def __enter__(self) -> memoryview | None:
         client = self._client
         mapped = client._mapped
-        if mapped is None or not self._pin(mapped, not client._unwaited):
-            self._receive(client._receive_one(self._key, self._part, self._request))
+        if mapped is None or not self._pin(mapped, not (client._unwaited or mapped.lower_tiers)):
+            missed = mapped is not None and bool(mapped.lower_tiers) and self._why == MISSED
+            self._receive(client._receive_one(self._pin_again, self._key, self._part, self._request, missed))
         return self._data
 
     __exit__ = _Pinned._release
@@ -149,8 +158,9 @@ class AsyncView(_Pinned):
     async def __aenter__(self) -> memoryview | None:
         client = self._client
         mapped = await client._mapping()
-        if mapped is None or not self._pin(mapped, not client._puts):
-            self._receive(await client._receive_one(self._key, self._part, self._request))
+        if mapped is None or not self._pin(mapped, not (client._puts or mapped.lower_tiers)):
+            missed = mapped is not None and bool(mapped.lower_tiers) and self._why == MISSED
+            self._receive(await client._receive_one(self._pin_again, self._key, self._part, self._request, missed))
         return self._data
 
     async def __aexit__(

@@ -195,15 +195,15 @@ def _prepare_window(context: int, keys_id: int, begin: int, count: int) -> int:
     return good
 
 
-@compiled("int64(int64, int64, int64, int64)")
-def match(context: int, keys_id: int, count: int, access: int) -> int:
+@compiled("int64(int64, int64, int64, int64, int64)")
+def match(context: int, keys_id: int, count: int, access: int, unsure: int) -> int:
     """How many leading keys of a list have all their parts, and how far their records are from exact.
 
     The report goes out for what a chain of keys means: its deepest hit was used, and with it all above.
 
     Returns:
         The hits, and 255 less the lowest effective fidelity of their records times 2**32; ``BAD_ARGUMENT`` where one of
-        the list is no key.
+        the list is no key. ``BUSY`` where not all are there and ``unsure`` is not 0, and then nothing is reported.
     """
     now = now_ns(context)
     if look_is_due(context, now) != 0:
@@ -255,6 +255,8 @@ def match(context: int, keys_id: int, count: int, access: int) -> int:
             return again
         hits = 0
         lowest = FIDELITY_EXACT
+    if hits < count and unsure != 0:
+        return BUSY
     file = load(context + FILE)
     named = min(count - hits, MAX_MISSING)
     record = begin_report(file, _MATCH, 0, load(context + NAMESPACE_ID), named)

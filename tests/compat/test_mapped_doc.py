@@ -128,7 +128,7 @@ class Story:
         memory.set(fields.LANE_PAGES, 1)
         assert put_one(memory.context, id(KEYS[0]), id(ROOT_KEY), id(PAYLOAD), 0, ACCESS) == 0
         assert memory.publish(SLOT, KEYS[0], len(PAYLOAD), CHECKSUM)
-        assert match(memory.context, id(KEYS), len(KEYS), ACCESS) == 1
+        assert match(memory.context, id(KEYS), len(KEYS), ACCESS, 0) == 1
 
     def ring_records(self, number: int, count: int) -> bytes:
         """Records of the ring; the time of the first is a fixed one."""

@@ -71,6 +71,8 @@ class Loading:
         self._access = access
         self._sure = sure
         self._stream = stream
+        self._brought_up = False
+        """Whether what was missed was asked for, so that a miss in mapped memory is one."""
         self._loaded = 0
         self._fidelities: list[int] = []
         self._stored_bytes = 0
@@ -84,7 +86,10 @@ class Loading:
             if mapped is not None:
                 problem = yield from self._from_slots(mapped)
             if problem is None and self._loaded == before:
-                problem = yield from self._received(None if mapped is None else 1)
+                if mapped is not None and mapped.lower_tiers and not self._brought_up:
+                    yield from self._bring_up(mapped)
+                else:
+                    problem = yield from self._received(None if mapped is None else 1)
         fidelities = np.minimum.accumulate([self._lineage, *self._fidelities]).tolist()
         return LoadReport(
             loaded=self._loaded,
@@ -109,7 +114,8 @@ class Loading:
         from kvstore_client.mapped_batches import HeldBatch
 
         keys = self._blocks.keys[self._loaded : self._loaded + _MOST_BLOCKS]
-        with HeldBatch(mapped, keys, self._plan.part, self._sure) as held:
+        sure = self._brought_up or (self._sure and not mapped.lower_tiers)
+        with HeldBatch(mapped, keys, self._plan.part, sure) as held:
             problem = _WHY.get(held.why)
             good = 0
             if held.count:
@@ -121,6 +127,16 @@ class Loading:
                     self._count(runs, fidelities, good)
             held.report(good, self._access)
         return problem
+
+    def _bring_up(self, mapped: MappedSession) -> Work[None]:
+        """Have all that mapped memory lacks of this call come up into it, as far as it does in time."""
+        from kvstore_client.mapped_batches import fidelities
+
+        found = fidelities(mapped, self._blocks.key_words[self._loaded :], self._plan.part)
+        missed = [self._blocks.keys[self._loaded + at] for at in np.flatnonzero(found < 0).tolist()]
+        self._brought_up = True
+        if missed:
+            yield self._operations.bring_up(missed)
 
     def _decode_held(self, held: HeldBatch, runs: list[Run], count: int) -> tuple[int, Problem | None]:
         """Decode the first ``count`` records that are held; how many leading ones count, and why the next does not."""

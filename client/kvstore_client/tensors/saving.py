@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from time import monotonic_ns, sleep
+from time import monotonic, monotonic_ns, sleep
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -18,8 +18,15 @@ from kvstore.errors import ConnectionLost
 from kvstore.format.constants import PAGE_BYTES, RECORD_HEADER_BYTES
 from kvstore.format.record import checksum
 from kvstore.mapped.context import FULL, NO_GRANT, NO_LANE, STALE
-from kvstore.protocol.messages import PutStatus, Reason
-from kvstore_client.operations import STALE_ANSWER, Operations
+from kvstore.protocol.messages import Persist, PutStatus, Reason
+from kvstore_client.operations import (
+    DEMOTING_ANSWER,
+    NO_ROOM_ANSWER,
+    STALE_ANSWER,
+    Operations,
+    demoting_pauses,
+    waits_for_demotion,
+)
 from kvstore_client.session import Session
 from kvstore_client.tensors.backends import Addresses, Backend, Words
 from kvstore_client.tensors.blocks import Blocks
@@ -51,7 +58,6 @@ _ALIGNED: Final = 64
 _NONE: Final = 0
 _GOOD: Final = int(PutStatus.EXISTS)
 _TOO_LARGE: Final = int(PutStatus.REJECTED) | int(Reason.TOO_LARGE) << 8
-_NO_ROOM: Final = int(PutStatus.REJECTED) | int(Reason.NO_ROOM) << 8
 _log: Final = logging.getLogger("kvstore_client")
 _STATUSES: Final = {int(status): status for status in PutStatus}
 
@@ -69,6 +75,8 @@ class Saving:
         lineage: fidelity of what the blocks were computed on.
         access: the engine request.
         stream: of a device, after whose work blocks are encoded.
+        durable: wait until what is stored outlives the daemon.
+        patience_s: so long is tried again what has to wait for blocks that are written to a tier below.
     """
 
     def __init__(
@@ -81,6 +89,8 @@ class Saving:
         lineage: int,
         access: int,
         stream: object,
+        durable: bool,
+        patience_s: float,
     ) -> None:
         self._session = session
         self._operations = operations
@@ -90,6 +100,12 @@ class Saving:
         self._lineage = lineage
         self._access = access
         self._stream = stream
+        self._durable = durable
+        self._patience_s = patience_s
+        self._pauses: Iterator[float] | None = None
+        """What is left of the pauses, None before the first one."""
+        self._first_waiting = len(blocks.keys)
+        """Position of the first block that waits for others to be written to a tier below, or their number."""
         self._digest = session.digest
         count = len(blocks.keys)
         self._answers = np.zeros(count, np.int64)
@@ -103,22 +119,52 @@ class Saving:
 
     def run(self) -> Work[SaveReport]:
         """Store what is not there yet: what the codec cannot hold by the exact one."""
+        if self._durable:
+            yield self._operations.check_known(Persist)
+        rounds = 0
         try:
             yield from self._find()
-            for _ in range(_ROUNDS):
+            while rounds < _ROUNDS:
                 yield from self._store_in_order(np.flatnonzero(self._answers == _NONE))
                 yield from self._take_last_answers()
-                if self._answers.all():
+                if self._first_waiting < self._answers.size:
+                    yield from self._wait_for_demotion()
+                elif self._answers.all():
                     break
+                else:
+                    rounds += 1
             else:
                 raise ConnectionLost("the daemon went away again and again while blocks were saved")
         finally:
             self._forget_answers()
-        return self._report()
+        self._operations.note_demoting(self._answers.tolist())
+        stored = self._answers == PutStatus.STORED
+        if self._durable:
+            there = np.flatnonzero(self._answers <= _GOOD)
+            keys = [self._blocks.keys[at] for at in there.tolist()]
+            self._answers[there] = yield self._operations.persist(keys, monotonic() + self._patience_s)
+        return self._report(stored)
 
-    def _report(self) -> SaveReport:
+    def _wait_for_demotion(self) -> Work[None]:
+        """Let the daemon write blocks to a tier below, and have what waits for that be stored anew.
+
+        Where there is no time for that any more, it is throttled, and so is all behind it.
+        """
+        answers = self._answers
+        if self._pauses is None:
+            self._pauses = demoting_pauses(monotonic() + self._patience_s)
+        if (yield self._operations.pause(self._pauses)):
+            again = waits_for_demotion(answers.tolist())
+            answers[again] = _NONE
+            if self._last > self._first_waiting:
+                self._last = answers.size
+        else:
+            behind = answers[self._first_waiting :]
+            behind[behind == _NONE] = DEMOTING_ANSWER
+        self._first_waiting = answers.size
+
+    def _report(self, stored: npt.NDArray[np.bool_]) -> SaveReport:
         kinds = self._answers & 0xFF
-        stored = kinds == PutStatus.STORED
         refused = np.flatnonzero(self._answers > _GOOD).tolist()
         return SaveReport(
             statuses=tuple([_STATUSES[kind] for kind in kinds.tolist()]),
@@ -170,7 +216,7 @@ class Saving:
                 break
             if mapped is not None and mapped.writable:
                 into = self._into_slots if records.fixed else self._through_scratch
-                todo = yield from into(mapped, todo, records)
+                todo = self._within_reach((yield from into(mapped, todo, records)))
             if todo.size and not self._finds_void(todo, records) and self._session.digest == self._digest:
                 todo = yield from self._send(todo, records)
         else:
@@ -182,9 +228,10 @@ class Saving:
         return not records.codec.exact and bool(self._void[todo[0]])
 
     def _within_reach(self, todo: Indices) -> Indices:
-        """Blocks that can still be stored: there is no room behind one for which there was none."""
+        """Blocks that can be stored now: there is no room behind one for which there was none, or is none yet."""
+        todo = todo[todo < self._first_waiting]
         behind = todo > self._last
-        self._answers[todo[behind]] = _NO_ROOM
+        self._answers[todo[behind]] = NO_ROOM_ANSWER
         return todo[~behind]
 
     # -------------------------------------------------------------- through mapped memory
@@ -294,9 +341,12 @@ class Saving:
                 self._take_answers()
             elif claimed in (NO_LANE, NO_GRANT):
                 parent = self._blocks.parent_words[indices[0]].tobytes()
-                reserved = yield self._operations.reserve(mapped, record_bytes, parent, self._access)
+                refused = yield self._operations.reserve(mapped, record_bytes, parent, self._access)
                 self._take_answers()
-                if not reserved:
+                if refused is not None:
+                    if refused == Reason.DEMOTING:
+                        # No use in encoding and sending what there is no slot for.
+                        self._answer(indices, np.full(count, DEMOTING_ANSWER))
                     return 0
             else:
                 return 0
@@ -337,9 +387,12 @@ class Saving:
     def _answer(self, indices: Indices, answers: Words) -> None:
         """Note what became of blocks."""
         self._answers[indices] = answers
-        refused = indices[answers == _NO_ROOM]
+        refused = indices[answers == NO_ROOM_ANSWER]
         if refused.size:
             self._last = min(self._last, int(refused.min()))
+        waiting = indices[answers == DEMOTING_ANSWER]
+        if waiting.size:
+            self._first_waiting = min(self._first_waiting, int(waiting.min()))
 
     def _take_last_answers(self) -> Work[None]:
         self._take_answers()

@@ -209,6 +209,7 @@ class BaseTensorStore:
         lineage: int | LoadReport,
         request: int | None,
         stream: object,
+        durable: bool,
     ) -> Saving:
         blocks = Blocks.of(self._plan.layout, keys, source, pages, parent, written=False)
         return Saving(
@@ -220,6 +221,8 @@ class BaseTensorStore:
             lineage_of(lineage),
             self._access(request),
             stream,
+            durable,
+            self._client.timeout,
         )
 
     def _loading(
@@ -270,6 +273,7 @@ class TensorStore(BaseTensorStore):
         lineage: int | LoadReport = 255,
         request: int | None = None,
         stream: object = None,
+        durable: bool = False,
     ) -> SaveReport:
         """Store blocks of a chain: ``keys[i - 1]`` is the parent of ``keys[i]``.
 
@@ -284,14 +288,18 @@ class TensorStore(BaseTensorStore):
             request: the ``request`` of a match of the same engine request.
             stream: for a cache on a device: a ``cupy.cuda.Stream`` or a stream's handle, after whose work this is done;
                 None for CuPy's current one.
+            durable: wait also until the blocks, and what is stored of those before them, are in a tier that outlives
+                the daemon; see ``Client.put``.
 
         Returns:
             What became of each block. A block that is there already is not encoded.
 
         Raises:
             InvalidArgument: an argument is wrong; nothing was stored then.
+            ProtocolMismatch: the daemon is too old for ``durable``; nothing was stored then.
         """
-        return do(self._saving(keys, source, pages, parent, lineage, request, stream).run(), self.client)
+        saving = self._saving(keys, source, pages, parent, lineage, request, stream, durable)
+        return do(saving.run(), self.client)
 
     def load_blocks(
         self,
@@ -323,9 +331,9 @@ class TensorStore(BaseTensorStore):
         sure = not self.client._unwaited
         return do(self._loading(keys, target, pages, lineage, request, sure, stream).run(), self.client)
 
-    def match(self, keys: Sequence[bytes], *, lease: float | None = None) -> Match:
+    def match(self, keys: Sequence[bytes], *, lease: float | None = None, prefetch: bool = False) -> Match:
         """How many leading blocks are there with all their parts; see ``Client.match``."""
-        return self.client.match(keys, lease=lease)
+        return self.client.match(keys, lease=lease, prefetch=prefetch)
 
     def close(self) -> None:
         """Close the connection. May be called again."""
@@ -363,10 +371,12 @@ class AsyncTensorStore(BaseTensorStore):
         lineage: int | LoadReport = 255,
         request: int | None = None,
         stream: object = None,
+        durable: bool = False,
     ) -> SaveReport:
         """See ``TensorStore.save_blocks``."""
         await self.client.connect()
-        return await do_async(self._saving(keys, source, pages, parent, lineage, request, stream).run(), self.client)
+        saving = self._saving(keys, source, pages, parent, lineage, request, stream, durable)
+        return await do_async(saving.run(), self.client)
 
     async def load_blocks(
         self,
@@ -383,9 +393,9 @@ class AsyncTensorStore(BaseTensorStore):
         sure = not self.client._puts
         return await do_async(self._loading(keys, target, pages, lineage, request, sure, stream).run(), self.client)
 
-    async def match(self, keys: Sequence[bytes], *, lease: float | None = None) -> AsyncMatch:
+    async def match(self, keys: Sequence[bytes], *, lease: float | None = None, prefetch: bool = False) -> AsyncMatch:
         """How many leading blocks are there with all their parts; see ``Client.match``."""
-        return await self.client.match(keys, lease=lease)
+        return await self.client.match(keys, lease=lease, prefetch=prefetch)
 
     async def close(self) -> None:
         """Close the connection. May be called again."""

@@ -66,7 +66,7 @@ def test_get_entry_that_stays_half_written_is_left_to_the_daemon() -> None:
     assert read(memory, key_of(1)) == BUSY
     key, keys = key_of(1), [key_of(1)]
     assert pin_one(memory.context, id(key), 0, 0, 0, 0) == BUSY
-    assert match(memory.context, id(keys), 1, 0) == BUSY
+    assert match(memory.context, id(keys), 1, 0, 0) == BUSY
     assert read(memory, key_of(2)) == MISS
     memory.index[entry] += 1
     assert read(memory, key_of(1)) == b"payload"
@@ -140,11 +140,11 @@ def test_replace_better_record_is_found_and_the_old_slot_is_free() -> None:
     keys = [key_of(number) for number in range(30) if memory.publish(number + 1, key_of(number), 7, 0, fidelity=85)]
     assert len(keys) == 14, "both buckets are full, which does not matter"
     key, source = key_of(1), 2
-    assert match(memory.context, id([key]), 1, 0) == 1 | 170 << 32
+    assert match(memory.context, id([key]), 1, 0, 0) == 1 | 170 << 32
     assert memory.replace(source, 100, key, b"the better payload") == 1
     memory.bytes_at(source, 4096)[:] = bytes(4096)
     assert read(memory, key) == b"the better payload"
-    assert match(memory.context, id([key]), 1, 0) == 1
+    assert match(memory.context, id([key]), 1, 0, 0) == 1
     assert memory.withdraw(source) == []
     assert read(memory, key) == b"the better payload"
     assert memory.replace(source, 101, key, b"?") == 0
@@ -208,10 +208,10 @@ def test_match_tells_the_lowest_fidelity_of_its_hits() -> None:
             memory.publish(1 + 2 * number + part, key_of(number), 7, part=part, fidelity=fidelity)
     keys = [key_of(number) for number in range(4)]
     for count, hits, lowest in [(1, 1, 255), (2, 2, 178), (3, 3, 85), (4, 3, 85)]:
-        assert match(memory.context, id(keys), count, 0) == hits | (255 - lowest) << 32
+        assert match(memory.context, id(keys), count, 0, 0) == hits | (255 - lowest) << 32
     memory.publish(20, key_of(0), 7, part=0)
     memory.set_namespace(2)
-    assert match(memory.context, id(keys), 3, 0) == 0
+    assert match(memory.context, id(keys), 3, 0, 0) == 0
 
 
 def test_publish_full_buckets_is_refused_and_changes_nothing() -> None:

@@ -45,10 +45,10 @@ def memory() -> MappedMemory:
 @pytest.mark.parametrize("count", [0, 1, 5, 127, 128, 129, 150])
 def test_match_counts_leading_hits(memory: MappedMemory, count: int) -> None:
     keys = [key_of(number) for number in range(count)]
-    assert match(memory.context, id(keys), len(keys), 0) == count
+    assert match(memory.context, id(keys), len(keys), 0, 0) == count
     keys.append(b"\7" * 32)
     keys += [key_of(number) for number in range(count, 150)]
-    assert match(memory.context, id(keys), len(keys), 0) == count
+    assert match(memory.context, id(keys), len(keys), 0, 0) == count
 
 
 @pytest.mark.parametrize("bad", [b"short", b"\1" * 33, bytes(32), None, 7, "text", bytearray(32)])
@@ -56,7 +56,7 @@ def test_match_counts_leading_hits(memory: MappedMemory, count: int) -> None:
 def test_match_what_is_no_key_is_refused_wherever_it_stands(memory: MappedMemory, bad: object, at: int) -> None:
     keys: list[object] = [key_of(number) for number in range(150)] + [b"\7" * 32] * 20
     keys[at] = bad
-    assert match(memory.context, id(keys), len(keys), 0) == BAD_ARGUMENT
+    assert match(memory.context, id(keys), len(keys), 0, 0) == BAD_ARGUMENT
 
 
 def test_match_of_several_parts_needs_all_of_them() -> None:
@@ -66,12 +66,12 @@ def test_match_of_several_parts_needs_all_of_them() -> None:
     for part in range(2):
         memory.put(5 + part, key_of(1), b"p", part=part)
     keys = [key_of(0), key_of(1)]
-    assert match(memory.context, id(keys), 2, 0) == 1
+    assert match(memory.context, id(keys), 2, 0, 0) == 1
 
 
 def test_match_reports_counts_deepest_hit_and_missing_keys(memory: MappedMemory) -> None:
     keys = [key_of(number) for number in range(10)] + [bytes([200 + number]) * 32 for number in range(20)]
-    assert match(memory.context, id(keys), 30, 77) == 10
+    assert match(memory.context, id(keys), 30, 77, 0) == 10
     kind, following, named, part, namespace, asked, hits, slot, sequence, access, now, nbytes, later = ring(memory)[0]
     assert (kind, part, namespace, asked, hits, slot) == (RingKind.MATCH, 0, memory.namespace, 30, 10, 10)
     assert (following, named, access, nbytes, later) == (8, 16, 77, 0, 0)
@@ -155,7 +155,7 @@ def test_reads_ask_for_a_look_at_the_daemons_lock_when_it_is_due(memory: MappedM
     key, out, keys = key_of(4), bytearray(64), [key_of(1)]
     assert get_one(memory.context, id(key), id(out), 0, 0, 0) == LOOK
     assert pin_one(memory.context, id(key), 0, 0, 0, 0) == LOOK
-    assert match(memory.context, id(keys), 1, 0) == LOOK
+    assert match(memory.context, id(keys), 1, 0, 0) == LOOK
     assert ring(memory) == []
 
 

@@ -183,7 +183,7 @@ def test_take_commit_of_a_slot_outside_the_arena_has_no_header(slot: int) -> Non
 def test_take_keys_behind_a_report_are_not_taken_for_records() -> None:
     memory = MappedMemory()
     keys = [b"\x01" + bytes(15) + b"\xaa\x51\x15\xa7\x08\x95\x4e\x74" + bytes([number]) * 8 for number in range(16)]
-    assert match(memory.context, id(keys), 16, 0) == 0
+    assert match(memory.context, id(keys), 16, 0, 0) == 0
     records = taken(memory)
     assert [record[0] for record, _ in records] == [RingKind.MATCH] + [1] * 8
     assert not any(any(header) for _, header in records)
