@@ -530,7 +530,9 @@ class Operations:
         while wanted:
             asked = wanted[:MAX_KEYS_PER_REQUEST]
             some = joined if len(asked) == len(keys) else b"".join(joined[32 * at : 32 * at + 32] for at in asked)
-            told = yield Ask(Get, (some, part), access, pause_s=pause_s)
+            # A daemon with tiers below answers when what is there has come up.
+            waits = bool(self._session.lower_tiers)
+            told = yield Ask(Get, (some, part), access, pause_s=pause_s, waits=waits)
             reply = expect(told, GetReply)
             frames = iter(told.payloads)
             throttled = []

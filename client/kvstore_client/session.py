@@ -191,9 +191,10 @@ class Session:
         since = _SINCE.get(kind, 0)
         if self.protocol >= since:
             return ""
+        needs = f"{kind.__name__}, which needs protocol {since}"
         return (
-            f"the daemon (kvstored {self.daemon_version}) is too old for {kind.__name__}, which needs protocol {since}: "
-            f"it speaks {self.protocol}; upgrade the daemon"
+            f"the daemon (kvstored {self.daemon_version}) is too old for {needs}: it speaks {self.protocol}; "
+            "upgrade the daemon"
         )
 
     def greet(self, in_own_process: bool) -> Steps[None]:

@@ -518,7 +518,7 @@ class Requests:
         if answer is None:
             raise Refused(ErrorCode.BAD_REQUEST, "this session maps nothing, so it has no lanes")
         if isinstance(answer, Refuse):
-            return Reserved(request.id, self._incarnation, 0, 0, answer.reason)
+            return Reserved(request.id, self._incarnation, 0, 0, answer.reason.known_in(session.protocol))
         return Reserved(request.id, self._incarnation, answer.slot_bytes, answer.lent)
 
     def _release(self, session: Session, request: Release) -> Reply:

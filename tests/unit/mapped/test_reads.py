@@ -12,7 +12,7 @@ from mapped_memory import MappedMemory, key_of
 
 from kvstore.mapped import context as fields
 from kvstore.mapped.client_file import HEAD_OFFSET, RING_OFFSET, RING_RECORDS, RingKind
-from kvstore.mapped.context import BAD_ARGUMENT, LARGE, LOOK, MISS, TOO_SMALL
+from kvstore.mapped.context import BAD_ARGUMENT, BUSY, LARGE, LOOK, MISS, TOO_SMALL
 from kvstore.mapped.index_reader import copy_batch
 from kvstore.mapped.reads import close_batch, get_one, match, open_batch, pin_one
 
@@ -67,6 +67,17 @@ def test_match_of_several_parts_needs_all_of_them() -> None:
         memory.put(5 + part, key_of(1), b"p", part=part)
     keys = [key_of(0), key_of(1)]
     assert match(memory.context, id(keys), 2, 0, 0) == 1
+
+
+def test_match_that_is_unsure_is_busy_and_silent_unless_all_keys_hit(memory: MappedMemory) -> None:
+    keys = [key_of(number) for number in range(10)]
+    for missing in ([b"\7" * 32], [b"\7" * 32, key_of(11)]):
+        assert match(memory.context, id(keys + missing), 10 + len(missing), 0, 8) == BUSY
+    assert not ring(memory)
+    assert match(memory.context, id([*keys, None]), 11, 0, 8) == BAD_ARGUMENT
+    assert match(memory.context, id(keys), 10, 0, 8) == 10
+    assert match(memory.context, id([]), 0, 0, 8) == 0
+    assert [record[5:7] for record in ring(memory)] == [(10, 10), (0, 0)]
 
 
 def test_match_reports_counts_deepest_hit_and_missing_keys(memory: MappedMemory) -> None:
