@@ -120,10 +120,16 @@ def decode_slabs_header(data: bytes) -> SlabsHeader:
     """
     _check(data, SLABS_MAGIC, "the slab file")
     _, _, header_bytes, page_bytes, slab_bytes, store_id, reserved, _ = _SLABS.unpack_from(data)
-    if header_bytes != FILE_HEADER_BYTES or page_bytes != PAGE_BYTES or any(reserved):
+    if header_bytes != FILE_HEADER_BYTES:
+        raise CorruptRecord(f"the slab file's header has {header_bytes} bytes, not {FILE_HEADER_BYTES}")
+    if page_bytes != PAGE_BYTES:
         raise OtherFormat(f"the slab file has pages of {page_bytes} bytes; this version has {PAGE_BYTES}")
+    if any(reserved):
+        raise CorruptRecord("reserved bytes of the slab file's header are not zero")
     if not slab_bytes or slab_bytes % PAGE_BYTES:
         raise CorruptRecord(f"slabs of {slab_bytes} bytes are impossible")
+    if len(data) < PAGE_BYTES:
+        raise CorruptRecord("the slab file ends within its first page")
     if any(data[FILE_HEADER_BYTES:PAGE_BYTES]):
         raise CorruptRecord("the slab file's first page is not zero behind its header")
     return SlabsHeader(slab_bytes, store_id)

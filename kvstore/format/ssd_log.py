@@ -2,7 +2,8 @@
 
 Covers: encoding entries, closing them into a frame, reading a file's frames up to where they end or tear. Does not
 cover: what entries mean together (``kvstore.core.ssd_replay``). A frame is written and synced as a whole: it counts
-whole or not at all.
+whole or not at all. Its checksums begin with a number of its file: what lay on the disk before, or what a client had
+written into a key, is never taken for one.
 """
 
 from __future__ import annotations
@@ -20,20 +21,21 @@ FRAME_MAGIC: Final = 0x46_53_56_4B
 """``KVSF`` in the file."""
 
 FRAME_HEADER_BYTES: Final = 32
-MAX_FRAME_BYTES: Final = 64 << 20
-MAX_DESCRIPTION_BYTES: Final = 1 << 16
 
-# magic u32 | payload bytes u32 | sequence u64 | entries u32 | reserved u32 | checksum u64
+# magic u32 | payload bytes u32 | sequence u64 | entries u32 | check of these u32 | checksum u64
 _FRAME: Final = struct.Struct("<IIQIIQ")
+_FRAME_HEAD: Final = struct.Struct("<IIQI")
 # kind u8 | fidelity u8 | codec u16 | part u16 | reserved u16 | namespace u32 | slot pages u32 | tokens u32 |
 # home pages u32 | slot u64 | record bytes u64 | checksum u64 | access u64 | key 32 | parent 32
 _PUT: Final = struct.Struct("<BBHHHIIIIQQQQ32s32s")
-_FREE: Final = struct.Struct("<B7xQ")
-_TOUCH: Final = struct.Struct("<B7xQQ")
-# kind u8 | reserved 1 | description bytes u16 | namespace u32 | generation u64
-_NAMESPACE: Final = struct.Struct("<BxHIQ")
-_EMPTY: Final = struct.Struct("<B3xI")
-_END: Final = struct.Struct("<B7xQ")
+# kind u8 and seven zeros, then what it is about
+_FREE: Final = struct.Struct("<QQ")
+_TOUCH: Final = struct.Struct("<QQQ")
+# kind u8 | zero u8 | description bytes u16 | namespace u32 | generation u64
+_NAMESPACE: Final = struct.Struct("<BBHIQ")
+# kind u8 | zeros 3 | namespace u32
+_EMPTY: Final = struct.Struct("<II")
+_END: Final = struct.Struct("<QQ")
 PUT_BYTES: Final = _PUT.size
 assert _FRAME.size == FRAME_HEADER_BYTES
 assert PUT_BYTES % 8 == 0
@@ -131,20 +133,35 @@ def encode_entry(entry: Entry) -> bytes:
         return _TOUCH.pack(EntryKind.TOUCH, entry.slot, entry.access)
     if isinstance(entry, NamespaceEntry):
         length = len(entry.description)
-        head = _NAMESPACE.pack(EntryKind.NAMESPACE, length, entry.namespace, entry.generation)
+        head = _NAMESPACE.pack(EntryKind.NAMESPACE, 0, length, entry.namespace, entry.generation)
         return head + entry.description + bytes(-length % 8)
     if isinstance(entry, EmptyEntry):
         return _EMPTY.pack(EntryKind.EMPTY, entry.namespace)
     return _END.pack(EntryKind.END, entry.puts)
 
 
-def encode_frame(sequence: int, entries: list[bytes]) -> bytes:
-    """Close encoded entries into the frame of that number of a file; numbers begin at 0."""
+def frame_seed(header: bytes) -> int:
+    """What the checksums of a file's frames begin with: XXH3-64 of the file's header."""
+    return xxhash.xxh3_64_intdigest(header)
+
+
+def encode_frame(seed: int, sequence: int, entries: list[bytes]) -> bytes:
+    """Close encoded entries into the frame of that number of a file; numbers begin at 0. ``seed``: of that file."""
     payload = b"".join(entries)
-    head = _FRAME.pack(FRAME_MAGIC, len(payload), sequence, len(entries), 0, 0)[:-8]
-    state = xxhash.xxh3_64(head)
+    head = _FRAME_HEAD.pack(FRAME_MAGIC, len(payload), sequence, len(entries))
+    head += _check_of(head, seed).to_bytes(4, "little")
+    return head + _checksum_of(head, payload, seed).to_bytes(8, "little") + payload
+
+
+def _check_of(head: bytes | memoryview, seed: int) -> int:
+    """Of a frame's header: whether it is one is known without its payload."""
+    return xxhash.xxh3_64_intdigest(head, seed) & 0xFFFFFFFF
+
+
+def _checksum_of(head: bytes | memoryview, payload: bytes | memoryview, seed: int) -> int:
+    state = xxhash.xxh3_64(head, seed)
     state.update(payload)
-    return head + state.intdigest().to_bytes(8, "little") + payload
+    return state.intdigest()
 
 
 class Frames:
@@ -156,11 +173,12 @@ class Frames:
 
     Args:
         data: the whole file.
-        begin: where the first frame begins.
+        begin: where the first frame begins, and the header ends.
     """
 
     def __init__(self, data: bytes, begin: int) -> None:
         self._data = memoryview(data)
+        self._seed = frame_seed(data[:begin])
         self.end = begin
         self.next_sequence = 0
         self.problem = ""
@@ -177,87 +195,104 @@ class Frames:
             yield entries
 
     def skip(self) -> bool:
-        """After a problem: go on with the next whole frame; False where there is none."""
+        """After a problem: go on with the next whole frame of a later number; False where there is none."""
         magic = FRAME_MAGIC.to_bytes(4, "little")
         data = bytes(self._data)
-        at = data.find(magic, self.end + 1)
+        at = data.find(magic, self.end)
         while at >= 0:
-            if at + FRAME_HEADER_BYTES <= len(data):
-                before = self.next_sequence
-                self.next_sequence = _FRAME.unpack_from(data, at)[2]
-                try:
-                    self._frame(at)
-                except CorruptRecord:
-                    self.next_sequence = before
-                else:
-                    self.end, self.problem = at, ""
+            try:
+                sequence = self._head(at)[0]
+                if sequence >= self.next_sequence:
+                    self._payload(at)
+                    self.end, self.next_sequence, self.problem = at, sequence, ""
                     return True
+            except CorruptRecord:
+                pass
             at = data.find(magic, at + 1)
         return False
 
-    def _frame(self, begin: int) -> tuple[list[Entry], int]:
+    def _head(self, begin: int) -> tuple[int, int, int, int]:
+        """Number, entries, end, and checksum of the frame that begins there."""
         data = self._data
         if len(data) - begin < FRAME_HEADER_BYTES:
             raise CorruptRecord(f"the file ends within the frame at {begin}")
-        magic, payload_bytes, sequence, count, reserved, checksum = _FRAME.unpack_from(data, begin)
-        if magic != FRAME_MAGIC:
+        magic, payload_bytes, sequence, count, check, checksum = _FRAME.unpack_from(data, begin)
+        if magic != FRAME_MAGIC or check != _check_of(data[begin : begin + _FRAME_HEAD.size], self._seed):
             raise CorruptRecord(f"no frame begins at {begin}")
-        if payload_bytes > MAX_FRAME_BYTES or reserved:
-            raise CorruptRecord(f"the frame at {begin} is impossible")
-        at = begin + FRAME_HEADER_BYTES
-        end = at + payload_bytes
+        end = begin + FRAME_HEADER_BYTES + payload_bytes
         if end > len(data):
             raise CorruptRecord(f"the file ends within the frame at {begin}")
-        state = xxhash.xxh3_64(data[begin : begin + FRAME_HEADER_BYTES - 8])
-        state.update(data[at:end])
-        if state.intdigest() != checksum:
+        return sequence, count, end, checksum
+
+    def _payload(self, begin: int) -> tuple[list[Entry], int]:
+        """A whole frame's entries, and where it ends."""
+        data = self._data
+        _, count, end, checksum = self._head(begin)
+        head, payload = data[begin : begin + _FRAME_HEAD.size + 4], data[begin + FRAME_HEADER_BYTES : end]
+        if checksum != _checksum_of(head, payload, self._seed):
             raise CorruptRecord(f"the checksum of the frame at {begin} is wrong")
-        if sequence != self.next_sequence:
-            raise CorruptRecord(f"the frame at {begin} has number {sequence}, not {self.next_sequence}")
-        entries = decode_entries(data[at:end])
+        entries = decode_entries(payload)
         if len(entries) != count:
             raise CorruptRecord(f"the frame at {begin} has {len(entries)} entries, not {count}")
         return entries, end
+
+    def _frame(self, begin: int) -> tuple[list[Entry], int]:
+        sequence = self._head(begin)[0]
+        if sequence != self.next_sequence:
+            raise CorruptRecord(f"the frame at {begin} has number {sequence}, not {self.next_sequence}")
+        return self._payload(begin)
 
 
 def decode_entries(payload: memoryview) -> list[Entry]:
     """All entries of a frame.
 
     Raises:
-        CorruptRecord: an entry is of no known kind, or the payload ends within one.
+        CorruptRecord: an entry is of no known kind, bytes that must be zero are not, or the payload ends within one.
     """
     entries: list[Entry] = []
     at, end = 0, len(payload)
+    zeros: object = 0
     try:
         while at < end:
             kind = payload[at]
             if kind == EntryKind.PUT:
-                _, fidelity, codec, part, _, *rest = _PUT.unpack_from(payload, at)
+                _, fidelity, codec, part, zeros, *rest = _PUT.unpack_from(payload, at)
                 entries.append(PutEntry(fidelity, codec, part, *rest))
                 at += PUT_BYTES
             elif kind == EntryKind.FREE:
-                entries.append(FreeEntry(_FREE.unpack_from(payload, at)[1]))
+                first, slot = _FREE.unpack_from(payload, at)
+                zeros = first - kind
+                entries.append(FreeEntry(slot))
                 at += _FREE.size
             elif kind == EntryKind.TOUCH:
-                _, slot, access = _TOUCH.unpack_from(payload, at)
+                first, slot, access = _TOUCH.unpack_from(payload, at)
+                zeros = first - kind
                 entries.append(TouchEntry(slot, access))
                 at += _TOUCH.size
             elif kind == EntryKind.NAMESPACE:
-                _, length, namespace, generation = _NAMESPACE.unpack_from(payload, at)
+                _, zeros, length, namespace, generation = _NAMESPACE.unpack_from(payload, at)
                 at += _NAMESPACE.size
                 description = bytes(payload[at : at + length])
-                if len(description) != length:
+                padding = bytes(payload[at + length : at + length + -length % 8])
+                if len(description) + len(padding) != length + -length % 8:
                     raise CorruptRecord("a frame ends within a namespace's description")
+                zeros = zeros or any(padding)
                 entries.append(NamespaceEntry(namespace, generation, description))
                 at += length + -length % 8
             elif kind == EntryKind.EMPTY:
-                entries.append(EmptyEntry(_EMPTY.unpack_from(payload, at)[1]))
+                first, namespace = _EMPTY.unpack_from(payload, at)
+                zeros = first - kind
+                entries.append(EmptyEntry(namespace))
                 at += _EMPTY.size
             elif kind == EntryKind.END:
-                entries.append(EndEntry(_END.unpack_from(payload, at)[1]))
+                first, puts = _END.unpack_from(payload, at)
+                zeros = first - kind
+                entries.append(EndEntry(puts))
                 at += _END.size
             else:
                 raise CorruptRecord(f"an entry is of unknown kind {kind}")
+            if zeros:
+                raise CorruptRecord(f"an entry of kind {kind} has bytes that must be zero and are not")
     except struct.error:
         raise CorruptRecord("a frame ends within an entry") from None
     return entries

@@ -8,7 +8,7 @@ from typing import Final
 
 from kvstore.core.ssd import SsdStore
 from kvstore.format.ssd_files import CHECKPOINT_MAGIC, NumberedHeader, checkpoint_name, encode_numbered_header
-from kvstore.format.ssd_log import EndEntry, encode_entry, encode_frame
+from kvstore.format.ssd_log import EndEntry, encode_entry, encode_frame, frame_seed
 from kvstore.tiers.disk import SsdDirectory
 
 _RECORDS_A_FRAME: Final = 1024
@@ -27,13 +27,15 @@ async def write_checkpoint(directory: SsdDirectory, ssd: SsdStore, number: int, 
 
 async def _chunks(ssd: SsdStore, number: int, store_id: bytes) -> AsyncIterator[bytes]:
     namespaces, records = ssd.snapshot()
-    yield encode_numbered_header(NumberedHeader(CHECKPOINT_MAGIC, number, store_id))
-    yield encode_frame(0, [encode_entry(entry) for entry in namespaces])
+    header = encode_numbered_header(NumberedHeader(CHECKPOINT_MAGIC, number, store_id))
+    seed = frame_seed(header)
+    yield header
+    yield encode_frame(seed, 0, [encode_entry(entry) for entry in namespaces])
     sequence = 1
     for begin in range(0, len(records), _RECORDS_A_FRAME):
         some = records[begin : begin + _RECORDS_A_FRAME]
         entries = [encode_entry(ssd.put_entry(record, used)) for record, used in some]
-        yield encode_frame(sequence, entries)
+        yield encode_frame(seed, sequence, entries)
         sequence += 1
         await asyncio.sleep(0)
-    yield encode_frame(sequence, [encode_entry(EndEntry(len(records)))])
+    yield encode_frame(seed, sequence, [encode_entry(EndEntry(len(records)))])

@@ -17,8 +17,8 @@ from typing import Final
 
 from kvstore.core.ssd import Group, SsdStore
 from kvstore.core.ssd_record import SsdRecord
-from kvstore.format.ssd_files import checkpoint_name, log_name
-from kvstore.format.ssd_log import PUT_BYTES, encode_entry, encode_frame
+from kvstore.format.ssd_files import LOG_MAGIC, NumberedHeader, checkpoint_name, encode_numbered_header, log_name
+from kvstore.format.ssd_log import PUT_BYTES, encode_entry, encode_frame, frame_seed
 from kvstore.server.ssd_checkpoint import write_checkpoint
 from kvstore.server.ssd_recovery import Recovered, new_log
 from kvstore.server.ssd_transfers import Transfers
@@ -176,7 +176,8 @@ class Groups:
             if written:
                 await self._transfers.call(self._slabs.sync)
             group = self._ssd.begin_group(written)
-            frame = encode_frame(self._sequence, [encode_entry(entry) for entry in group.entries])
+            header = encode_numbered_header(NumberedHeader(LOG_MAGIC, self._number, self._store_id))
+            frame = encode_frame(frame_seed(header), self._sequence, [encode_entry(entry) for entry in group.entries])
             what = "write the log"
             # Nothing is appended behind what may be torn.
             self._torn = True
