@@ -5,6 +5,7 @@ Nothing grows, no byte is wrong, the files stay within their limit at every mome
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import threading
@@ -37,10 +38,8 @@ class DiskUse(threading.Thread):
         while not self._ended.wait(0.002):
             used = 0
             for path in self._directory.iterdir():
-                try:
+                with contextlib.suppress(FileNotFoundError):
                     used += path.stat().st_blocks * 512
-                except FileNotFoundError:
-                    pass
             self.most_bytes = max(self.most_bytes, used)
             self.looks += 1
 
