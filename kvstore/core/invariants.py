@@ -54,7 +54,6 @@ def _check_retired(store: Store, blocks: set[Block]) -> None:
         name = block.key.hex()[:12]
         _require(block in blocks and block.retired, f"block {name} is retired and gone")
         _require(not block.children and not block.leases, f"block {name} is retired and in use")
-        _require(block.parent not in seen, f"block {name} leaves after its parent")
         seen.add(block)
         slot_bytes += block.slot_bytes
         clean_bytes += block.slot_bytes if clean else 0

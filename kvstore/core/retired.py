@@ -1,7 +1,7 @@
 """Blocks that were chosen to leave DRAM and are still there: readable until their room is needed.
 
-They leave in the order in which they were chosen, so children before their parents. One is *clean* when it may leave
-at once, because its copy below is durable or because it gets none.
+One is *clean* when it may leave at once, because its copy below is durable or because it gets none. They leave in the
+order in which they became clean, others only where there is no clean one.
 """
 
 from __future__ import annotations
@@ -10,31 +10,32 @@ from kvstore.core.block import Block
 
 
 class Retired:
-    """The queue.
+    """All of them.
 
     Attributes:
-        slot_bytes, clean_bytes: of all blocks in it, and of clean ones.
-        records: of all blocks in it.
+        slot_bytes, clean_bytes: of all, and of clean ones.
+        records: of all.
     """
 
-    __slots__ = ("_blocks", "_by_parent", "clean_bytes", "records", "slot_bytes")
+    __slots__ = ("_by_parent", "_clean", "_dirty", "clean_bytes", "records", "slot_bytes")
 
     def __init__(self) -> None:
-        self._blocks: dict[Block, bool] = {}
+        self._clean: dict[Block, None] = {}
+        self._dirty: dict[Block, None] = {}
         self._by_parent: dict[Block, set[Block]] = {}
         self.slot_bytes = 0
         self.clean_bytes = 0
         self.records = 0
 
     def __len__(self) -> int:
-        return len(self._blocks)
+        return len(self._clean) + len(self._dirty)
 
     def __contains__(self, block: Block) -> bool:
-        return block in self._blocks
+        return block in self._clean or block in self._dirty
 
     def all(self) -> dict[Block, bool]:
-        """All blocks in order, and whether each is clean."""
-        return dict(self._blocks)
+        """All blocks, and whether each is clean."""
+        return dict.fromkeys(self._clean, True) | dict.fromkeys(self._dirty, False)
 
     def add(self, block: Block, *, clean: bool) -> None:
         """A block was chosen, and has left the policy."""
@@ -44,25 +45,26 @@ class Retired:
             assert parent.children is not None
             parent.children.discard(block)
             self._by_parent.setdefault(parent, set()).add(block)
-        self._blocks[block] = clean
+        (self._clean if clean else self._dirty)[block] = None
         self.slot_bytes += block.slot_bytes
         self.records += len(block.parts)
         if clean:
             self.clean_bytes += block.slot_bytes
 
     def clean(self, block: Block) -> None:
-        """A block in it may leave."""
-        if not self._blocks[block]:
-            self._blocks[block] = True
+        """A retired block may leave."""
+        if block in self._dirty:
+            del self._dirty[block]
+            self._clean[block] = None
             self.clean_bytes += block.slot_bytes
 
     def is_clean(self, block: Block) -> bool:
-        """Whether a block in it may leave."""
-        return self._blocks[block]
+        """Whether a retired block may leave."""
+        return block in self._clean
 
     def clean_all(self) -> None:
         """All may leave."""
-        for block in self._blocks:
+        for block in list(self._dirty):
             self.clean(block)
 
     def clean_bytes_above(self, block: Block) -> int:
@@ -70,19 +72,22 @@ class Retired:
         found = 0
         above: Block | None = block
         while above is not None and above.retired:
-            if self._blocks[above]:
+            if above in self._clean:
                 found += above.slot_bytes
             above = above.parent
         return found
 
     def first(self) -> Block | None:
-        """The block that leaves first."""
-        return next(iter(self._blocks), None)
+        """The block that leaves first: a clean one, where there is one."""
+        return next(iter(self._clean or self._dirty), None)
 
     def take(self, block: Block) -> None:
         """A block comes back or leaves: its parent's child again, if that is there."""
-        if self._blocks.pop(block):
+        if block in self._clean:
+            del self._clean[block]
             self.clean_bytes -= block.slot_bytes
+        else:
+            del self._dirty[block]
         self.slot_bytes -= block.slot_bytes
         self.records -= len(block.parts)
         block.retired = False
