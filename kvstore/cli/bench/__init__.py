@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Annotated, Final
 
 import typer
 
-__all__ = ["app", "bench_codecs", "bench_control", "bench_local", "bench_transcode"]
+__all__ = ["app", "bench_codecs", "bench_control", "bench_local", "bench_ssd", "bench_transcode"]
 
 app: Final = typer.Typer(no_args_is_help=True, help="Measure the store beside a baseline in the same run.")
 
@@ -199,6 +200,47 @@ def bench_transcode(
         print(msgspec.json.encode(report).decode())
     else:
         render.console().print(transcode_table(report))
+
+
+@app.command("ssd")
+def bench_ssd(
+    directory: Annotated[
+        Path | None,
+        typer.Option(
+            "--dir",
+            help="Where to measure; what is put there is removed.",
+            metavar="DIR",
+            show_default="where you are",
+        ),
+    ] = None,
+    size: Annotated[
+        str, typer.Option(help="Of fio's file, and of the SSD tier: twice as much has to be free.", metavar="SIZE")
+    ] = "2GiB",
+    mib: Annotated[
+        int, typer.Option(help="MiB that each side writes, and reads, in a round.", min=1, max=1 << 20, metavar="N")
+    ] = 256,
+    rounds: Annotated[int, typer.Option(help="Turns of all.", min=1, max=1000, metavar="N")] = 9,
+    kivi4: Annotated[bool, typer.Option(help="Also measure records of the codec kivi4.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure the SSD tier beside fio in the same directory, and reads of DRAM meanwhile.
+
+    Demotion with group commit, promotion, and gets through mapped memory while both go on.
+    """
+    import msgspec
+
+    from kvstore.cli import render
+    from kvstore.cli.bench.ssd import SsdExtent, measure_ssd
+    from kvstore.cli.bench.ssd_table import ssd_table
+    from kvstore.sizes import parse_size
+
+    extent = SsdExtent(size_bytes=parse_size(size), round_bytes=mib << 20, rounds=rounds, with_codec=kivi4)
+    with _progress(extent.steps) as on_round:
+        report = measure_ssd(directory or Path.cwd(), extent, on_round)
+    if as_json:
+        print(msgspec.json.encode(report).decode())
+    else:
+        render.console().print(ssd_table(report))
 
 
 @contextlib.contextmanager

@@ -1,11 +1,12 @@
 """Processes that a measurement needs beside itself: they say when they are ready and end with their starter.
 
 A child prints one line (``READY``, or what went wrong) and then lives until its standard input ends, which also
-happens when the starter dies.
+happens when the starter dies. Some are asked things meanwhile: a line for them, a line back.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import subprocess
@@ -14,7 +15,7 @@ import time
 from types import TracebackType
 from typing import Final, Self
 
-from kvstore.errors import DaemonUnavailable
+from kvstore.errors import DaemonUnavailable, DeadlineExceeded
 
 __all__ = ["READY", "ChildProcess"]
 
@@ -56,21 +57,62 @@ class ChildProcess:
         Raises:
             DaemonUnavailable: it failed, ended, or said nothing in time.
         """
-        output = self._process.stdout
-        assert output is not None
-        readable, _, _ = select.select([output], [], [], max(0.0, deadline - time.monotonic()))
-        if not readable:
+        if not self.has_answer(deadline - time.monotonic()):
             raise DaemonUnavailable(f"{self._what} was not ready in time; the machine may be too busy")
-        line = output.readline().decode("utf-8", "replace").strip()
+        line = self._line()
         if line != READY:
             raise DaemonUnavailable(f"{self._what} did not start: {line or 'its process ended'}")
+
+    def tell(self, line: str) -> None:
+        """Send a line, whose answer ``answer`` gives.
+
+        Raises:
+            DaemonUnavailable: its process ended.
+        """
+        pipe = self._process.stdin
+        assert pipe is not None
+        try:
+            pipe.write(f"{line}\n".encode())
+            pipe.flush()
+        except BrokenPipeError:
+            raise DaemonUnavailable(f"{self._what} ended: {self._line() or 'it said nothing'}") from None
+
+    def has_answer(self, timeout_s: float = 0.0) -> bool:
+        """Whether a line of the child is there, or its output ended, within so many seconds."""
+        output = self._process.stdout
+        assert output is not None
+        readable, _, _ = select.select([output], [], [], max(0.0, timeout_s))
+        return bool(readable)
+
+    def answer(self, deadline: float) -> str:
+        """The line that answers what the child was told.
+
+        Args:
+            deadline: of ``time.monotonic()``.
+
+        Raises:
+            DeadlineExceeded: it said nothing in time.
+            DaemonUnavailable: its process ended.
+        """
+        if not self.has_answer(deadline - time.monotonic()):
+            raise DeadlineExceeded(f"{self._what} did not answer in time; the machine may be too busy")
+        line = self._line()
+        if not line:
+            raise DaemonUnavailable(f"{self._what} ended while it was asked")
+        return line
+
+    def _line(self) -> str:
+        output = self._process.stdout
+        assert output is not None
+        return output.readline().decode("utf-8", "replace").strip()
 
     def close(self) -> None:
         """End the child and wait for it."""
         process = self._process
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
-                pipe.close()
+                with contextlib.suppress(BrokenPipeError):  # a line that it did not read
+                    pipe.close()
         try:
             process.wait(_END_SECONDS)
         except subprocess.TimeoutExpired:

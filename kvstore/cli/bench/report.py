@@ -35,7 +35,9 @@ class Row(msgspec.Struct, kw_only=True, omit_defaults=True):
         baseline: what this row is compared with, where a report has several.
         baseline_median_us: the baseline's median.
         baseline_ops_per_s: the baseline's exchanges a second.
+        baseline_gb_per_s: the baseline's bytes a second.
         ratio: the baseline's time / the time measured; 1.0 is as fast as the baseline.
+        ratios: that of each round, where ``ratio`` is their median.
         scale: the time of one thread / the time measured.
         stored_ratio: bytes on the lower tier / bytes in memory, of records that are transcoded.
         limit: what is aimed at: the least ``ratio``, or the most ``core_share``.
@@ -64,7 +66,9 @@ class Row(msgspec.Struct, kw_only=True, omit_defaults=True):
     baseline: str | None = None
     baseline_median_us: float | None = None
     baseline_ops_per_s: float | None = None
+    baseline_gb_per_s: float | None = None
     ratio: float | None = None
+    ratios: list[float] | None = None
     scale: float | None = None
     stored_ratio: float | None = None
     limit: float | None = None

@@ -185,6 +185,40 @@ def test_child_that_says_nothing_in_time_is_an_error(tmp_path: Path, monkeypatch
         started.wait_until_ready(time.monotonic() + 0.05)
 
 
+ECHO = """
+import sys
+print({ready!r}, flush=True)
+for line in sys.stdin:
+    if line.strip() == "end":
+        break
+    if line.strip() != "nothing":
+        print("heard " + line.strip(), flush=True)
+""".format(ready=READY)
+
+
+def test_child_answers_what_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_leaks: None) -> None:
+    with child(tmp_path, monkeypatch, ECHO) as started:
+        started.wait_until_ready(time.monotonic() + 30)
+        assert not started.has_answer()
+        for word in ("one", "two"):
+            started.tell(word)
+            assert started.has_answer(30)
+            assert started.answer(time.monotonic() + 30) == f"heard {word}"
+        started.tell("nothing")
+        with pytest.raises(DeadlineExceeded, match="the child did not answer in time"):
+            started.answer(time.monotonic() + 0.05)
+
+
+def test_child_that_ends_when_it_is_asked_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with child(tmp_path, monkeypatch, ECHO) as started:
+        started.wait_until_ready(time.monotonic() + 30)
+        started.tell("end")
+        with pytest.raises(DaemonUnavailable, match="the child ended while it was asked"):
+            started.answer(time.monotonic() + 30)
+        with pytest.raises(DaemonUnavailable, match="the child ended: it said nothing"):
+            started.tell("more")
+
+
 # ------------------------------------------------------------------ the loop
 
 
