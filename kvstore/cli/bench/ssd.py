@@ -26,7 +26,7 @@ from kvstore.cli.bench.process import ChildProcess
 from kvstore.cli.bench.report import Report, Row
 from kvstore.cli.bench.ssd_blocks import BLOCK_BYTES, CHAIN_BLOCKS, CODEC
 from kvstore.cli.bench.ssd_fio import DEPTH, Fio, FioResult, Pattern
-from kvstore.cli.bench.ssd_getter import Gets
+from kvstore.cli.bench.ssd_getter import LEASE_S, Gets
 from kvstore.cli.bench.ssd_place import DiskFacts, check_place
 from kvstore.cli.bench.ssd_tier import Moved, SsdDaemon
 from kvstore.cli.own_directory import fresh_path, own_directory
@@ -52,7 +52,6 @@ _LIMITS: Final = {
 _RESIDENT_BLOCKS: Final = 64
 _GRANT_BYTES: Final = 128 << 20
 _RESERVE_BYTES: Final = 1 << 30
-_LEASE_S: Final = 600
 _SMALLEST_ROUND_BYTES: Final = CHAIN_BLOCKS * BLOCK_BYTES
 _LEAST_TIMES: Final = 4
 """The SSD holds so many times what DRAM holds: chains that are not in DRAM are needed for promotion."""
@@ -176,7 +175,7 @@ def measure_ssd(directory: Path, extent: SsdExtent, on_round: Callable[[], None]
 
 def _measure(fio: Fio, directory: Path, codec: str, extent: SsdExtent, on_round: Callable[[], None]) -> list[Samples]:
     arguments = ["--ssd", str(directory), "--ssd-capacity", str(extent.size_bytes)]
-    arguments += ["--set", f"ssd.threads={DEPTH}", "--set", f"limits.max_lease_s={_LEASE_S}"]
+    arguments += ["--set", f"ssd.threads={DEPTH}", "--set", f"limits.max_lease_s={LEASE_S}"]
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(own_directory(directory))
         daemon = stack.enter_context(

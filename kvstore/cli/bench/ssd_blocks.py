@@ -135,7 +135,8 @@ class _EncodedBefore:
     """Kernels whose encoder copies what was encoded before; for ``Backend``."""
 
     def __init__(self, payloads: Payloads, section_bytes: npt.NDArray[np.int64]) -> None:
-        self._payloads = payloads.addresses.tolist()
+        self._memory = payloads  # addresses keep nothing alive
+        self._addresses = payloads.addresses.tolist()
         self._section_bytes = section_bytes
         self._lengths = section_bytes.sum(axis=1).tolist()
         self.decode = cpu.decode
@@ -146,7 +147,7 @@ class _EncodedBefore:
         """As ``kvstore_kernels.cpu.encode``, of blocks of one page, whose id is the block's number."""
         numbers = pages[:, 0].tolist()
         for number, target in zip(numbers, payloads.tolist(), strict=True):
-            memmove(target, self._payloads[number], self._lengths[number])
+            memmove(target, self._addresses[number], self._lengths[number])
         return EncodedBlocks(self._section_bytes[numbers], np.zeros(len(numbers), np.int64))
 
 

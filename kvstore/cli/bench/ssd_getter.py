@@ -17,9 +17,11 @@ from kvstore.errors import KVStoreError
 from kvstore.protocol.namespace import Namespace
 from kvstore_client import Client
 
-__all__ = ["Gets"]
+__all__ = ["LEASE_S", "Gets"]
 
-_LEASE_S: Final = 600.0
+LEASE_S: Final = 600.0
+"""The daemon's ``limits.max_lease_s`` must allow it."""
+
 _TIMEOUT_S: Final = 60.0
 _BUFFERS: Final = 16
 
@@ -56,7 +58,7 @@ class _Getter:
 
     def hold(self) -> None:
         """Have the blocks stay where they are for the next minutes."""
-        held = self._client.match(self._blocks.keys, lease=_LEASE_S)
+        held = self._client.match(self._blocks.keys, lease=LEASE_S)
         if held.hits != len(self._blocks):
             raise wrong(f"only {held.hits} of {len(self._blocks)} leased blocks are still in DRAM")
         if self._lease:
@@ -92,6 +94,7 @@ def get_when_told(endpoint: str, count: str) -> None:
     options = {"namespace": namespace, "timeout": _TIMEOUT_S, "payload_bytes": (BLOCK_BYTES,), "mapped": True}
     try:
         with Client(endpoint, **options) as client:
+            client.clear()
             getter = _Getter(client, int(count))
             touch_mapping(client)
             print(READY, flush=True)

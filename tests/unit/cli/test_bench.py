@@ -185,15 +185,15 @@ def test_child_that_says_nothing_in_time_is_an_error(tmp_path: Path, monkeypatch
         started.wait_until_ready(time.monotonic() + 0.05)
 
 
-ECHO = """
+ECHO = f"""
 import sys
-print({ready!r}, flush=True)
+print({READY!r}, flush=True)
 for line in sys.stdin:
     if line.strip() == "end":
         break
     if line.strip() != "nothing":
         print("heard " + line.strip(), flush=True)
-""".format(ready=READY)
+"""
 
 
 def test_child_answers_what_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_leaks: None) -> None:

@@ -1,0 +1,184 @@
+"""The SSD tier's benchmark with a daemon: its form and its checks, not its figures."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from kvstore.cli.bench.process import ChildProcess
+from kvstore.cli.bench.ssd_blocks import BLOCK_BYTES, CHAIN_BLOCKS, Blocks, CodedBlocks, RawBlocks, blocks_of, keys_of
+from kvstore.cli.bench.ssd_getter import LEASE_S, Gets
+from kvstore.cli.bench.ssd_putter import GO, STOP
+from kvstore.cli.private_daemon import PrivateDaemon
+from kvstore.errors import DaemonUnavailable, RemoteError
+from kvstore_client import Client
+from kvstore_kernels.layout import KVLayout
+
+MIB = 1 << 20
+SMALL_LAYOUT = KVLayout(2, 2, 64, "bfloat16", 64)
+
+
+@pytest.fixture(scope="module")
+def daemon() -> Iterator[PrivateDaemon]:
+    """A daemon without an SSD tier: what puts, reads and checks blocks needs none."""
+    arguments = ("--set", f"limits.max_lease_s={LEASE_S}")
+    with PrivateDaemon(capacity_bytes=128 * MIB, grant_bytes=128 * MIB, arguments=arguments) as daemon:
+        yield daemon
+
+
+@pytest.fixture(params=["", "kivi4"])
+def blocks(request: pytest.FixtureRequest, daemon: PrivateDaemon) -> Iterator[Blocks]:
+    codec: str = request.param
+    made: Blocks = CodedBlocks(daemon.endpoint, codec, SMALL_LAYOUT) if codec else RawBlocks(daemon.endpoint)
+    made.client.clear()
+    yield made
+    made.close()
+
+
+# ------------------------------------------------------------------ blocks
+
+
+def test_chains_that_were_put_are_found_whole(blocks: Blocks) -> None:
+    for chain in (0, 7):
+        blocks.put(chain)
+        assert blocks.client.match(keys_of(chain)).hits == CHAIN_BLOCKS
+        blocks.check(chain)
+    blocks.put(7)  # is there already
+    assert blocks.client.stats().dram.record_bytes >= 2 * CHAIN_BLOCKS * blocks.record_bytes
+
+
+def test_blocks_of_a_codec_are_smaller_than_the_engines(blocks: Blocks) -> None:
+    if blocks.codec:
+        assert 0.25 < blocks.record_bytes / blocks.block_bytes < 0.35
+    else:
+        assert blocks.record_bytes == blocks.block_bytes == BLOCK_BYTES
+
+
+def test_chain_that_is_not_whole_is_found(blocks: Blocks) -> None:
+    with pytest.raises(RemoteError, match="chain 1"):
+        blocks.check(1)
+    blocks.put(1)
+    blocks.client.remove(keys_of(1)[-1:])
+    with pytest.raises(RemoteError, match="chain 1"):
+        blocks.check(1)
+
+
+def test_raw_block_with_wrong_bytes_is_found(daemon: PrivateDaemon) -> None:
+    made = RawBlocks(daemon.endpoint)
+    try:
+        made.put(3)
+        for place in (0, BLOCK_BYTES - 1):  # another block's key, and a byte at the end
+            made.check(3)
+            data = made._buffers.arrays[5].copy()
+            data[:32] = np.frombuffer(keys_of(3)[5], np.uint8)
+            data[place] ^= 1
+            made.client.remove(keys_of(3)[5:6])
+            made.client.put(keys_of(3)[5], data, parent=keys_of(3)[4])
+            with pytest.raises(RemoteError, match="wrong bytes"):
+                made.check(3)
+            made.client.clear()
+            made.put(3)
+    finally:
+        made.client.clear()
+        made.close()
+
+
+def test_record_with_wrong_numbers_is_found(daemon: PrivateDaemon) -> None:
+    made = CodedBlocks(daemon.endpoint, layout=SMALL_LAYOUT)
+    try:
+        made.put(3)
+        made.check(3)
+        made._decoded[2] ^= 1
+        with pytest.raises(RemoteError, match="wrong numbers"):
+            made.check(3)
+    finally:
+        made.client.clear()
+        made.close()
+
+
+# ------------------------------------------------------------------ the processes
+
+
+def test_putting_client_puts_until_it_is_told_to_stop(daemon: PrivateDaemon) -> None:
+    made = blocks_of("", daemon.endpoint)
+    made.client.clear()
+    with ChildProcess("the putting client", "kvstore.cli.bench.ssd_putter", "", daemon.endpoint) as putter:
+        putter.wait_until_ready(time.monotonic() + 60)
+        put = 0
+        for _ in range(2):
+            putter.tell(GO)
+            assert not putter.has_answer(0.3)
+            putter.tell(STOP)
+            before, put = put, int(putter.answer(time.monotonic() + 60))
+            assert put > before
+            made.check(put - 1)
+    made.client.clear()
+    made.close()
+
+
+def test_reading_client_tells_what_its_reads_took(daemon: PrivateDaemon) -> None:
+    with ChildProcess("the reading client", "kvstore.cli.bench.ssd_getter", daemon.endpoint, "16") as getter:
+        getter.wait_until_ready(time.monotonic() + 60)
+        for count in (5, 40):
+            getter.tell(str(count))
+            gets = msgspec.json.decode(getter.answer(time.monotonic() + 60), type=Gets)
+            assert gets.count == count
+            assert 0 < gets.median_us < gets.seconds * 1e6
+        with Client(daemon.endpoint) as client:
+            assert client.stats().leases == 1
+
+
+def test_reading_client_whose_blocks_are_gone_says_so(daemon: PrivateDaemon) -> None:
+    with ChildProcess("the reading client", "kvstore.cli.bench.ssd_getter", daemon.endpoint, "8") as getter:
+        getter.wait_until_ready(time.monotonic() + 60)
+        with Client(daemon.endpoint, namespace="bench ssd gets") as client:
+            assert client.clear() >= 8
+        getter.tell("3")
+        assert "only 0 of 8 leased blocks" in getter.answer(time.monotonic() + 60)
+
+
+def test_processes_that_reach_no_daemon_say_so(tmp_path: Path) -> None:
+    endpoint = f"ipc://{tmp_path}/nobody.sock"
+    for module, arguments in (("ssd_putter", ("", endpoint)), ("ssd_getter", (endpoint, "4"))):
+        with (
+            ChildProcess("the client", f"kvstore.cli.bench.{module}", *arguments) as child,
+            pytest.raises(DaemonUnavailable, match="the client did not start: .*nobody"),
+        ):
+            child.wait_until_ready(time.monotonic() + 90)
+
+
+# ------------------------------------------------------------------ the command
+
+
+def kvstore(*arguments: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "kvstore", *arguments],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+
+
+def test_bench_ssd_command_refuses_in_one_line(tmp_path: Path) -> None:
+    for arguments, message in (
+        (("--dir", str(tmp_path / "nowhere")), "No such file or directory; name a directory on the SSD"),
+        (("--dir", "/dev/shm"), "is on tmpfs, which is memory"),
+        (("--size", "8GB"), "--size: give whole MiB"),
+        (("--mib", "48"), "--mib: a round moves whole chains of 32 MiB"),
+    ):
+        done = kvstore("bench", "ssd", *arguments)
+        assert done.returncode in (1, 2)
+        assert done.stdout == ""
+        (line,) = done.stderr.splitlines()
+        assert message in line
