@@ -14,11 +14,15 @@ import numpy as np
 import pytest
 
 from kvstore.cli.bench.process import ChildProcess
+from kvstore.cli.bench.report import Row
+from kvstore.cli.bench.ssd import UNDISTURBED, SsdExtent, SsdReport, measure_ssd
 from kvstore.cli.bench.ssd_blocks import BLOCK_BYTES, CHAIN_BLOCKS, Blocks, CodedBlocks, RawBlocks, blocks_of, keys_of
+from kvstore.cli.bench.ssd_fio import why_not
 from kvstore.cli.bench.ssd_getter import LEASE_S, Gets
+from kvstore.cli.bench.ssd_place import check_place
 from kvstore.cli.bench.ssd_putter import GO, STOP
 from kvstore.cli.private_daemon import PrivateDaemon
-from kvstore.errors import DaemonUnavailable, RemoteError
+from kvstore.errors import DaemonUnavailable, InvalidArgument, RemoteError
 from kvstore_client import Client
 from kvstore_kernels.layout import KVLayout
 
@@ -155,6 +159,56 @@ def test_processes_that_reach_no_daemon_say_so(tmp_path: Path) -> None:
             child.wait_until_ready(time.monotonic() + 90)
 
 
+# ------------------------------------------------------------------ all of it
+
+SMALL = SsdExtent(size_bytes=512 * MIB, round_bytes=32 * MIB, rounds=2)
+
+
+@pytest.fixture(scope="module")
+def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory that can be measured."""
+    if why_not():
+        pytest.skip(why_not())
+    directory = tmp_path_factory.mktemp("disk")
+    try:
+        check_place(directory, SMALL.needed_bytes)
+    except InvalidArgument as unfit:
+        pytest.skip(str(unfit))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def measured(disk: Path) -> tuple[SsdReport, int]:
+    rounds: list[None] = []
+    report = measure_ssd(disk, SMALL, lambda: rounds.append(None))
+    assert list(disk.iterdir()) == []
+    return report, len(rounds)
+
+
+def test_bench_ssd_reports_each_operation_beside_its_baseline(measured: tuple[SsdReport, int]) -> None:
+    report, rounds = measured
+    assert rounds == SMALL.steps == 4
+    assert [(row.op, row.codec, row.baseline, row.limit) for row in report.rows] == [
+        ("demotion", None, "fio randwrite", 0.8),
+        ("promotion", None, "fio randread", 0.9),
+        ("get_into during demotion", None, UNDISTURBED, 0.7),
+        ("get_into during promotion", None, UNDISTURBED, 0.7),
+        ("demotion", "kivi4", "fio randwrite", None),
+        ("promotion", "kivi4", "fio randread", None),
+    ]
+    for row in report.rows:
+        assert row.samples == len(row.ratios or ()) == 2
+        assert row.gb_per_s is not None
+        assert row.gb_per_s > 0
+        assert row.baseline_gb_per_s is not None
+        assert row.baseline_gb_per_s > 0
+        assert row.ratio == pytest.approx(sum(row.ratios or ()) / 2, abs=1e-4)
+        assert row.size_bytes == (4 * MIB if row.codec else MIB)
+        assert (row.daemon_cpu_us is None) == (row.baseline == UNDISTURBED)
+    assert report.disk.fio.startswith("fio-")
+    assert (report.disk.size_bytes, report.disk.depth) == (512 * MIB, 8)
+
+
 # ------------------------------------------------------------------ the command
 
 
@@ -168,6 +222,35 @@ def kvstore(*arguments: str) -> subprocess.CompletedProcess[str]:
         timeout=280,
         check=False,
     )
+
+
+def test_bench_ssd_command_prints_one_json_object(disk: Path) -> None:
+    done = kvstore(
+        *(
+            "bench",
+            "ssd",
+            "--dir",
+            str(disk),
+            "--size",
+            "512MiB",
+            "--mib",
+            "32",
+            "--rounds",
+            "1",
+            "--no-kivi4",
+            "--json",
+        )
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    report: dict[str, Any] = json.loads(done.stdout)
+    assert set(report) == {"machine", "baseline", "rows", "disk"}
+    assert "--iodepth=8" in report["baseline"]
+    assert set(report["rows"][0]) == {
+        "op", "size_bytes", "batch", "depth", "samples", "gb_per_s", "baseline", "baseline_gb_per_s", "ratio", "ratios",
+        "limit", "daemon_cpu_us", "others_share",
+    }  # fmt: skip
+    assert all(set(row) <= set(Row.__struct_fields__) for row in report["rows"])
+    assert list(disk.iterdir()) == []
 
 
 def test_bench_ssd_command_refuses_in_one_line(tmp_path: Path) -> None:

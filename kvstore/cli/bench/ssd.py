@@ -28,7 +28,7 @@ from kvstore.cli.bench.ssd_blocks import BLOCK_BYTES, CHAIN_BLOCKS, CODEC
 from kvstore.cli.bench.ssd_fio import DEPTH, Fio, FioResult, Pattern
 from kvstore.cli.bench.ssd_getter import LEASE_S, Gets
 from kvstore.cli.bench.ssd_place import DiskFacts, check_place
-from kvstore.cli.bench.ssd_tier import Moved, SsdDaemon
+from kvstore.cli.bench.ssd_tier import Moved, SsdDaemon, ssd_daemon
 from kvstore.cli.own_directory import fresh_path, own_directory
 from kvstore.cli.private_daemon import PrivateDaemon
 from kvstore.errors import InvalidArgument, KVStoreError
@@ -183,7 +183,7 @@ def _measure(fio: Fio, directory: Path, codec: str, extent: SsdExtent, on_round:
         )
         # The blocks that are read undisturbed come first: nothing needs their room yet.
         getter = None if codec else stack.enter_context(_getter(daemon.endpoint, extent.resident_blocks))
-        tier = stack.enter_context(SsdDaemon(daemon.endpoint, daemon.pid, codec))
+        tier = stack.enter_context(ssd_daemon(daemon.endpoint, daemon.pid, codec))
         if getter is not None:
             tier.measured_pids.append(getter.pid)
         tier.fill()

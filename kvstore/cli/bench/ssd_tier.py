@@ -6,10 +6,11 @@ was lost, no error, direct I/O). Does not cover fio, rounds, or rows.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
@@ -23,7 +24,7 @@ from kvstore.errors import DeadlineExceeded, KVStoreError
 from kvstore.protocol.messages import SsdStats
 from kvstore_client import Client
 
-__all__ = ["ASKERS", "Moved", "SsdDaemon"]
+__all__ = ["ASKERS", "Moved", "SsdDaemon", "ssd_daemon"]
 
 ASKERS: Final = 2
 """Clients that ask for promotions, a chain each at a time: as one chain ends the other keeps the SSD busy."""
@@ -52,54 +53,61 @@ class Moved:
     others_share: float
 
 
-class SsdDaemon:
-    """A daemon and what drives it. A context manager; made when the daemon answers.
+@contextlib.contextmanager
+def ssd_daemon(endpoint: str, pid: int, codec: str) -> Iterator[SsdDaemon]:
+    """A daemon, with clients of its own and a process that puts.
 
     Args:
         endpoint: of the daemon.
         pid: its process.
         codec: of the blocks, "" for plain bytes.
+    """
+    with contextlib.ExitStack() as stack:
+        putter = stack.enter_context(
+            ChildProcess("the putting client", "kvstore.cli.bench.ssd_putter", codec, endpoint)
+        )
+        blocks = blocks_of(codec, endpoint)
+        stack.callback(blocks.close)
+        askers = [
+            stack.enter_context(Client(endpoint, namespace=blocks.namespace, timeout=_TIMEOUT_S, mapped=False))
+            for _ in range(ASKERS)
+        ]
+        pool = stack.enter_context(ThreadPoolExecutor(ASKERS, "bench-ssd"))
+        putter.wait_until_ready(time.monotonic() + _PATIENCE_S)
+        yield SsdDaemon(pid, blocks, putter, askers, pool)
+
+
+class SsdDaemon:
+    """A daemon and what drives it.
+
+    Args:
+        pid: the daemon's process.
+        blocks: of the kind that is put.
+        putter: process that puts such blocks, ready.
+        askers: clients that ask for promotions, in threads of ``pool``.
+        pool: with a thread for each of them.
 
     Attributes:
-        blocks: put and checked.
+        blocks: as given.
         measured_pids: processes that belong to the benchmark; add those that others start.
     """
 
-    def __init__(self, endpoint: str, pid: int, codec: str) -> None:
+    def __init__(
+        self,
+        pid: int,
+        blocks: Blocks,
+        putter: ChildProcess,
+        askers: Sequence[Client],
+        pool: ThreadPoolExecutor,
+    ) -> None:
+        self.blocks = blocks
+        self.measured_pids = [pid, putter.pid]
         self._pid = pid
+        self._client = blocks.client
+        self._putter = putter
+        self._askers = askers
+        self._pool = pool
         self._chains = 0
-        self._putter = ChildProcess("the putting client", "kvstore.cli.bench.ssd_putter", codec, endpoint)
-        self._askers: list[Client] = []
-        try:
-            self.blocks: Blocks = blocks_of(codec, endpoint)
-            self._client = self.blocks.client
-            self._askers = [
-                Client(endpoint, namespace=self.blocks.namespace, timeout=_TIMEOUT_S, mapped=False)
-                for _ in range(ASKERS)
-            ]
-            self._pool = ThreadPoolExecutor(ASKERS, "bench-ssd")
-            self._putter.wait_until_ready(time.monotonic() + _PATIENCE_S)
-        except BaseException:
-            self.close()
-            raise
-        self.measured_pids = [pid, self._putter.pid]
-        self._first = self.stats()
-
-    def close(self) -> None:
-        """End what it started."""
-        self._putter.close()
-        for asker in self._askers:
-            asker.close()
-        if hasattr(self, "_pool"):
-            self._pool.shutdown()
-        if hasattr(self, "blocks"):
-            self.blocks.close()
-
-    def __enter__(self) -> SsdDaemon:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
     # ------------------------------------------------------------------ what the tier says
 
