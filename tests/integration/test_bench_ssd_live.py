@@ -195,7 +195,9 @@ def test_bench_ssd_reports_each_operation_beside_its_baseline(measured: tuple[Ss
         ("demotion", None, "fio randwrite", 0.8),
         ("promotion", None, "fio randread", 0.9),
         ("get_into during demotion", None, UNDISTURBED, 0.7),
+        ("get_into sustained during demotion", None, UNDISTURBED, None),
         ("get_into during promotion", None, UNDISTURBED, 0.7),
+        ("get_into sustained during promotion", None, UNDISTURBED, None),
         ("demotion", "kivi4", "fio randwrite", None),
         ("promotion", "kivi4", "fio randread", None),
     ]

@@ -134,7 +134,6 @@ class Samples:
         ours, theirs: bytes a second.
         cpu_us: of the daemon a block.
         others: cores that processes used which do not belong to the benchmark.
-        block_us: median time of a block, where blocks are timed one by one.
     """
 
     op: str
@@ -145,7 +144,6 @@ class Samples:
     theirs: list[float] = field(default_factory=list)
     cpu_us: list[float] = field(default_factory=list)
     others: list[float] = field(default_factory=list)
-    block_us: list[float] = field(default_factory=list)
 
 
 def measure_ssd(directory: Path, extent: SsdExtent, on_round: Callable[[], None] = lambda: None) -> SsdReport:
@@ -221,14 +219,18 @@ class _Rounds:
         self._demotion = Samples("demotion", codec, "fio randwrite", size)
         self._promotion = Samples("promotion", codec, "fio randread", size)
         self._gets = {
-            during: Samples(f"get_into during {during}", codec, UNDISTURBED, size)
+            during: (
+                Samples(f"get_into during {during}", codec, UNDISTURBED, size),
+                Samples(f"get_into sustained during {during}", codec, UNDISTURBED, size),
+            )
             for during in ("demotion", "promotion")
         }
 
     @property
     def samples(self) -> list[Samples]:
         """Of what was measured."""
-        return [self._demotion, self._promotion, *(self._gets.values() if self._getter is not None else ())]
+        gets = [each for both in self._gets.values() for each in both] if self._getter is not None else []
+        return [self._demotion, self._promotion, *gets]
 
     def round(self, *, fio_first: bool) -> None:
         """Measure each operation once."""
@@ -292,10 +294,11 @@ class _Rounds:
     def _compare(self, during: str, undisturbed: Gets, disturbed: Gets, moved: int) -> None:
         if not moved:
             raise KVStoreError(f"no block was moved by {during} while DRAM was read: give --mib more")
-        samples = self._gets[during]
-        samples.ours.append(disturbed.count * samples.block_bytes / disturbed.seconds)
-        samples.theirs.append(undisturbed.count * samples.block_bytes / undisturbed.seconds)
-        samples.block_us.append(disturbed.median_us)
+        single, sustained = self._gets[during]
+        for gets, rates in ((disturbed, single.ours), (undisturbed, single.theirs)):
+            rates.append(single.block_bytes / gets.median_us * 1e6)
+        for gets, rates in ((disturbed, sustained.ours), (undisturbed, sustained.theirs)):
+            rates.append(gets.count * sustained.block_bytes / gets.seconds)
 
     @property
     def _count(self) -> int:
@@ -328,10 +331,9 @@ def rows_of(samples: list[Samples]) -> list[Row]:
                 op=each.op,
                 codec=each.codec or None,
                 size_bytes=each.block_bytes,
-                batch=1 if each.block_us else CHAIN_BLOCKS,
-                depth=None if each.block_us else DEPTH,
+                batch=1 if each.baseline == UNDISTURBED else CHAIN_BLOCKS,
+                depth=None if each.baseline == UNDISTURBED else DEPTH,
                 samples=len(ratios),
-                median_us=round(median(each.block_us), 2) if each.block_us else None,
                 gb_per_s=round(median(each.ours) / 1e9, 3),
                 baseline=each.baseline,
                 baseline_gb_per_s=round(median(each.theirs) / 1e9, 3),

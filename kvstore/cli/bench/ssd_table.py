@@ -19,7 +19,10 @@ _DEMOTION: Final = "blocks put without end; counted when their group's fdatasync
 _PROMOTION: Final = (
     "chains that are on the SSD only, prefetched by two clients; records checked; the bytes compared after"
 )
-_GETS: Final = "reads of 1 MiB of leased blocks by another process, its bytes a second beside those just before"
+_GETS: Final = (
+    "reads of 1 MiB of leased blocks by another process, beside those just before: the median of single reads"
+)
+_SUSTAINED: Final = "the bytes a second of all of them, which also lose what other processes take of the cores"
 
 
 def ssd_table(report: SsdReport) -> RenderableType:
@@ -52,6 +55,7 @@ def _meanings(rows: Sequence[Row]) -> list[tuple[str, str]]:
         ("demotion", _DEMOTION),
         ("promotion", _PROMOTION),
         ("get_into", _GETS),
+        ("sustained", _SUSTAINED),
     ]
 
 
