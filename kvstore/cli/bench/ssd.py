@@ -28,7 +28,7 @@ from kvstore.cli.bench.ssd_blocks import BLOCK_BYTES, CHAIN_BLOCKS, CODEC
 from kvstore.cli.bench.ssd_fio import DEPTH, Fio, FioResult, Pattern
 from kvstore.cli.bench.ssd_getter import LEASE_S, Gets
 from kvstore.cli.bench.ssd_place import DiskFacts, check_place
-from kvstore.cli.bench.ssd_tier import Moved, SsdDaemon, ssd_daemon
+from kvstore.cli.bench.ssd_tier import ASKERS, Moved, SsdDaemon, ssd_daemon
 from kvstore.cli.own_directory import fresh_path, own_directory
 from kvstore.cli.private_daemon import PrivateDaemon
 from kvstore.errors import InvalidArgument, KVStoreError
@@ -49,12 +49,12 @@ _LIMITS: Final = {
     ("get_into during promotion", ""): 0.7,
 }
 
-_RESIDENT_BLOCKS: Final = 64
+_RESIDENT_BLOCKS: Final = 256
 _GRANT_BYTES: Final = 128 << 20
 _RESERVE_BYTES: Final = 1 << 30
 _SMALLEST_ROUND_BYTES: Final = CHAIN_BLOCKS * BLOCK_BYTES
 _LEAST_TIMES: Final = 4
-"""The SSD holds so many times what DRAM holds: chains that are not in DRAM are needed for promotion."""
+"""The SSD holds so many times what comes and goes in DRAM: chains that are not in DRAM are needed for promotion."""
 
 _START_S: Final = 120.0
 
@@ -77,7 +77,6 @@ class SsdExtent:
     round_bytes: int = 256 << 20
     rounds: int = 9
     with_codec: bool = True
-    dram_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
         if self.round_bytes < _SMALLEST_ROUND_BYTES or self.round_bytes % _SMALLEST_ROUND_BYTES:
@@ -87,8 +86,7 @@ class SsdExtent:
             )
         if self.size_bytes % BLOCK_BYTES:
             raise InvalidArgument(f"--size: give whole MiB, not {self.size_bytes} bytes")
-        object.__setattr__(self, "dram_bytes", self.round_bytes + 2 * self.resident_blocks * BLOCK_BYTES)
-        least_bytes = _LEAST_TIMES * self.dram_bytes
+        least_bytes = _LEAST_TIMES * self.room_bytes
         if self.size_bytes < least_bytes:
             raise InvalidArgument(
                 f"--size: with {self.round_bytes >> 20} MiB a round at least {format_size(least_bytes)} are needed, "
@@ -97,8 +95,18 @@ class SsdExtent:
 
     @property
     def resident_blocks(self) -> int:
-        """That are read in DRAM."""
+        """That stay in DRAM and are read there."""
         return min(_RESIDENT_BLOCKS, self.round_bytes // BLOCK_BYTES)
+
+    @property
+    def room_bytes(self) -> int:
+        """Of the DRAM tier, for blocks that come and go."""
+        return self.round_bytes + ASKERS * _SMALLEST_ROUND_BYTES
+
+    @property
+    def dram_bytes(self) -> int:
+        """Capacity of the DRAM tier."""
+        return self.room_bytes + self.resident_blocks * BLOCK_BYTES
 
     @property
     def codecs(self) -> tuple[str, ...]:
@@ -237,7 +245,7 @@ class _Rounds:
         self._beside("randwrite", self._demotion, self._demote, fio_first=fio_first)
         if self._getter is not None:
             self._gets_during_demotion(self._getter)
-        chains = self._tier.chains_below(self._extent.dram_bytes + self._extent.round_bytes)
+        chains = self._tier.chains_below(self._extent.room_bytes + self._extent.round_bytes)
         timed = max(1, self._extent.round_bytes // (CHAIN_BLOCKS * self._tier.blocks.record_bytes))
         self._tier.promote(chains[timed:])  # all of DRAM has a copy below then: room is had without writing
         self._tier.settle()

@@ -10,7 +10,7 @@ from typing import Final
 
 import msgspec
 
-from kvstore.cli.bench.local_blocks import Buffers, StoredBlocks, touch_mapping, wrong
+from kvstore.cli.bench.local_blocks import CHAIN_BLOCKS, Buffers, StoredBlocks, touch_mapping, wrong
 from kvstore.cli.bench.process import READY
 from kvstore.cli.bench.ssd_blocks import BLOCK_BYTES
 from kvstore.errors import KVStoreError
@@ -45,7 +45,7 @@ class _Getter:
 
     Args:
         client: mapped.
-        count: of blocks, at most a chain of ``StoredBlocks``.
+        count: of blocks.
     """
 
     def __init__(self, client: Client, count: int) -> None:
@@ -53,17 +53,20 @@ class _Getter:
         self._blocks = StoredBlocks(client, BLOCK_BYTES, count)
         self._pool = Buffers(BLOCK_BYTES, _BUFFERS)
         self._random = random.Random(count)
-        self._lease = 0
+        self._leases: list[int] = []
         self.hold()
 
     def hold(self) -> None:
         """Have the blocks stay where they are for the next minutes."""
-        held = self._client.match(self._blocks.keys, lease=LEASE_S)
-        if held.hits != len(self._blocks):
-            raise wrong(f"only {held.hits} of {len(self._blocks)} leased blocks are still in DRAM")
-        if self._lease:
-            self._client.release(self._lease)
-        self._lease = held.lease
+        keys, before, self._leases = self._blocks.keys, self._leases, []
+        for begin in range(0, len(keys), CHAIN_BLOCKS):
+            chain = keys[begin : begin + CHAIN_BLOCKS]
+            held = self._client.match(chain, lease=LEASE_S)
+            if held.hits != len(chain):
+                raise wrong(f"only {held.hits} of {len(chain)} leased blocks are still in DRAM")
+            self._leases.append(held.lease)
+        for lease in before:
+            self._client.release(lease)
 
     def run(self, count: int) -> Gets:
         """Read ``count`` blocks, then look at the bytes of as many as there are buffers."""
