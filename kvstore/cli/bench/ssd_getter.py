@@ -1,4 +1,4 @@
-"""A process that reads blocks which stay in DRAM, through mapped memory, as often as it is told to."""
+"""A process that reads blocks which stay in DRAM, through mapped memory, for as long as it is told to."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class _Getter:
         self._client = client
         self._blocks = StoredBlocks(client, BLOCK_BYTES, count)
         self._pool = Buffers(BLOCK_BYTES, _BUFFERS)
-        self._random = random.Random(count)
+        self._order = random.Random(count).sample(range(count), count)
         self._leases: list[int] = []
         self.hold()
 
@@ -68,27 +68,26 @@ class _Getter:
         for lease in before:
             self._client.release(lease)
 
-    def run(self, count: int) -> Gets:
-        """Read ``count`` blocks, then look at the bytes of as many as there are buffers."""
+    def run(self, seconds: float) -> Gets:
+        """Read for so long, then look at the bytes of as many blocks as there are buffers."""
         self.hold()
-        numbers = [self._random.randrange(len(self._blocks)) for _ in range(count)]
-        pairs = [
-            (self._blocks.keys[number], self._pool.arrays[index % _BUFFERS]) for index, number in enumerate(numbers)
-        ]
-        get_into, clock, times_ns, missed = self._client.get_into, perf_counter_ns, [0] * count, 0
-        began = clock()
-        for index, (key, out) in enumerate(pairs):
-            started = clock()
-            missed += get_into(key, out) != BLOCK_BYTES
-            times_ns[index] = clock() - started
-        elapsed_ns = clock() - began
+        keys, arrays, order = self._blocks.keys, self._pool.arrays, self._order
+        get_into, clock, times_ns, missed = self._client.get_into, perf_counter_ns, list[int](), 0
+        began = started = clock()
+        end = began + int(seconds * 1e9)
+        while started < end:
+            count = len(times_ns)
+            length = get_into(keys[order[count % len(order)]], arrays[count % _BUFFERS])
+            missed += length != BLOCK_BYTES
+            ended = clock()
+            times_ns.append(ended - started)
+            started = ended
         if missed:
-            raise wrong(f"{missed} of {count} reads of leased blocks were misses")
-        last = numbers[-_BUFFERS:]
-        first = count - len(last)
-        read = [self._pool.arrays[(first + index) % _BUFFERS].data for index in range(len(last))]
-        self._blocks.check(last, read, "get_into")
-        return Gets(count, elapsed_ns / 1e9, round(median(times_ns) / 1e3, 2))
+            raise wrong(f"{missed} of {len(times_ns)} reads of leased blocks were misses")
+        last = range(max(0, len(times_ns) - _BUFFERS), len(times_ns))
+        read = [arrays[number % _BUFFERS].data for number in last]
+        self._blocks.check([order[number % len(order)] for number in last], read, "get_into")
+        return Gets(len(times_ns), (started - began) / 1e9, round(median(times_ns) / 1e3, 2))
 
 
 def get_when_told(endpoint: str, count: str) -> None:
@@ -102,7 +101,7 @@ def get_when_told(endpoint: str, count: str) -> None:
             touch_mapping(client)
             print(READY, flush=True)
             for line in sys.stdin.buffer:
-                print(msgspec.json.encode(getter.run(int(line))).decode(), flush=True)
+                print(msgspec.json.encode(getter.run(float(line))).decode(), flush=True)
     except KVStoreError as error:
         print(error, flush=True)
 
