@@ -164,7 +164,7 @@ def test_processes_that_reach_no_daemon_say_so(tmp_path: Path) -> None:
 
 # ------------------------------------------------------------------ all of it
 
-SMALL = SsdExtent(size_bytes=512 * MIB, round_bytes=32 * MIB, rounds=2)
+SMALL = SsdExtent(size_bytes=640 * MIB, round_bytes=32 * MIB, rounds=2)
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +212,7 @@ def test_bench_ssd_reports_each_operation_beside_its_baseline(measured: tuple[Ss
         assert row.size_bytes == (4 * MIB if row.codec else MIB)
         assert (row.daemon_cpu_us is None) == (row.baseline == UNDISTURBED)
     assert report.disk.fio.startswith("fio-")
-    assert (report.disk.size_bytes, report.disk.depth) == (512 * MIB, 8)
+    assert (report.disk.size_bytes, report.disk.depth) == (640 * MIB, 8)
 
 
 # ------------------------------------------------------------------ the command
@@ -238,7 +238,7 @@ def test_bench_ssd_command_prints_one_json_object(disk: Path) -> None:
             "--dir",
             str(disk),
             "--size",
-            "512MiB",
+            "640MiB",
             "--mib",
             "32",
             "--rounds",

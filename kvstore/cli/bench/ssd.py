@@ -105,7 +105,7 @@ class SsdExtent:
     @property
     def room_bytes(self) -> int:
         """Of the DRAM tier, for blocks that come and go."""
-        return self.round_bytes + ASKERS * _SMALLEST_ROUND_BYTES
+        return self.round_bytes + 2 * ASKERS * _SMALLEST_ROUND_BYTES
 
     @property
     def dram_bytes(self) -> int:

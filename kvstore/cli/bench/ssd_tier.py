@@ -230,7 +230,7 @@ class SsdDaemon:
         """Bring chains up, and wait for all.
 
         Raises:
-            RemoteError: one did not come whole, or from elsewhere.
+            RemoteError: fewer blocks came up from the SSD than they have.
         """
         before = self.stats().promoted_blocks
         usage, started = _Usage(self._pid, self.measured_pids), time.perf_counter()
@@ -240,7 +240,7 @@ class SsdDaemon:
         count = len(chains) * CHAIN_BLOCKS
         promoted = self.stats().promoted_blocks - before
         if promoted < count:
-            raise wrong(f"only {promoted} of {count} blocks came from the SSD: the others were in DRAM")
+            raise wrong(f"only {promoted} of {count} blocks came up from the SSD")
         return Moved(count, seconds, cpu_ns, others)
 
     def promote_while(self, chains: Sequence[int], going: Callable[[], bool]) -> int:
@@ -260,9 +260,7 @@ class SsdDaemon:
                     chain = todo.popleft()
                     if not once:
                         todo.append(chain)
-                count = client.prefetch(keys_of(chain), wait=True)
-                if count != CHAIN_BLOCKS:
-                    raise wrong(f"{count} of {CHAIN_BLOCKS} blocks of chain {chain} came up from the SSD")
+                client.prefetch(keys_of(chain), wait=True)
 
         for answer in [self._pool.submit(ask, asker) for asker in self._askers]:
             answer.result(_PATIENCE_S)

@@ -240,10 +240,10 @@ def test_measurement_without_fio_leaves_nothing_behind(tmp_path: Path, monkeypat
 def test_extent_has_room_for_chains_that_are_not_in_dram() -> None:
     extent = SsdExtent()
     assert (extent.rounds, extent.steps, extent.codecs) == (9, 18, ("", "kivi4"))
-    assert (extent.room_bytes, extent.dram_bytes) == (320 * MIB, 576 * MIB)
+    assert (extent.room_bytes, extent.dram_bytes) == (384 * MIB, 640 * MIB)
     assert extent.needed_bytes == 5 * GIB
-    small = SsdExtent(size_bytes=384 * MIB, round_bytes=32 * MIB, rounds=2, with_codec=False)
-    assert (small.dram_bytes, small.resident_blocks, small.steps) == (128 * MIB, 32, 2)
+    small = SsdExtent(size_bytes=640 * MIB, round_bytes=32 * MIB, rounds=2, with_codec=False)
+    assert (small.dram_bytes, small.resident_blocks, small.steps) == (192 * MIB, 32, 2)
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_extent_has_room_for_chains_that_are_not_in_dram() -> None:
     [
         ({"round_bytes": 16 * MIB}, "--mib: a round moves whole chains of 32 MiB, not 16 MiB"),
         ({"round_bytes": 40 * MIB}, "whole chains of 32 MiB, not 40 MiB"),
-        ({"size_bytes": GIB}, r"--size: with 256 MiB a round at least 1\.2 GiB are needed, 1\.0 GiB were given"),
+        ({"size_bytes": GIB}, r"--size: with 256 MiB a round at least 1\.5 GiB are needed, 1\.0 GiB were given"),
         ({"size_bytes": 2 * GIB + 1}, "--size: give whole MiB, not 2147483649 bytes"),
     ],
 )
