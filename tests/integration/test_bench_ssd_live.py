@@ -170,7 +170,6 @@ SMALL = SsdExtent(size_bytes=640 * MIB, round_bytes=32 * MIB, rounds=2)
 @pytest.fixture(scope="module")
 def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory that can be measured."""
-    pytest.importorskip("kvstore.server.ssd", reason="this daemon has no SSD tier")
     if why_not():
         pytest.skip(why_not())
     directory = tmp_path_factory.mktemp("disk")
