@@ -215,6 +215,7 @@ def test_child_that_ends_when_it_is_asked_is_an_error(tmp_path: Path, monkeypatc
         started.tell("end")
         with pytest.raises(DaemonUnavailable, match="the child ended while it was asked"):
             started.answer(time.monotonic() + 30)
+        started._process.wait(30)
         with pytest.raises(DaemonUnavailable, match="the child ended: it said nothing"):
             started.tell("more")
 
