@@ -185,7 +185,7 @@ class SsdTier:
         self.groups.start()
         self._spawn(self._format())
         executor.apply(SsdChanged(writable=True))
-        for problem in recovered.problems:
+        for problem in (*recovered.problems, *recovered.torn):
             self._log.warning("ssd_recovery", why=problem)
         self._spawn(self.groups.tidy())
         if settings.recovery == "eager":

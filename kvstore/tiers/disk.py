@@ -109,26 +109,34 @@ class SsdDirectory:
 
     Args:
         path: made if it is not there (mode 0700); files in it get mode 0600.
+        remedy: what to do where another process has it, for messages.
+        read_only: it must be there; nothing in it is changed, but for the lock while it is open.
 
     Raises:
         ResourceTaken: another daemon has it; the message names its pid.
         PermissionRefused, InsufficientMemory: it cannot be made, belongs to another user, or cannot be locked.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(
+        self, path: Path, *, remedy: str = "stop it, or choose another --ssd", read_only: bool = False
+    ) -> None:
         self.path = path
+        self._read_only = read_only
         above = [path.parent, *path.parent.parents]
         kept = next((index for index, parent in enumerate(above) if parent.exists()), 0)
         existed = path.exists()
-        make_directory(path, 0o700)
-        self._lock = OwnerLock(
-            path / LOCK_NAME, f"the SSD directory {path}", "stop it, or choose another --ssd", named=False
-        )
+        if read_only and not existed:
+            raise PermissionRefused(f"there is no directory {path}")
+        self._lock: OwnerLock | None = None
+        # Where nothing can be written no daemon can be at work.
+        if not (read_only and os.statvfs(path).f_flag & os.ST_RDONLY):
+            make_directory(path, 0o700)
+            self._lock = OwnerLock(path / LOCK_NAME, f"the SSD directory {path}", remedy, named=False)
         self._fd = -1
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | _SAFE)
             for name in os.listdir(self._fd):
-                if name.endswith(TEMPORARY_SUFFIX):
+                if name.endswith(TEMPORARY_SUFFIX) and not read_only:
                     self.remove(name)
             if not existed:
                 for parent in above[: kept + 1]:
@@ -169,7 +177,7 @@ class SsdDirectory:
             FileExistsError, FileNotFoundError: it is there, or is not.
             OSError: EPERM where it is no file of this user.
         """
-        flags = os.O_RDWR | (os.O_CREAT | os.O_EXCL if create else 0)
+        flags = os.O_RDONLY if self._read_only else os.O_RDWR | (os.O_CREAT | os.O_EXCL if create else 0)
         direct = self._takes_direct()
         fd = self._open(SLABS_NAME, flags | (os.O_DIRECT if direct else 0))
         if create:
@@ -288,7 +296,8 @@ class SsdDirectory:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-        self._lock.release()
+        if self._lock is not None:
+            self._lock.release()
 
     def _open(self, name: str, flags: int) -> int:
         # Of what is no regular file an open could wait for its other end.
@@ -320,6 +329,8 @@ class SsdDirectory:
         page = memoryview(mmap.mmap(-1, PAGE_BYTES))
         try:
             try:
+                if self._read_only:
+                    raise OSError(errno.EROFS, "opened to be read")
                 fd = self._open(_TRIAL_NAME, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_DIRECT)
                 try:
                     transfer(os.pwritev, fd, 0, [page])
