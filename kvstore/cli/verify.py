@@ -1,14 +1,17 @@
 """``kvstore verify``: the daemon checks its invariants and the checksum of every record it holds.
 
-With ``--stress`` it looks for wrong bytes in private daemons and files instead, see ``kvstore.cli.stress``.
+With ``--ssd`` the files of an SSD tier are verified that no daemon uses. With ``--stress`` it looks for wrong bytes in
+private daemons and files instead, see ``kvstore.cli.stress``.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
+from kvstore.cli.verify_ssd import verify_files
 from kvstore.errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -17,7 +20,7 @@ if TYPE_CHECKING:
     from kvstore.cli.stress import StageReport
     from kvstore.protocol.messages import VerifyReply
 
-__all__ = ["verify", "verify_tables"]
+__all__ = ["verify", "verify_tables", "with_list"]
 
 _SHOWN_PROBLEMS: Final = 20
 
@@ -29,6 +32,17 @@ def verify(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     timeout: Annotated[float, typer.Option(help="Seconds that it may take.", min=0.001, metavar="S")] = 600.0,
+    ssd: Annotated[
+        Path | None,
+        typer.Option(
+            help="Instead, this directory of an SSD tier, which no daemon may use meanwhile.",
+            metavar="DIR",
+            resolve_path=True,
+        ),
+    ] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="With --ssd: drop what is damaged. Without it nothing is changed.")
+    ] = False,
     stress: Annotated[
         float | None,
         typer.Option(
@@ -39,7 +53,7 @@ def verify(
         ),
     ] = None,
 ) -> None:
-    """Check the daemon's invariants and every record's checksum.
+    """Check the daemon's invariants and every record's checksum, in DRAM and on the SSD; drop what is damaged.
 
     Exits with 1 if there is a problem. Other clients are served meanwhile.
     """
@@ -47,12 +61,20 @@ def verify(
 
     from kvstore_client import Client
 
-    if stress is not None:
-        for name in ("endpoint", "timeout"):
+    if repair and ssd is None:
+        raise InvalidArgument("--repair goes with --ssd DIR: a daemon drops by itself what it finds damaged")
+    if stress is not None or ssd is not None:
+        option = "--stress" if stress is not None else "--ssd"
+        why = "it uses daemons of its own" if stress is not None else "it reads the files itself"
+        for name in ("endpoint", "timeout", *(("ssd", "repair") if stress is not None else ())):
             source = context.get_parameter_source(name)
             if source is not None and source.name == "COMMANDLINE":
-                raise InvalidArgument(f"--stress takes no --{name}: it uses daemons of its own")
+                raise InvalidArgument(f"{option} takes no --{name}: {why}")
+    if stress is not None:
         _stress(stress, as_json)
+        return
+    if ssd is not None:
+        verify_files(ssd, repair=repair, as_json=as_json)
         return
 
     with Client(endpoint, timeout=timeout) as client:
@@ -108,9 +130,6 @@ def _stress(seconds: float, as_json: bool) -> None:
 
 def verify_tables(outcome: VerifyReply) -> RenderableType:
     """What was checked, and the problems if there are any."""
-    from rich.console import Group
-    from rich.text import Text
-
     from kvstore.cli import render
 
     problems = outcome.problems
@@ -123,11 +142,19 @@ def verify_tables(outcome: VerifyReply) -> RenderableType:
             ("problems", render.count(len(problems)) if problems else "none"),
         ],
     )
-    if not problems:
-        return checked
-    shown = [Text(problem) for problem in problems[:_SHOWN_PROBLEMS]]
-    if len(problems) > _SHOWN_PROBLEMS:
-        shown.append(
-            Text(f"... {render.count(len(problems) - _SHOWN_PROBLEMS)} more, --json has them all", style="dim")
-        )
-    return Group(checked, "", Text("Problems", style="bold"), *shown)
+    return with_list(checked, "Problems", problems)
+
+
+def with_list(table: RenderableType, title: str, lines: list[str]) -> RenderableType:
+    """A table, and below it the first of some lines, if there are any."""
+    from rich.console import Group
+    from rich.text import Text
+
+    from kvstore.cli import render
+
+    if not lines:
+        return table
+    shown = [Text(line) for line in lines[:_SHOWN_PROBLEMS]]
+    if len(lines) > _SHOWN_PROBLEMS:
+        shown.append(Text(f"... {render.count(len(lines) - _SHOWN_PROBLEMS)} more, --json has them all", style="dim"))
+    return Group(table, "", Text(title, style="bold"), *shown)

@@ -139,8 +139,10 @@ class SsdTier:
                 slab_bytes = recovered.slab_bytes
                 if slab_bytes < largest_slot_bytes or data_bytes < slab_bytes:
                     raise SettingsError(_too_small(settings, max_records, slab_bytes, largest_slot_bytes))
-                ssd = restored(recovered, data_bytes // slab_bytes, policy, max_records)
-                if recovered.dropped:
+                kept = recovered.puts[-max_records:]
+                slab_counts = recovered.formatted_slabs, data_bytes // slab_bytes
+                ssd = restored(recovered.namespaces, kept, slab_bytes, slab_counts, policy, max_records)
+                if recovered.dropped or len(kept) < len(recovered.puts):
                     # Else a later start could find them again, after they were removed.
                     await say_what_is_left(directory, recovered, ssd)
             except BaseException:

@@ -112,15 +112,30 @@ async def recover(
         raise
 
 
-def restored(recovered: Recovered, slab_count: int, policy: EvictionPolicy, max_records: int) -> SsdStore:
-    """The state that the files describe, for a slab file of so many slabs; what there is no room for is dropped."""
-    slabs = SlabAllocator(slab_count, recovered.slab_bytes, FIRST_SSD_PAGE, most_joined=1)
-    for index in range(recovered.formatted_slabs):
+def restored(
+    namespaces: list[NamespaceEntry],
+    puts: list[PutEntry],
+    slab_bytes: int,
+    slab_counts: tuple[int, int],
+    policy: EvictionPolicy,
+    max_records: int,
+) -> SsdStore:
+    """The state that the files describe.
+
+    Args:
+        namespaces: of the tier.
+        puts: records that agree with each other, oldest use first.
+        slab_bytes: of the slab file.
+        slab_counts: slabs that are there, and that there may be.
+        policy: of the tier.
+        max_records: at least as many as there are.
+    """
+    there, most = slab_counts
+    slabs = SlabAllocator(most, slab_bytes, FIRST_SSD_PAGE, most_joined=1)
+    for index in range(there):
         slabs.make_usable(index)
     ssd = SsdStore(slabs, policy, max_records)
-    kept = recovered.puts[-max_records:]
-    recovered.dropped += len(recovered.puts) - len(kept)
-    ssd.restore(recovered.namespaces, kept)
+    ssd.restore(namespaces, puts)
     return ssd
 
 
@@ -207,5 +222,3 @@ async def _read(
         found.torn,
         time.monotonic() - begin,
     )
-
-

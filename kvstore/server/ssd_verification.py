@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import mmap
 from dataclasses import dataclass, field
 from typing import Final
@@ -48,7 +49,7 @@ def verify_slot(slot: memoryview, record: SsdRecord) -> RecordHeader:
 
 
 async def check_record(
-    ssd: SsdStore, slabs: SlabFile, transfers: Transfers, record: SsdRecord, log: RepeatedLog
+    ssd: SsdStore, slabs: SlabFile, transfers: Transfers, record: SsdRecord, log: RepeatedLog | None
 ) -> str:
     """Read and verify a stored record; what is wrong with it, in which case it is dropped, or ""."""
     if record.state is not SsdState.STORED:
@@ -67,31 +68,44 @@ async def check_record(
         except (CorruptRecord, OSError) as error:
             problem = str(error)
         if problem and record.state is SsdState.STORED:
-            log.log_every(1, "corrupt_ssd_record", "error", "corrupt_ssd_record", block=record.key.hex(), why=problem)
+            if log is not None:
+                key = record.key.hex()
+                log.log_every(1, "corrupt_ssd_record", "error", "corrupt_ssd_record", block=key, why=problem)
             ssd.corrupt(record)
     finally:
         ssd.let_go(record)
     return problem
 
 
-async def verify_ssd(ssd: SsdStore, slabs: SlabFile, transfers: Transfers, log: RepeatedLog) -> SsdVerified:
-    """Verify the whole tier. Damaged records are dropped; they are named in ``problems`` (the first 100)."""
+async def verify_ssd(
+    ssd: SsdStore, slabs: SlabFile, transfers: Transfers, log: RepeatedLog | None, at_once: int = 1
+) -> SsdVerified:
+    """Verify the whole tier. Damaged records are dropped; they are named in ``problems`` (the first 100).
+
+    Args:
+        ssd: its state.
+        slabs: its file.
+        transfers: threads that read.
+        log: for damaged records, None for none.
+        at_once: records that are read at a time; with few, clients wait less for theirs.
+    """
     found = SsdVerified()
     try:
         validate_ssd(ssd)
     except InvariantViolation as error:
         found.problems.append(f"state: {error}")
     more = 0
-    for record in [record for block in ssd.blocks() for record in block.parts.values()]:
-        if record.state is not SsdState.STORED:
-            continue
-        problem = await check_record(ssd, slabs, transfers, record, log)
-        found.records += 1
-        found.record_bytes += record.record_bytes
-        if problem and len(found.problems) < _MOST_PROBLEMS:
-            found.problems.append(f"SSD: key {record.key.hex()} part {record.part}: {problem}")
-        elif problem:
-            more += 1
+    records = sorted((record for block in ssd.blocks() for record in block.parts.values()), key=lambda it: it.slot)
+    for begin in range(0, len(records), at_once):
+        some = [record for record in records[begin : begin + at_once] if record.state is SsdState.STORED]
+        problems = await asyncio.gather(*[check_record(ssd, slabs, transfers, record, log) for record in some])
+        for record, problem in zip(some, problems, strict=True):
+            found.records += 1
+            found.record_bytes += record.record_bytes
+            if problem and len(found.problems) < _MOST_PROBLEMS:
+                found.problems.append(f"SSD: key {record.key.hex()} part {record.part}: {problem}")
+            elif problem:
+                more += 1
     if more:
         found.problems.append(f"SSD: and {more} more")
     return found
