@@ -1,0 +1,118 @@
+"""Daemons with a small SSD tier for tests of faults: forked, under control, with blocks that say what they are."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from daemon_process import MIB, wait_until
+from forked_daemons import ForkedDaemon, Nursery
+from killed_daemon import Control
+
+from kvstore.protocol.messages import PutStatus, SsdStats
+from kvstore_client import Client
+
+SLAB_BYTES = 128 << 10
+PAYLOAD_BYTES = 13_000
+"""Of a block here: its record takes four pages, and the last one has some padding."""
+
+SLOT_BYTES = 16 << 10
+
+
+def key_of(number: int) -> bytes:
+    """A block's key."""
+    return b"a block of tests" + number.to_bytes(16, "big")
+
+
+def payload_of(number: int, version: int = 0, length_bytes: int = PAYLOAD_BYTES) -> bytes:
+    """What a block holds; no two of them are equal."""
+    return random.Random(number << 8 | version).randbytes(length_bytes)
+
+
+class SsdDaemon(ForkedDaemon):
+    """A daemon with 1 MiB of DRAM for blocks over an SSD tier.
+
+    Attributes:
+        ssd: the tier's directory.
+        control: of its files.
+    """
+
+    def __init__(
+        self, nursery: Nursery, where: Path, *arguments: str, ssd_capacity: str = "8MiB", **options: Any
+    ) -> None:
+        self.ssd = where / "ssd"
+        self.control = Control(where / "control.json")
+        fixed = ["--ssd", str(self.ssd), "--ssd-capacity", ssd_capacity, "--slab", "128KiB"]
+        for setting in ("ssd.reserve_bytes=0", "ssd.slab_bytes=131072", "ssd.max_records=1024", "ssd.threads=4"):
+            if not any(argument.startswith(setting.partition("=")[0]) for argument in arguments):
+                fixed += ["--set", setting]
+        options = {"capacity": "1MiB", "grant": "512KiB", **options}
+        super().__init__(nursery, self.control, *fixed, *arguments, **options)
+
+    def client(self, **options: Any) -> Client:
+        """A client in the tests' namespace."""
+        return self.connect(**{"namespace": "ssd", "timeout": 10.0, **options})
+
+    def restarted(self) -> SsdDaemon:
+        """SIGTERM, then a new one: what it has, it has from the files."""
+        assert self.terminate() == 0
+        self.start()
+        return self
+
+    def logged(self, event: str) -> list[dict[str, Any]]:
+        """The log's lines of one kind."""
+        return [line for line in self.events() if line["event"] == event]
+
+
+def ssd_stats(client: Client) -> SsdStats:
+    """Statistics of the tier."""
+    found = client.stats().ssd
+    assert found is not None
+    return found
+
+
+def put_durable(client: Client, numbers: Iterable[int], version: int = 0) -> None:
+    """Store blocks, durably."""
+    for number in numbers:
+        result = client.put(key_of(number), payload_of(number, version), durable=True)
+        assert result == PutStatus.STORED, f"block {number}: {result.name}"
+
+
+def found_blocks(client: Client, numbers: Iterable[int], version: int = 0) -> list[int]:
+    """Which blocks are there; none has other bytes than it was stored with."""
+    found: list[int] = []
+    for number in numbers:
+        data = client.get(key_of(number))
+        assert data is None or data == payload_of(number, version), f"wrong bytes of block {number}"
+        if data is not None:
+            found.append(number)
+    return found
+
+
+def wait_for_state(client: Client, state: str, timeout_s: float = 20.0) -> SsdStats:
+    """Wait until the tier is in a state."""
+    wait_until(lambda: ssd_stats(client).state == state, timeout_s, 0.05)
+    return ssd_stats(client)
+
+
+def durable_is(client: Client, number: int, *, version: int = 0) -> PutStatus:
+    """What a durable put ends with."""
+    return client.put(key_of(number), payload_of(number, version), durable=True)
+
+
+__all__ = [
+    "MIB",
+    "PAYLOAD_BYTES",
+    "SLAB_BYTES",
+    "SLOT_BYTES",
+    "SsdDaemon",
+    "durable_is",
+    "found_blocks",
+    "key_of",
+    "payload_of",
+    "put_durable",
+    "ssd_stats",
+    "wait_for_state",
+]
