@@ -17,9 +17,10 @@ from kvstore.format.record import RecordHeader
 from kvstore.protocol.framing import decode_reply, encode
 from kvstore.protocol.messages import Bye, DaemonStats, PutStatus, TierName, VerifyReply
 from kvstore.protocol.version import MAX_OUTSTANDING_REQUESTS
+from kvstore_client.arguments import check_durable, check_read
 from kvstore_client.base import DRAM, GOODBYE_MS, UNWAITED_BYTES, VERIFY_TIMEOUT_S, BaseClient
 from kvstore_client.link import Link
-from kvstore_client.operations import MISSED, NOT_THERE, check_durable, check_read
+from kvstore_client.operations import MISSED, NOT_THERE
 from kvstore_client.results import FlushResult, MatchResult
 from kvstore_client.session import Ask, Steps, Told, is_lost_session
 from kvstore_client.views import AsyncView

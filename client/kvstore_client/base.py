@@ -22,9 +22,10 @@ from kvstore.protocol.keys import chain_keys
 from kvstore.protocol.messages import TierName
 from kvstore.protocol.namespace import Namespace
 from kvstore.protocol.version import MAX_KEYS_PER_REQUEST
+from kvstore_client.arguments import check_read, list_of
 from kvstore_client.link import Link
 from kvstore_client.mapped_watch import unwatch, watch
-from kvstore_client.operations import MISSED, NOT_THERE, Operations, check_read, list_of
+from kvstore_client.operations import MISSED, NOT_THERE, Operations
 from kvstore_client.results import ReadBatch
 from kvstore_client.session import Session
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Final
 from kvstore.format.constants import PAGE_BYTES, RECORD_HEADER_BYTES
 from kvstore.format.record import RecordHeader, decode_header
 from kvstore.mapped.context import LARGE
-from kvstore_client.operations import MISSED, NOT_THERE, check_read
+from kvstore_client.arguments import check_read
+from kvstore_client.operations import MISSED, NOT_THERE
 
 if TYPE_CHECKING:
     from kvstore_client.aio import AsyncClient

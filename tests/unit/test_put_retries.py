@@ -11,7 +11,8 @@ from kvstore.errors import DeadlineExceeded
 from kvstore.format.record import decode_header
 from kvstore.protocol.messages import Done, Persist, Persisted, Ping, PutReply, PutStatus, Reason
 from kvstore.protocol.namespace import Namespace
-from kvstore_client.operations import DEMOTING_ANSWER, Operations, demoting_pauses, waits_for_demotion
+from kvstore_client.operations import Operations
+from kvstore_client.puts import DEMOTING_ANSWER, demoting_pauses, waits_for_demotion
 from kvstore_client.session import Ask, Session, Steps, Told
 
 KEYS = [bytes([number]) * 32 for number in range(1, 9)]

@@ -19,11 +19,11 @@ from kvstore.format.constants import PAGE_BYTES, RECORD_HEADER_BYTES
 from kvstore.format.record import checksum
 from kvstore.mapped.context import FULL, NO_GRANT, NO_LANE, STALE
 from kvstore.protocol.messages import Persist, PutStatus, Reason
-from kvstore_client.operations import (
+from kvstore_client.operations import Operations
+from kvstore_client.puts import (
     DEMOTING_ANSWER,
     NO_ROOM_ANSWER,
     STALE_ANSWER,
-    Operations,
     demoting_pauses,
     waits_for_demotion,
 )

@@ -13,9 +13,9 @@ from kvstore.errors import InvalidArgument
 from kvstore.protocol.keys import chain_keys
 from kvstore.protocol.namespace import Namespace
 from kvstore_client.aio import AsyncClient, AsyncMatch
+from kvstore_client.arguments import check_request
 from kvstore_client.base import BaseClient, OnUnknownRevision
 from kvstore_client.client import Client, Match
-from kvstore_client.operations import check_request
 from kvstore_client.tensors.backends import Backend, backend_for
 from kvstore_client.tensors.blocks import Blocks
 from kvstore_client.tensors.loading import Loading
