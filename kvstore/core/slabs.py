@@ -245,21 +245,29 @@ class SlabAllocator:
 
         Precondition: nothing was cut yet; the slabs are usable; slots of a slab are of one size and do not overlap.
         """
-        used: dict[int, tuple[int, set[int]]] = {}
+        taken: dict[int, list[int]] = {}
+        sizes: dict[int, int] = {}
+        first, pages = self._first_page, self._pages
         for slot, slot_bytes in slots:
-            index = (slot - self._first_page) // self._pages
-            used.setdefault(index, (slot_bytes // PAGE_BYTES, set()))[1].add(slot)
-        for index, (pages, taken) in used.items():
-            slots_of = self.classes.get(pages)
-            if slots_of is None:
-                slots_of = self.classes[pages] = SlotClass(pages)
-            slab = self._empty.pop(index)
-            slots_of.joined += 1
-            slots_of.slabs[index] = slab
-            slab.slot_pages, slab.slots, slab.used = pages, slab.pages // pages, len(taken)
-            slab.cut = (max(taken) - slab.first_page) // pages + 1
-            slab.free = [slot for slot in slab.cut_slots() if slot not in taken]
-            slots_of.used_slots += slab.used
-            slots_of.free_slots += slab.slots - slab.used
-            if slab.used < slab.slots:
-                slots_of.open[index] = slab
+            index = (slot - first) // pages
+            held = taken.get(index)
+            if held is None:
+                held = taken[index] = []
+                sizes[index] = slot_bytes // PAGE_BYTES
+            held.append(slot)
+        for index, held in taken.items():
+            self._restore_slab(self._empty.pop(index), sizes[index], held)
+
+    def _restore_slab(self, slab: Slab, pages: int, held: list[int]) -> None:
+        slots = self.classes.get(pages)
+        if slots is None:
+            slots = self.classes[pages] = SlotClass(pages)
+        slots.joined += 1
+        slots.slabs[slab.index] = slab
+        slab.slot_pages, slab.slots, slab.used = pages, slab.pages // pages, len(held)
+        slab.cut = (max(held) - slab.first_page) // pages + 1
+        slab.free = list(set(slab.cut_slots()).difference(held))
+        slots.used_slots += slab.used
+        slots.free_slots += slab.slots - slab.used
+        if slab.used < slab.slots:
+            slots.open[slab.index] = slab

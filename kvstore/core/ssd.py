@@ -495,33 +495,42 @@ class SsdStore:
             self.namespaces[entry.namespace] = namespace
             self._last_number = max(self._last_number, entry.namespace)
         self.slabs.restore((put.slot, put.slot_pages * PAGE_BYTES) for put in puts)
-        count = 0
+        found: dict[SsdNamespace, dict[bytes, SsdBlock]] = {}
         for put in puts:
             namespace = self.namespaces[put.namespace]
-            tree = namespace.tree
-            block = tree.blocks.get(put.key)
-            record = SsdRecord(namespace, put.key, put.parent_key, put.part)
-            record.slot, record.slot_bytes = put.slot, put.slot_pages * PAGE_BYTES
-            record.home_bytes = put.home_pages * PAGE_BYTES
-            record.record_bytes, record.checksum = put.record_bytes, put.checksum
-            record.codec, record.fidelity, record.token_count = put.codec, put.fidelity, put.token_count
-            record.logged = True
-            record.state = SsdState.STORED
-            self.records[put.slot] = record
-            self.access = max(self.access, put.access)
+            blocks = found.setdefault(namespace, {})
+            record = self._restored(namespace, put)
+            block = blocks.get(put.key)
             if block is None:
-                if tree.closes_circle(put.key, put.parent_key):
-                    self._leave(record)
-                    continue
-                block = SsdBlock(namespace, put.key, put.parent_key)
-                self._insert(block, put.access, ORPHAN_DEPTH)
+                block = blocks[put.key] = SsdBlock(namespace, put.key, put.parent_key)
             elif block.parent_key != put.parent_key:
                 self._leave(record)
                 continue
+            block.used = put.access
             block.parts[put.part] = record
             self._count(block, record, 1)
-            count += 1
-        return count
+        for namespace, blocks in found.items():
+            for block in namespace.tree.fill(list(blocks.values())):
+                del blocks[block.key]
+                for record in list(block.parts.values()):
+                    self._detach(block, record)
+                    self._leave(record)
+            for block in blocks.values():
+                self.policy.insert(block, block.used)
+            self.block_count += len(blocks)
+        self.access = max((put.access for put in puts), default=0)
+        return self.record_count
+
+    def _restored(self, namespace: SsdNamespace, put: PutEntry) -> SsdRecord:
+        record = SsdRecord(namespace, put.key, put.parent_key, put.part)
+        record.slot, record.slot_bytes = put.slot, put.slot_pages * PAGE_BYTES
+        record.home_bytes = put.home_pages * PAGE_BYTES
+        record.record_bytes, record.checksum = put.record_bytes, put.checksum
+        record.codec, record.fidelity, record.token_count = put.codec, put.fidelity, put.token_count
+        record.logged = True
+        record.state = SsdState.STORED
+        self.records[put.slot] = record
+        return record
 
     def blocks(self) -> Iterator[SsdBlock]:
         """All blocks."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final, Generic, Self, TypeVar
 
 from kvstore.protocol.keys import ROOT_KEY
@@ -73,6 +73,43 @@ class PrefixTree(Generic[B]):
                 _link(block, parent)
         for child in self.orphans.pop(block.key, ()):
             _link(child, block)
+
+    def fill(self, blocks: Sequence[B]) -> list[B]:
+        """Insert many blocks into an empty tree, in any order and in linear time; those that form circles are left out.
+
+        Returns:
+            What was left out.
+        """
+        by_key = self.blocks
+        for block in blocks:
+            by_key[block.key] = block
+        reached: list[B] = []
+        for block in blocks:
+            parent = by_key.get(block.parent_key)
+            if parent is None:
+                if block.parent_key != ROOT_KEY:
+                    block.depth = ORPHAN_DEPTH
+                    self.orphans.setdefault(block.parent_key, set()).add(block)
+                reached.append(block)
+            else:
+                if parent.children is None:
+                    parent.children = set()
+                parent.children.add(block)
+                block.parent = parent
+        # Grows while it is walked: parents before their children.
+        for block in reached:
+            if block.children:
+                depth = block.depth + 1
+                for child in block.children:
+                    child.depth = depth
+                reached += block.children
+        if len(reached) == len(blocks):
+            return []
+        circles = set(blocks).difference(reached)
+        for block in circles:
+            del by_key[block.key]
+            block.parent = block.children = None
+        return list(circles)
 
     def deepen(self, parent_key: bytes, depth: int) -> None:
         """Tell blocks whose parent is not in this tree at what depth that one is."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 from collections.abc import Callable, Coroutine
 from typing import Final
 
@@ -133,6 +134,9 @@ class SsdTier:
         if data_bytes < slab_bytes or slab_bytes < largest_slot_bytes:
             raise SettingsError(_too_small(settings, max_records, slab_bytes, largest_slot_bytes))
         directory = directory or SsdDirectory(settings.directory)
+        # Hundreds of thousands of objects come to stay: looking through them again and again finds nothing.
+        collecting = gc.isenabled()
+        gc.disable()
         try:
             recovered = await recover(directory, slab_bytes, settings.slab_bytes, data_bytes // slab_bytes)
             try:
@@ -157,6 +161,9 @@ class SsdTier:
                     "choose another --ssd"
                 ) from None
             raise
+        finally:
+            if collecting:
+                gc.enable()
         return cls(settings, directory, recovered, ssd, clock, log)
 
     def start(self, executor: Executor) -> None:

@@ -28,6 +28,7 @@ PROMOTING: Final = 1 << 62
 
 _PAUSE_S: Final = 0.005
 _MOST_READS: Final = 64
+_MEASURED_BYTES: Final = 4 << 20
 
 
 class Promotions:
@@ -62,8 +63,9 @@ class Promotions:
         self._clock = clock
         self._flying: dict[SsdRecord, asyncio.Future[bool]] = {}
         self._access = 0
-        self._first_ns = 0
-        self._bytes_since = 0
+        self._since_ns = 0
+        self._busy_ns = 0
+        self._busy_bytes = 0
         self.have_back: Callable[[], int] = lambda: 0
         """Takes back slots that were lent ahead and are not used; how many."""
         self.blocks = 0
@@ -131,7 +133,7 @@ class Promotions:
         future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._flying[record] = future
         if len(self._flying) == 1:
-            self._first_ns, self._bytes_since = self._clock(), 0
+            self._since_ns = self._clock()
         self._ssd.hold(record)
         arena = self._executor.arena
         target = arena.slot(granted.slot, record.home_bytes)
@@ -155,6 +157,7 @@ class Promotions:
             found.append(decode_header(target[:RECORD_HEADER_BYTES]))
 
         def done(error: BaseException | None) -> None:
+            self._measure(record.slot_bytes)
             target.release()
             self._ssd.let_go(record)
             del self._flying[record]
@@ -175,7 +178,6 @@ class Promotions:
     def _commit(
         self, namespace: NamespaceState, record: SsdRecord, granted: Record, header: RecordHeader, access: int
     ) -> bool:
-        self._measure(record.slot_bytes)
         if record.state is not SsdState.STORED:
             # Removed while it was read: it must not come back.
             self._executor.apply(GrantsReturned(PROMOTING, (granted.slot,)))
@@ -212,9 +214,12 @@ class Promotions:
         self._ssd.corrupt(record)
 
     def _measure(self, slot_bytes: int) -> None:
-        """Bytes a second while at least one read is on its way."""
-        self._bytes_since += slot_bytes
-        passed_ns = self._clock() - self._first_ns
-        if passed_ns > 1_000_000 and self._bytes_since >= 1 << 20:
-            rate = self._bytes_since * 1e9 / passed_ns
-            self.bytes_per_s = rate if not self.bytes_per_s else 0.9 * self.bytes_per_s + 0.1 * rate
+        """Bytes a second while at least one read is on its way, of the last few MiB."""
+        now_ns = self._clock()
+        self._busy_ns += now_ns - self._since_ns
+        self._since_ns = now_ns
+        self._busy_bytes += slot_bytes
+        if self._busy_bytes >= _MEASURED_BYTES and self._busy_ns:
+            rate = self._busy_bytes * 1e9 / self._busy_ns
+            self.bytes_per_s = rate if not self.bytes_per_s else 0.75 * self.bytes_per_s + 0.25 * rate
+            self._busy_bytes = self._busy_ns = 0
