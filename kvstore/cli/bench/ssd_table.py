@@ -9,53 +9,59 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from kvstore.cli import render
-from kvstore.cli.bench.report import Row, facts_of, us, verdict
-from kvstore.cli.bench.ssd import SsdReport
+from kvstore.cli.bench.report import Row, facts_of, outcome, us
+from kvstore.cli.bench.ssd import UNDISTURBED, SsdReport
 
 __all__ = ["ssd_table"]
+
+_GET: Final = "get_into "
+_ALL: Final = "sustained "
+_BESIDE: Final = {"fio randwrite": "fio", "fio randread": "fio", UNDISTURBED: "alone"}
 
 _GB: Final = "10^9 bytes a second as an engine holds them: with a codec, of the KV before it"
 _DEMOTION: Final = "blocks put without end; counted when their group's fdatasync is done, from commit to commit"
 _PROMOTION: Final = (
     "chains that are on the SSD only, prefetched by two clients; records checked; the bytes compared after"
 )
-_GETS: Final = (
-    "reads of 1 MiB of leased blocks by another process, beside those just before: the median of single reads"
+_GETS: Final = "get_into of leased blocks of 1 MiB by another process, beside itself alone: the median of single reads"
+_SUSTAINED: Final = (
+    "the bytes a second of all these reads together, which also lose what other processes take of the cores"
 )
-_SUSTAINED: Final = "the bytes a second of all of them, which also lose what other processes take of the cores"
 
 
 def ssd_table(report: SsdReport) -> RenderableType:
-    """One line for each operation."""
-    aim = render.text_column("aim")
-    made = render.table(
-        "SSD tier", ["operation", "GB/s", render.text_column("beside"), "GB/s", "ratio", "from", "to", aim]
-    )
+    """One line for each operation, in 80 columns."""
+    columns = ["operation", "GB/s", render.text_column("beside"), "ratio", "of rounds", render.text_column("aim")]
+    made = render.table("SSD tier", columns)
     for row in report.rows:
-        ratio, limit, outcome = verdict(row)
+        ratio, aim = outcome(row)
         ratios = row.ratios or [row.ratio or 0.0]
         made.add_row(
-            f"{row.codec}, {row.op}" if row.codec else row.op,
+            f"{row.codec}, {row.op}" if row.codec else _operation(row.op),
             _rate(row.gb_per_s),
-            row.baseline or "",
-            _rate(row.baseline_gb_per_s),
+            f"{_BESIDE.get(row.baseline or '', row.baseline)} {_rate(row.baseline_gb_per_s)}",
             ratio,
-            f"{min(ratios):.2f}",
-            f"{max(ratios):.2f}",
-            "" if row.limit is None else Text(f"{limit} {outcome}", style="" if row.within_limit else "red"),
+            f"{min(ratios):.2f}-{max(ratios):.2f}",
+            Text(aim, style="" if row.within_limit else "red"),
         )
     return Group(made, "", facts_of(report, [*_meanings(report.rows), *_facts(report)]))
+
+
+def _operation(op: str) -> str:
+    """Reads of DRAM by what goes on meanwhile."""
+    during = op.removeprefix(_GET)
+    return f"{during.removeprefix(_ALL)}, all" if during.startswith(_ALL) else during
 
 
 def _meanings(rows: Sequence[Row]) -> list[tuple[str, str]]:
     rounds = max((row.samples or 0 for row in rows), default=0)
     return [
         ("GB/s", _GB),
-        ("ratio", f"median of the ratios of {rounds} rounds, the least and the greatest of them; 1.00 is as fast"),
+        ("rounds", f"{rounds}, each with a baseline of its own: the ratio is the median of theirs"),
         ("demotion", _DEMOTION),
         ("promotion", _PROMOTION),
-        ("get_into", _GETS),
-        ("sustained", _SUSTAINED),
+        ("during", _GETS),
+        ("all", _SUSTAINED),
     ]
 
 

@@ -291,6 +291,7 @@ def samples() -> list[Samples]:
         Samples("demotion", "", "fio randwrite", MIB, ours=[2e9, 1e9, 3e9], theirs=[2e9, 2e9, 2e9], **moved),
         Samples("promotion", "", "fio randread", MIB, ours=[1e9, 1e9, 1e9], theirs=[2e9, 2e9, 1e9], **moved),
         Samples("get_into during demotion", "", UNDISTURBED, MIB, [3e9], [4e9]),
+        Samples("get_into sustained during demotion", "", UNDISTURBED, MIB, [2e9], [4e9]),
         Samples("demotion", "kivi4", "fio randwrite", 4 * MIB, ours=[6e9] * 3, theirs=[2e9] * 3, **moved),
     ]
 
@@ -301,7 +302,7 @@ def report() -> SsdReport:
 
 
 def test_rows_have_the_medians_of_the_ratios_of_rounds() -> None:
-    demotion, promotion, gets, coded = rows_of(samples())
+    demotion, promotion, gets, _, coded = rows_of(samples())
     assert (demotion.ratio, demotion.ratios, demotion.gb_per_s, demotion.baseline_gb_per_s) == (1, [1, 0.5, 1.5], 2, 2)
     assert (demotion.limit, demotion.within_limit, demotion.daemon_cpu_us, demotion.others_share) == (
         0.8,
@@ -330,17 +331,20 @@ def test_table_shows_ratios_their_spread_and_what_was_missed() -> None:
     with console.capture() as capture:
         console.print(ssd_table(report()))
     shown = capture.get()
+    assert max(len(line.rstrip()) for line in shown.splitlines()[:8]) <= 80
     lines: dict[str, str] = {}
     for line in shown.splitlines():
         lines.setdefault(line.split("  ")[0].strip(), " ".join(line.split()))
-    assert lines["demotion"] == "demotion 2.00 fio randwrite 2.00 1.00 0.50 1.50 >= 0.80 met"
-    assert lines["promotion"].endswith("0.50 0.50 1.00 >= 0.90 MISSED")
-    assert lines["kivi4, demotion"].endswith("3.00 3.00 3.00")
+    assert lines["demotion"] == "demotion 2.00 fio 2.00 1.00 0.50-1.50 0.80 met"
+    assert lines["promotion"].endswith("0.50 0.50-1.00 0.90 MISSED")
+    assert lines["during demotion"] == "during demotion 3.00 alone 4.00 0.75 0.75-0.75 0.70 met"
+    assert lines["during demotion, all"] == "during demotion, all 2.00 alone 4.00 0.50 0.50-0.50"
+    assert lines["kivi4, demotion"].endswith("3.00 3.00-3.00")
     for words in (
         "xfs on /dev/nvme0n1",
         "fio-3.33",
         "2.0 GiB a side",
-        "ratios of 3 rounds",
+        "3, each with a baseline of its own",
         "100 us a block by demotion",
     ):
         assert words in shown
