@@ -31,10 +31,10 @@ _SUSTAINED: Final = (
 
 def ssd_table(report: SsdReport) -> RenderableType:
     """One line for each operation, in 80 columns."""
-    columns = ["operation", "GB/s", render.text_column("beside"), "ratio", "of rounds", render.text_column("aim")]
-    made = render.table("SSD tier", columns)
+    beside, aim = render.text_column("beside"), render.text_column("aim")
+    made = render.table("SSD tier", ["operation", "GB/s", beside, "ratio", "of rounds", aim])
     for row in report.rows:
-        ratio, aim = outcome(row)
+        ratio, reached = outcome(row)
         ratios = row.ratios or [row.ratio or 0.0]
         made.add_row(
             f"{row.codec}, {row.op}" if row.codec else _operation(row.op),
@@ -42,7 +42,7 @@ def ssd_table(report: SsdReport) -> RenderableType:
             f"{_BESIDE.get(row.baseline or '', row.baseline)} {_rate(row.baseline_gb_per_s)}",
             ratio,
             f"{min(ratios):.2f}-{max(ratios):.2f}",
-            Text(aim, style="" if row.within_limit else "red"),
+            Text(reached, style="" if row.within_limit else "red"),
         )
     return Group(made, "", facts_of(report, [*_meanings(report.rows), *_facts(report)]))
 
