@@ -78,13 +78,14 @@ class Block(TreeBlock):
     """A block with at least one resident record.
 
     Attributes:
+        born, turn: see ``kvstore.policy.admission.Admissible``.
         told: the journal's: its place among the blocks that were told of.
         retired: it was chosen to leave, and left the policy; it can be read until its room is needed. No block that is
             not retired has a retired ancestor, and retired blocks are not their parents' children. Of one that is gone:
             it left before its copy below was durable.
     """
 
-    __slots__ = ("namespace", "parts", "retired", "slot_bytes", "told")
+    __slots__ = ("born", "namespace", "parts", "retired", "slot_bytes", "told", "turn")
 
     def __init__(self, namespace: NamespaceState, key: bytes, parent_key: bytes) -> None:
         super().__init__(key, parent_key)
@@ -93,6 +94,8 @@ class Block(TreeBlock):
         self.slot_bytes = 0
         self.told = UNTOLD
         self.retired = False
+        self.born = 0
+        self.turn = 1
 
     @property
     def complete(self) -> bool:

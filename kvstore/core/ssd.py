@@ -8,14 +8,13 @@ logged that. Whoever carries out the I/O calls these methods in that order; ``do
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Final
 
 from kvstore.core.slabs import SlabAllocator
 from kvstore.core.ssd_record import SSD_TRANSITIONS, SsdBlock, SsdNamespace, SsdRecord, SsdState
-from kvstore.core.tree import ORPHAN_DEPTH
 from kvstore.errors import InvalidTransition
 from kvstore.format.constants import PAGE_BYTES
 from kvstore.format.ssd_log import EmptyEntry, Entry, FreeEntry, NamespaceEntry, PutEntry, TouchEntry
@@ -87,6 +86,8 @@ class SsdStore:
         self.records: dict[int, SsdRecord] = {}
         self.growing = False
         """Whether slabs are still to come: until they are there nothing leaves for want of them."""
+        self.on_evicted: Callable[[bytes, int], None] = lambda key, used: None
+        """Is told of each block that leaves for others, and when it was last used."""
         self._last_number = 0
         self._leaving: dict[SsdRecord, None] = {}
         """Over and in the log, whose end is not in a group yet."""
@@ -98,6 +99,11 @@ class SsdStore:
         """Slots by size that are on their way to be free."""
         self._groups = 0
         self._groups_done = 0
+
+    @property
+    def scarce(self) -> bool:
+        """Whether others must leave for what is written."""
+        return not self.growing and not self.slabs.free_slabs
 
     # -------------------------------------------------------------- namespaces
 
@@ -356,6 +362,7 @@ class SsdStore:
         """A block leaves for others."""
         self.counters.evicted_blocks += 1
         self.counters.evicted_bytes += block.slot_bytes
+        self.on_evicted(block.key, block.used)
         self._unlink(block)
 
     def _keep_ahead(self, slot_bytes: int) -> None:

@@ -65,6 +65,7 @@ from kvstore.core.story import Story
 from kvstore.core.tree import ORPHAN_DEPTH, descendants
 from kvstore.errors import InvalidTransition
 from kvstore.format.constants import FIDELITY_EXACT, PAGE_BYTES
+from kvstore.policy.admission import Admission, AdmitAll
 from kvstore.policy.base import BEFORE_ALL, EvictionPolicy
 from kvstore.protocol.keys import ROOT_KEY
 from kvstore.protocol.messages import PutStatus, Reason
@@ -164,6 +165,7 @@ class Store:
         policy: chooses what leaves.
         journal: is told of each block that becomes complete or stops being so; None where nobody wants to know.
         ssd: the tier below, None where there is none.
+        admission: what is written below; None: everything.
     """
 
     def __init__(
@@ -173,12 +175,14 @@ class Store:
         policy: EvictionPolicy,
         journal: Journal | None = None,
         ssd: SsdStore | None = None,
+        admission: Admission | None = None,
     ) -> None:
         self.limits = limits
         self.slabs = slabs
         self.policy = policy
         self.journal = journal
         self.ssd = ssd
+        self.admission = admission or AdmitAll()
         self.retired = Retired()
         self.demotes = False
         """Whether what leaves is written below first."""
@@ -205,6 +209,7 @@ class Store:
         self._reserve_bytes = min(limits.grant_bytes, limits.capacity_bytes // _RESERVE_SHARE)
         if ssd is not None:
             self._access = ssd.access
+            ssd.on_evicted = lambda key, used: self.admission.evicted(key, used, self._access)
             for below in list(ssd.namespaces.values()):
                 self.namespaces.restore(below)
         self._handlers: dict[type, Callable[[Any], list[Instruction]]] = {
@@ -553,7 +558,9 @@ class Store:
                 return PutStatus.REJECTED, Reason.BAD_PARENT
             block = Block(namespace, commit.key, commit.parent_key)
             namespace.adopt(block)
-            self.retired.adopted(block)
+            if self.ssd is not None:
+                self.retired.adopted(block)
+                self._note_born(block, access)
             self.policy.insert(block, access)
             if block.depth >= ORPHAN_DEPTH:
                 # Nobody can reach it: it may have room that is free, and nothing leaves for it.
@@ -711,6 +718,8 @@ class Store:
 
     def _accessed(self, event: Accessed) -> list[Instruction]:
         number = self._access_number(event.session, event.access)
+        if event.missing:
+            self.admission.used(event.missing, number)
         for deepest, hits in event.runs:
             if isinstance(deepest, SsdBlock):
                 if deepest.parts and self.ssd is not None:
@@ -900,10 +909,26 @@ class Store:
             self.policy.discard(block)
             # Nobody can reach an orphan: it is not worth writing.
             missing = self.missing_below(block) if block.depth < ORPHAN_DEPTH else []
+            if missing and not self.admission.admits(block, self._access, scarce=self.ssd.scarce):
+                self.counters.not_admitted_blocks += 1
+                missing = []
             self.retired.add(block, clean=not missing)
             demote += missing
             accesses += [access] * len(missing)
         return [Demote(demote, accesses)] if demote else []
+
+    def _note_born(self, block: Block, access: int) -> None:
+        """Say by which turn a new block was put."""
+        block.born = access
+        parent = block.parent
+        if parent is not None:
+            block.turn = parent.turn if parent.born == access else parent.turn + 1
+        elif block.depth and block.depth < ORPHAN_DEPTH:
+            # Its parent is below: put by a turn before.
+            block.turn = 2
+        below = block.namespace.ssd
+        if below is not None and block.key in below.tree.blocks:
+            self.admission.used((block.key,), access)
 
     def _revive(self, block: Block, number: int) -> None:
         """A retired block, and those above it, were used: they stay."""
@@ -914,6 +939,7 @@ class Store:
             above = above.parent
         for revived in reversed(chain):
             self.retired.take(revived)
+            self.admission.used((revived.key,), number)
             self.policy.insert(revived, number)
 
     def _demoted(self, event: Demoted) -> list[Instruction]:

@@ -26,6 +26,7 @@ from kvstore.mapped.arena import FIRST_SLAB_PAGE, STATE_OFFSET, ArenaHeader, Are
 from kvstore.mapped.index_file import STATE_OFFSET as INDEX_STATE_OFFSET
 from kvstore.mapped.index_file import IndexHeader, IndexState, bucket_count_for
 from kvstore.observability.logs import Log, RepeatedLog, configure_logs, get_log
+from kvstore.policy.admission import make_admission
 from kvstore.policy.base import EvictionPolicy
 from kvstore.policy.registry import make_policy
 from kvstore.protocol.endpoint import default_arena_directory, default_directory, ipc_path
@@ -311,6 +312,7 @@ class Daemon:
             policy,
             Journal() if settings.events.publish else None,
             None if tier is None else tier.ssd,
+            make_admission(settings.ssd.admission),
         )
         return store, arena, index
 
