@@ -400,7 +400,9 @@ class Store:
                 return number if below else BEFORE_ALL
             if parent.depth >= ORPHAN_DEPTH:
                 return BEFORE_ALL
-            self._touch(parent, 1, number)
+            if not parent.retired:
+                # What leaves is not called back: of a chain longer than the tier that would be all that can leave.
+                self.policy.touch(parent, 1, number)
         return number
 
     def _touch(self, block: Block, hits: int, number: int) -> None:
