@@ -10,6 +10,9 @@ PROTOCOL_VERSION: Final = 4
 PROTOCOL_OLDEST: Final = 1
 """The oldest version this code still accepts."""
 
+TIERS_SINCE: Final = 4
+"""Version from which clients know of tiers below DRAM; older ones are served from DRAM alone."""
+
 MAX_KEYS_PER_REQUEST: Final = 65_536
 MAX_HEADER_FRAME_BYTES: Final = 4 << 20
 """Upper bound of a message's first frame: 65,536 keys of 32 bytes and its fields, twice over."""

@@ -9,6 +9,7 @@ from kvstore.format.constants import RECORD_HEADER_BYTES
 from kvstore.observability.logs import RepeatedLog
 from kvstore.protocol.keys import split_keys
 from kvstore.protocol.messages import Get, GetReply, GetStatus
+from kvstore.protocol.version import TIERS_SINCE
 from kvstore.server.counters import RequestCounters
 from kvstore.server.executor import Executor
 from kvstore.server.outbound import Outbound
@@ -53,7 +54,7 @@ class Reads:
         for index, key in enumerate(keys):
             record = store.find(request.namespace_id, key, request.part)
             if record is None or not self._sound(record):
-                if self._waits_below(request, key):
+                if session.protocol >= TIERS_SINCE and self._waits_below(request, key):
                     # It is there, and DRAM had no room for it in time.
                     statuses[index] = GetStatus.THROTTLED
                 else:

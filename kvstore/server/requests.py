@@ -70,7 +70,13 @@ from kvstore.protocol.messages import (
     VerifyReply,
     Welcome,
 )
-from kvstore.protocol.version import MAX_KEYS_PER_REQUEST, PROTOCOL_OLDEST, PROTOCOL_VERSION, negotiate
+from kvstore.protocol.version import (
+    MAX_KEYS_PER_REQUEST,
+    PROTOCOL_OLDEST,
+    PROTOCOL_VERSION,
+    TIERS_SINCE,
+    negotiate,
+)
 from kvstore.server.below import Below, tiers_of
 from kvstore.server.counters import RequestCounters
 from kvstore.server.executor import Executor
@@ -328,10 +334,9 @@ class Requests:
                 f"a lease lasts at most {self._max_lease_s:g} s (limits.max_lease_s), "
                 f"{request.lease_ms / 1000:g} s were asked for",
             )
-        below = self._below
+        below = self._below_for(session)
         blocks: Sequence[Block | SsdBlock]
-        if below is None or (session.protocol < 4 and self._mapping.is_mapped(session)):
-            # An older client reads mapped memory only: what is not there is a miss to it.
+        if below is None:
             blocks = self._store.leading(request.namespace_id, keys)
         else:
             blocks = below.worth_loading(self._store.leading_in_tiers(request.namespace_id, keys))
@@ -382,14 +387,19 @@ class Requests:
             return
         if not 0 <= request.part < 1 << 16:
             raise Refused(ErrorCode.BAD_REQUEST, f"part {request.part} is not in 0 to 65535")
-        if self._below is not None:
+        below = self._below_for(session)
+        if below is not None:
             namespace = self._store.namespaces.by_id.get(request.namespace_id)
-            lacking = self._below.lacking(namespace, split_keys(request.keys), request.part)
+            lacking = below.lacking(namespace, split_keys(request.keys), request.part)
             if lacking and namespace is not None:
-                promoted = self._below.promote(namespace, lacking, self._below.deadline_ns(request.timeout_ms))
+                promoted = below.promote(namespace, lacking, below.deadline_ns(request.timeout_ms))
                 self._later(session, promoted, lambda: self._answer_get(session, request))
                 return
         self._answer_get(session, request)
+
+    def _below_for(self, session: Session) -> Below | None:
+        """The tiers below DRAM, as far as a client knows of such."""
+        return self._below if session.protocol >= TIERS_SINCE else None
 
     def _answer_get(self, session: Session, request: Get) -> None:
         assert self.transport is not None
@@ -403,12 +413,15 @@ class Requests:
 
     def _exists(self, session: Session, request: Exists) -> Reply:
         namespace = self._store.namespaces.by_id.get(request.namespace_id)
+        below = self._below_for(session)
         keys = _keys(request.keys)
         tiers, fidelities = bytearray(len(keys)), bytearray(len(keys))
         if namespace is not None:
             for index, key in enumerate(keys):
                 block = namespace.blocks.get(key)
-                found: Block | SsdBlock | None = block if block is not None and block.complete else namespace.below(key)
+                found: Block | SsdBlock | None = block if block is not None and block.complete else None
+                if found is None and below is not None:
+                    found = namespace.below(key)
                 if found is not None:
                     tiers[index] = TierId.DRAM if found is block else TierId.SSD
                     fidelities[index] = min(record.fidelity for record in found.parts.values())
