@@ -281,7 +281,7 @@ class SsdSettings(_Section):
     """Free space of the file system that is left to others."""
 
     max_records: Count | None = None
-    """Most records at a time, for which log and checkpoints have room (512 bytes each); None: chosen."""
+    """Most records at a time, for which log and checkpoints have room (576 bytes each); None: as they come."""
 
     threads: Annotated[Count, Field(le=64)] = 8
     """Reads and writes at a time."""

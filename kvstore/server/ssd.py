@@ -24,7 +24,7 @@ from kvstore.policy.base import EvictionPolicy
 from kvstore.protocol.messages import SsdStats
 from kvstore.server.executor import Executor
 from kvstore.server.ssd_demotion import Demotions
-from kvstore.server.ssd_groups import Groups, index_bytes
+from kvstore.server.ssd_groups import Groups, index_bytes, records_in
 from kvstore.server.ssd_promotion import Promotions
 from kvstore.server.ssd_recovery import Recovered, recover, restored, say_what_is_left
 from kvstore.server.ssd_transcoding import Transcoding
@@ -35,7 +35,6 @@ from kvstore.sizes import format_size
 from kvstore.tiers.disk import SsdDirectory
 from kvstore.tiers.dram import automatic_slab_bytes
 
-_TYPICAL_RECORD_BYTES: Final = 64 << 10
 _FEWEST_RECORDS: Final = 1024
 _SLABS_AHEAD: Final = 2
 """Slabs that are formatted before they are needed."""
@@ -50,10 +49,10 @@ _OTHER_BYTES: Final = 2 * PAGE_BYTES
 """The slab file's first page, and the lock file."""
 
 
-def max_records_of(settings: SsdSettings) -> int:
-    """Records for which there is room in logs and checkpoints."""
+def most_records(settings: SsdSettings, slabs_bytes: int) -> int:
+    """Records for which logs and checkpoints have room beside so many bytes of slabs."""
     assert settings.capacity_bytes is not None
-    return settings.max_records or max(_FEWEST_RECORDS, settings.capacity_bytes // _TYPICAL_RECORD_BYTES)
+    return settings.max_records or records_in(settings.capacity_bytes - _OTHER_BYTES - slabs_bytes)
 
 
 class SsdTier:
@@ -128,7 +127,7 @@ class SsdTier:
         """
         assert settings.directory is not None
         assert settings.capacity_bytes is not None
-        max_records = max_records_of(settings)
+        max_records = settings.max_records or _FEWEST_RECORDS
         data_bytes = settings.capacity_bytes - index_bytes(max_records) - _OTHER_BYTES
         slab_bytes = settings.slab_bytes or _slab_bytes(data_bytes, largest_slot_bytes)
         if data_bytes < slab_bytes or slab_bytes < largest_slot_bytes:
@@ -143,6 +142,7 @@ class SsdTier:
                 slab_bytes = recovered.slab_bytes
                 if slab_bytes < largest_slot_bytes or data_bytes < slab_bytes:
                     raise SettingsError(_too_small(settings, max_records, slab_bytes, largest_slot_bytes))
+                max_records = most_records(settings, recovered.formatted_slabs * slab_bytes)
                 kept = recovered.puts[-max_records:]
                 slab_counts = recovered.formatted_slabs, data_bytes // slab_bytes
                 ssd = restored(recovered.namespaces, kept, slab_bytes, slab_counts, policy, max_records)
@@ -256,7 +256,9 @@ class SsdTier:
         """Keep some slabs formatted ahead, as long as the limits allow it."""
         slabs = self.ssd.slabs
         while self._formatted < len(slabs.slabs):
-            if slabs.free_slabs >= _SLABS_AHEAD or self.state != "ok":
+            pays = self._slab_pays()
+            self.ssd.growing = pays
+            if slabs.free_slabs >= _SLABS_AHEAD or self.state != "ok" or not pays:
                 self._wake_formatting.clear()
                 with contextlib.suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(self._wake_formatting.wait(), 1.0)
@@ -271,8 +273,18 @@ class SsdTier:
             slabs.make_usable(self._formatted)
             self._formatted += 1
             self.ssd.growing = self._formatted < len(slabs.slabs)
+            self.ssd.max_records = most_records(self.settings, self._formatted * slabs.slab_bytes)
             self.demotions.pump()
         self.ssd.growing = False
+
+    def _slab_pays(self) -> bool:
+        """Whether the log has room for what another slab would hold: small records need more of the capacity for it."""
+        ssd = self.ssd
+        if self.settings.max_records or not ssd.records:
+            return True
+        slabs_bytes = (self._formatted + 1) * ssd.slabs.slab_bytes
+        mean_bytes = (ssd.resident_bytes + ssd.writing_bytes + ssd.leaving_bytes) / len(ssd.records)
+        return most_records(self.settings, slabs_bytes) >= max(slabs_bytes / mean_bytes, len(ssd.records))
 
     async def _format_one(self) -> bool:
         slab_bytes = self.ssd.slabs.slab_bytes
@@ -436,4 +448,4 @@ def _too_small(settings: SsdSettings, max_records: int, slab_bytes: int, largest
     )
 
 
-__all__ = ["SsdTier", "max_records_of"]
+__all__ = ["SsdTier"]

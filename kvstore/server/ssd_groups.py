@@ -38,6 +38,13 @@ def index_bytes(max_records: int) -> int:
     return 2 * (checkpoint + max(checkpoint, SMALLEST_LOG_BYTES)) + (1 << 20)
 
 
+def records_in(available_bytes: int) -> int:
+    """Most records for which logs and checkpoints fit into so many bytes; the inverse of ``index_bytes``."""
+    left = available_bytes - (1 << 20)
+    with_smallest_logs = (left // 2 - SMALLEST_LOG_BYTES) * 8 // (9 * PUT_BYTES)
+    return max(min(with_smallest_logs, left // 4 * 8 // (9 * PUT_BYTES)) if with_smallest_logs > 0 else 0, 0)
+
+
 class Groups:
     """Commits groups as records are written.
 
