@@ -49,6 +49,8 @@ class Orders:
         faults: operations that fail.
         read_only: whatever changes something fails with EROFS.
         delays_s: by operation, how long it takes.
+        volume_bytes: of the file system, as far as its free space goes; 0: the real one's.
+        buffered: the file system refuses O_DIRECT.
     """
 
     kill: str = ""
@@ -56,6 +58,8 @@ class Orders:
     faults: list[Fault] = field(default_factory=list)
     read_only: bool = False
     delays_s: dict[str, float] = field(default_factory=dict)
+    volume_bytes: int = 0
+    buffered: bool = False
 
 
 class Control:
@@ -124,6 +128,12 @@ class Injector:
             raise OSError(number, os.strerror(number), name)
         yield
         self.point(f"after_{op}")
+
+    def orders(self) -> Orders:
+        """Those of now."""
+        with self._lock:
+            self._refresh()
+            return self._orders
 
     def point(self, point: str) -> None:
         """Pass a point, if the orders allow."""
@@ -229,6 +239,13 @@ class WrappedDirectory(SsdDirectory):
     async def sync_file(self, name: str) -> None:
         with injector.op("file_sync", name):
             await super().sync_file(name)
+
+    def free_bytes(self) -> int:
+        volume_bytes = injector.orders().volume_bytes
+        return max(volume_bytes - self.used_bytes(), 0) if volume_bytes else super().free_bytes()
+
+    def _takes_direct(self) -> bool:
+        return not injector.orders().buffered and super()._takes_direct()
 
     def remove(self, name: str) -> None:
         if name.endswith(TEMPORARY_SUFFIX):  # no call of the tier's

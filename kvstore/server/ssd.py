@@ -41,10 +41,10 @@ _SLABS_AHEAD: Final = 2
 
 _FIRST_PAUSE_S: Final = 1.0
 _LONGEST_PAUSE_S: Final = 30.0
-_WELL_NS: Final = 60_000_000_000
-"""How long nothing fails until the pauses begin anew."""
-
 _GONE: Final = "it was removed, renamed or replaced; put it back, or restart the daemon"
+_FULL_PAUSE_S: Final = 5.0
+"""Between two looks at whether the file system has room again."""
+
 _OTHER_BYTES: Final = 2 * PAGE_BYTES
 """The slab file's first page, and the lock file."""
 
@@ -189,6 +189,7 @@ class SsdTier:
         self.promotions = Promotions(
             executor, self.ssd, self._slabs, self.transfers, transcoding, self._repeated, self._clock
         )
+        self.promotions.failing = lambda: self.state != "ok"
         executor.demote = self.demotions.demote
         self.ssd.growing = self._formatted < len(self.ssd.slabs.slabs)
         self.groups.start()
@@ -267,8 +268,11 @@ class SsdTier:
                 # The tier stays as it is until there is room again.
                 self.ssd.growing = False
                 self.demotions.pump()
-                await asyncio.sleep(10.0)
+                await asyncio.sleep(_FULL_PAUSE_S)
                 self.ssd.growing = True
+                continue
+            if not await self.groups.sync():
+                # Not for want of room: it is formatted again when the tier can be written again.
                 continue
             slabs.make_usable(self._formatted)
             self._formatted += 1
@@ -313,7 +317,7 @@ class SsdTier:
             self._repeated.log_every(60, "ssd_format", "error", "ssd_stays_smaller", why=str(error))
             self.write_errors += 1
             return False
-        return await self.groups.sync()
+        return True
 
     # -------------------------------------------------------------- faults
 
@@ -326,6 +330,7 @@ class SsdTier:
             self._log.error("ssd_degraded", why=self.problem, directory=str(self.directory.path))
             self.demotions.pause()
             self._executor.apply(SsdChanged(writable=False))
+            self.groups.tell()
         if self._trying is None or self._trying.done():
             self._trying = asyncio.ensure_future(self._try_again())
             self._trying.add_done_callback(self._ended)
@@ -355,8 +360,10 @@ class SsdTier:
         if self.state == "ok":
             if not self.directory.there():
                 self.failed(OSError(errno.ENOENT, _GONE), "cannot find the SSD directory")
-            elif self._clock() - self._well_since_ns > _WELL_NS:
+            elif self._clock() - self._well_since_ns > self._pause_s * 1e9:
                 self._pause_s = _FIRST_PAUSE_S
+        if self.ssd.something_to_log:
+            self.groups.something_ended()
         self.demotions.pump()
 
     # -------------------------------------------------------------- verification

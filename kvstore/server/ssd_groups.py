@@ -129,6 +129,10 @@ class Groups:
         if len(self._written) >= self._group_records:
             self._full.set()
 
+    def something_ended(self) -> None:
+        """Records are over, and nobody waits for the group that says so."""
+        self._wake.set()
+
     def hurry(self) -> None:
         """Somebody waits for what was written and said until now."""
         self._hurry = True
@@ -204,11 +208,12 @@ class Groups:
         stored = self._ssd.end_group(group)
         for record in written:
             self._ssd.written(record)
-        self._tell()
+        self.tell()
         self._on_stored(stored)
         await self._checkpoint_if_due()
 
-    def _tell(self) -> None:
+    def tell(self) -> None:
+        """Have those who wait for a group look again."""
         synced, self._synced = self._synced, asyncio.Event()
         synced.set()
 
@@ -228,7 +233,7 @@ class Groups:
             self._ssd.fail(record)
             self._ssd.written(record)
         self._written.clear()
-        self._tell()
+        self.tell()
         self._on_failure(error, f"cannot {what}")
 
     # -------------------------------------------------------------- checkpoints
@@ -334,12 +339,11 @@ class Groups:
         if not self._failed and (self._written or self._ssd.synced < self._ssd.position):
             await asyncio.shield(self._last())
         self._stopping = True
-        self._tell()
+        self.tell()
         for task in (self._task, self._checkpoint):
             if task is not None:
                 task.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await task
+                await asyncio.wait({task})
         with contextlib.suppress(OSError):
             await self._log.close()
 

@@ -68,6 +68,8 @@ class Promotions:
         self._busy_bytes = 0
         self.have_back: Callable[[], int] = lambda: 0
         """Takes back slots that were lent ahead and are not used; how many."""
+        self.failing: Callable[[], bool] = lambda: False
+        """Whether it is known that the device fails: a record that cannot be read then may be whole."""
         self.blocks = 0
         self.bytes = 0
         self.read_errors = 0
@@ -209,6 +211,8 @@ class Promotions:
         elif isinstance(error, OSError):
             self.read_errors += 1
             self._log.log_every(1, "ssd_read", "error", "ssd_read_failed", block=key, why=str(error))
+            if self.failing():
+                return
         else:
             raise error
         self._ssd.corrupt(record)
