@@ -91,7 +91,7 @@ class Committed(msgspec.Struct, frozen=True):
     """A session wrote granted slots.
 
     ``access`` is the engine request, 0 for one of their own: of all records together, or where they are ``separate``
-    of each.
+    of each. ``promoted``: they are wanted here at this moment, whether or not their chain leads to them.
     """
 
     session: int
@@ -99,6 +99,7 @@ class Committed(msgspec.Struct, frozen=True):
     records: tuple[CommittedRecord, ...]
     access: int = 0
     separate: bool = False
+    promoted: bool = False
 
 
 class GrantsReturned(msgspec.Struct, frozen=True):

@@ -143,11 +143,13 @@ class _Placing:
         gone: slots of records that had their place for a moment within the event.
         orphans: new blocks that nobody could reach when they were placed.
         told: how many of ``touched`` the policy knows of.
+        promoted: see ``Committed``.
     """
 
-    __slots__ = ("gone", "orphans", "placed", "told", "touched", "worse")
+    __slots__ = ("gone", "orphans", "placed", "promoted", "told", "touched", "worse")
 
-    def __init__(self) -> None:
+    def __init__(self, *, promoted: bool) -> None:
+        self.promoted = promoted
         self.touched: list[tuple[Block, int]] = []
         self.placed: list[Record] = []
         self.worse: dict[Record, Record] = {}
@@ -490,7 +492,7 @@ class Store:
         access = self._access_number(event.session, event.access)
         statuses: list[PutStatus] = []
         reasons: list[Reason] = []
-        placing = _Placing()
+        placing = _Placing(promoted=event.promoted)
         left: list[int] = []
         for commit in event.records:
             if event.separate:
@@ -564,7 +566,7 @@ class Store:
                 self.retired.adopted(block)
                 self._note_born(block, access)
             self.policy.insert(block, access)
-            if block.depth >= ORPHAN_DEPTH:
+            if block.depth >= ORPHAN_DEPTH and not placing.promoted:
                 # Nobody can reach it: it may have room that is free, and nothing leaves for it.
                 self.policy.condemn([block])
                 placing.orphans.append(block)

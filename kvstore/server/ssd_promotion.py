@@ -195,7 +195,7 @@ class Promotions:
             header.effective_fidelity,
             int(header.codec),
         )
-        answer = self._executor.apply(Committed(PROMOTING, namespace.id, (commit,), access))
+        answer = self._executor.apply(Committed(PROMOTING, namespace.id, (commit,), access, promoted=True))
         assert isinstance(answer, Answer)
         stored = answer.statuses[0] in (PutStatus.STORED, PutStatus.EXISTS)
         if stored:
