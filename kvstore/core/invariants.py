@@ -48,7 +48,7 @@ def validate_state(store: Store) -> None:
 
 def _check_retired(store: Store, blocks: set[Block]) -> None:
     retired = store.retired
-    slot_bytes = clean_bytes = records = 0
+    slot_bytes = clean_bytes = records = clean_records = 0
     seen: set[Block] = set()
     for block, clean in retired.all().items():
         name = block.key.hex()[:12]
@@ -58,9 +58,11 @@ def _check_retired(store: Store, blocks: set[Block]) -> None:
         slot_bytes += block.slot_bytes
         clean_bytes += block.slot_bytes if clean else 0
         records += len(block.parts)
+        clean_records += len(block.parts) if clean else 0
     _require(len(seen) == sum(block.retired for block in blocks), "a block is marked as retired and is not")
     _require(
-        (slot_bytes, clean_bytes, records) == (retired.slot_bytes, retired.clean_bytes, retired.records),
+        (slot_bytes, clean_bytes, records, clean_records)
+        == (retired.slot_bytes, retired.clean_bytes, retired.records, retired.clean_records),
         "retired blocks are miscounted",
     )
 
@@ -92,6 +94,7 @@ def _check_accounting(store: Store) -> None:
     for state, value in expected.items():
         _require(sums[state] == value, f"{state.name} bytes are {sums[state]}, accounted are {value}")
     _require(not counts[RecordState.FREE], "a free record is still filed")
+    _require(counts[RecordState.GRANTED] == store.granted_count, "granted records are miscounted")
     _require(counts[RecordState.RESIDENT] == store.record_count, "resident records are miscounted")
     _require(record_bytes == store.resident_record_bytes, "resident record bytes are miscounted")
     limits = store.limits

@@ -17,6 +17,9 @@ MOST_IDLE: Final = 64
 """Namespaces that are remembered although they have neither blocks nor members, the latest ones. Each is about 1 KiB;
 one that was forgotten and is joined again costs another id."""
 
+MOST_RESTORED: Final = MAX_NAMESPACE_ID // 2
+"""Namespaces that are taken over from the SSD, so that ids are left for others."""
+
 
 class NamespaceState(PrefixTree[Block]):
     """One generation of a namespace: its blocks in DRAM by key, linked into a tree, and what the SSD holds of it.

@@ -93,6 +93,7 @@ class SlabAllocator:
         self._exact: set[int] = set()
         self._most_joined = most_joined
         self.usable_slabs = 0
+        self.draining_slabs = 0
 
     @property
     def free_slabs(self) -> int:
@@ -200,7 +201,9 @@ class SlabAllocator:
             self._dissolve(slab, slots)
 
     def _dissolve(self, slab: Slab, slots: SlotClass) -> None:
-        if not slab.draining:
+        if slab.draining:
+            self.draining_slabs -= slab.joined
+        else:
             slots.free_slots -= slab.slots
         slots.open.pop(slab.index, None)
         del slots.slabs[slab.index]
@@ -237,6 +240,7 @@ class SlabAllocator:
         """Give out no more slots of a slab, so that it becomes empty when those in use are freed."""
         slots = self.classes[slab.slot_pages]
         slab.draining = True
+        self.draining_slabs += slab.joined
         slots.free_slots -= slab.slots - slab.used
         slots.open.pop(slab.index, None)
 

@@ -24,7 +24,8 @@ EVICTION_BATCH: Final = 256
 """Victims chosen at once when room must be made for a slot size."""
 
 SLOTS_AHEAD: Final = 96
-"""Slots of a size in demand that are kept free or on their way to be: what is written while a group is synced."""
+"""Slots of a size in demand, and records, that are kept free or on their way to be: what is written while a group is
+synced."""
 
 MOST_FREES: Final = 8192
 """Most ends of records that one frame says."""
@@ -95,8 +96,10 @@ class SsdStore:
         """As these, with the end of their whole namespace."""
         self._said: list[Entry] = []
         self._touched: dict[SsdBlock, int] = {}
-        self._coming: Counter[int] = Counter()
-        """Slots by size that are on their way to be free."""
+        self.coming: Counter[int] = Counter()
+        """Slots by size that are on their way to be free, but for those of slabs that are emptied."""
+        self.leaving_count = 0
+        self._emptied: dict[SsdNamespace, None] = {}
         self._groups = 0
         self._groups_done = 0
 
@@ -113,6 +116,12 @@ class SsdStore:
         found = SsdNamespace(self._last_number, description, generation)
         self.namespaces[found.number] = found
         return found
+
+    def take_emptied(self) -> list[SsdNamespace]:
+        """Namespaces that had nothing stored or on its way any more at some time since the last call."""
+        emptied = list(self._emptied)
+        self._emptied.clear()
+        return emptied
 
     def advance(self, namespace: SsdNamespace, generation: int) -> None:
         """A namespace is in a later generation: all its records are over."""
@@ -165,8 +174,8 @@ class SsdStore:
         ``depth`` and ``access``: its block's depth, and the access number of its last use. Precondition: nothing of
         that key and part is being written.
         """
+        self._keep_records_ahead()
         if len(self.records) >= self.max_records:
-            self._evict_for(0, 1)
             return None
         slot = self.slabs.allocate(slot_bytes)
         self._keep_ahead(slot_bytes)
@@ -193,9 +202,15 @@ class SsdStore:
             self._cancel(record)
 
     def _cancel(self, record: SsdRecord) -> None:
-        del record.namespace.writing[record.key, record.part]
-        self.writing_bytes -= record.slot_bytes
+        self._writing_over(record)
         self._leave(record)
+
+    def _writing_over(self, record: SsdRecord) -> None:
+        namespace = record.namespace
+        del namespace.writing[record.key, record.part]
+        self.writing_bytes -= record.slot_bytes
+        if not namespace.writing and not namespace.tree.blocks:
+            self._emptied[namespace] = None
 
     # -------------------------------------------------------------- groups
 
@@ -269,13 +284,15 @@ class SsdStore:
         )
 
     def end_group(self, group: Group) -> list[SsdRecord]:
-        """The frame is durable; the records that can be read now."""
-        stored = [record for record in group.puts if record.state is SsdState.WRITING and self._store(record)]
+        """The frame is durable; the records that can be read now, and those that never will: nobody needs to wait."""
+        ended = [record for record in group.puts if record.state is SsdState.WRITING]
+        for record in ended:
+            self._store(record)
         self._groups_done = group.number
         for record in (*group.frees, *group.covered):
             record.logged = False
             self._settle(record)
-        return stored
+        return ended
 
     def fail_group(self, group: Group) -> None:
         """It is unknown whether the frame is durable: its records are over, and what it said must be said again."""
@@ -287,17 +304,18 @@ class SsdStore:
         again = [entry for entry in group.entries if isinstance(entry, NamespaceEntry | EmptyEntry)]
         self._said[:0] = again
 
-    def _store(self, record: SsdRecord) -> bool:
-        """Make a record readable; False where its parents would form a circle."""
+    def _store(self, record: SsdRecord) -> None:
+        """Make a record readable, unless its parents would form a circle."""
         namespace, key = record.namespace, record.key
-        del namespace.writing[key, record.part]
-        self.writing_bytes -= record.slot_bytes
         block = namespace.tree.blocks.get(key)
-        if (block is None and namespace.tree.closes_circle(key, record.parent_key)) or (
-            block is not None and block.parent_key != record.parent_key
-        ):
+        if block is not None and block.parent_key != record.parent_key:
+            # The same key behind another block: the later one counts.
+            self._unlink(block)
+            block = None
+        if block is None and namespace.tree.closes_circle(key, record.parent_key):
+            self._writing_over(record)
             self._leave(record)
-            return False
+            return
         self._change(record, SsdState.STORED)
         if block is None:
             block = SsdBlock(namespace, key, record.parent_key)
@@ -308,9 +326,9 @@ class SsdStore:
             self._leave(before)
         block.parts[record.part] = record
         self._count(block, record, 1)
+        self._writing_over(record)
         self.counters.stored_records += 1
         self.counters.stored_bytes += record.record_bytes
-        return True
 
     def _insert(self, block: SsdBlock, access: int, orphan_depth: int) -> None:
         block.used = access
@@ -324,9 +342,11 @@ class SsdStore:
         """A block, and so its ancestors, was used, here or in DRAM."""
         if access > self.access:
             self.access = access
+        if access <= block.used:
+            return
         block.used = access
         self.policy.touch(block, 1, access)
-        if len(self._touched) < MOST_TOUCHES:
+        if len(self._touched) < MOST_TOUCHES or block in self._touched:
             self._touched[block] = access
 
     # -------------------------------------------------------------- leaving
@@ -370,9 +390,17 @@ class SsdStore:
         slots = self.slabs.classes.get(slot_bytes // PAGE_BYTES)
         slab_slots = max(self.slabs.slab_bytes // slot_bytes, 1)
         wanted = min(SLOTS_AHEAD, max(len(self.slabs.slabs) * slab_slots // 8, 1))
-        there = (0 if slots is None else slots.free_slots) + self.slabs.free_slabs * slab_slots
-        if not self.growing and there + self._coming[slot_bytes] < wanted:
-            self._evict_for(slot_bytes, wanted - there - self._coming[slot_bytes])
+        slabs = self.slabs.free_slabs + self.slabs.draining_slabs
+        there = (0 if slots is None else slots.free_slots) + slabs * slab_slots
+        if not self.growing and there + self.coming[slot_bytes] < wanted:
+            self._evict_for(slot_bytes, wanted - there - self.coming[slot_bytes])
+
+    def _keep_records_ahead(self) -> None:
+        """Likewise for the number of records."""
+        wanted = min(SLOTS_AHEAD, max(self.max_records // 8, 1))
+        there = self.max_records - len(self.records) + self.leaving_count
+        if there < wanted:
+            self._evict_for(0, wanted - there)
 
     def _evict_for(self, slot_bytes: int, count: int) -> None:
         """Evict until so many slots of a size (0: of any) are on their way.
@@ -395,32 +423,40 @@ class SsdStore:
     def _reclaim(self, slot_bytes: int) -> bool:
         """Empty the emptiest slab of a size, where as many slots of that size are free or on their way as it has."""
         slots = self.slabs.classes.get(slot_bytes // PAGE_BYTES)
-        if slots is None or slots.free_slots + self._coming[slot_bytes] < self.slabs.slab_bytes // slot_bytes:
+        if slots is None or slots.free_slots + self.coming[slot_bytes] < self.slabs.slab_bytes // slot_bytes:
             return False
-        slabs = [slab for slab in slots.slabs.values() if not slab.draining]
-        if not slabs:
-            return False
-        slab = min(slabs, key=lambda slab: slab.used)
-        held = [self.records[slot] for slot in slab.cut_slots() if slot in self.records]
-        if any(record.state is SsdState.WRITING for record in held):
-            return False
-        self.slabs.drain(slab)
-        for record in held:
-            block = record.namespace.tree.blocks.get(record.key)
-            if record.state is SsdState.STORED and block is not None:
+        slabs = sorted((slab for slab in slots.slabs.values() if not slab.draining), key=lambda slab: slab.used)
+        for slab in slabs:
+            held = [self.records[slot] for slot in slab.cut_slots() if slot in self.records]
+            stored = [self._block_of(record) for record in held if record.state is SsdState.STORED]
+            if any(record.state is SsdState.WRITING for record in held) or any(block.leases for block in stored):
+                continue
+            self.slabs.drain(slab)
+            self.coming[slot_bytes] -= sum(record.state is SsdState.LEAVING for record in held)
+            for block in dict.fromkeys(stored):
                 self.evict(block)
-        return True
+            return True
+        return False
+
+    def _block_of(self, record: SsdRecord) -> SsdBlock:
+        return record.namespace.tree.blocks[record.key]
 
     def _unlink(self, block: SsdBlock) -> None:
+        self._let_all_leave(block)
+        self._drop(block)
+
+    def _let_all_leave(self, block: SsdBlock) -> None:
         for record in list(block.parts.values()):
             self._detach(block, record)
             self._leave(record)
-        self._drop(block)
 
     def _drop(self, block: SsdBlock) -> None:
         """A block without records leaves the tree."""
         self.policy.discard(block)
-        block.namespace.tree.remove(block)
+        namespace = block.namespace
+        namespace.tree.remove(block)
+        if not namespace.writing and not namespace.tree.blocks:
+            self._emptied[namespace] = None
         self._touched.pop(block, None)
         self.block_count -= 1
 
@@ -438,7 +474,9 @@ class SsdStore:
     def _leave(self, record: SsdRecord) -> None:
         self._change(record, SsdState.LEAVING)
         self.leaving_bytes += record.slot_bytes
-        self._coming[record.slot_bytes] += 1
+        self.leaving_count += 1
+        if not self.slabs.slab_of(record.slot).draining:
+            self.coming[record.slot_bytes] += 1
         if record.logged:
             self._leaving[record] = None
         else:
@@ -450,7 +488,9 @@ class SsdStore:
             return
         self._change(record, SsdState.FREE)
         self.leaving_bytes -= record.slot_bytes
-        self._coming[record.slot_bytes] -= 1
+        self.leaving_count -= 1
+        if not self.slabs.slab_of(record.slot).draining:
+            self.coming[record.slot_bytes] -= 1
         del self.records[record.slot]
         self.slabs.free(record.slot)
 
@@ -494,41 +534,51 @@ class SsdStore:
     def restore(self, namespaces: list[NamespaceEntry], puts: list[PutEntry]) -> int:
         """Take over what a log and its checkpoint say, oldest use first; how many records.
 
+        Records that contradict others leave: of two blocks of a key the one that was used later stays, of two
+        namespaces of a description the later one. A namespace of which nothing is left is not taken over.
+
         Precondition: empty, all slabs usable that hold slots, ``puts`` agree with each other about slots.
         """
-        for entry in namespaces:
-            namespace = SsdNamespace(entry.namespace, entry.description, entry.generation)
-            namespace.told = True
-            self.namespaces[entry.namespace] = namespace
-            self._last_number = max(self._last_number, entry.namespace)
+        known = {entry.namespace: self._restored(entry) for entry in namespaces}
+        latest = {namespace.description: number for number, namespace in sorted(known.items())}
         self.slabs.restore((put.slot, put.slot_pages * PAGE_BYTES) for put in puts)
         found: dict[SsdNamespace, dict[bytes, SsdBlock]] = {}
         for put in puts:
-            namespace = self.namespaces[put.namespace]
-            blocks = found.setdefault(namespace, {})
-            record = self._restored(namespace, put)
-            block = blocks.get(put.key)
-            if block is None:
-                block = blocks[put.key] = SsdBlock(namespace, put.key, put.parent_key)
-            elif block.parent_key != put.parent_key:
+            namespace = known[put.namespace]
+            record = self._restored_record(namespace, put)
+            if latest[namespace.description] != put.namespace:
                 self._leave(record)
                 continue
+            blocks = found.setdefault(namespace, {})
+            block = blocks.get(put.key)
+            if block is None or block.parent_key != put.parent_key:
+                if block is not None:
+                    self._let_all_leave(block)
+                block = blocks[put.key] = SsdBlock(namespace, put.key, put.parent_key)
             block.used = put.access
             block.parts[put.part] = record
             self._count(block, record, 1)
         for namespace, blocks in found.items():
             for block in namespace.tree.fill(list(blocks.values())):
                 del blocks[block.key]
-                for record in list(block.parts.values()):
-                    self._detach(block, record)
-                    self._leave(record)
+                self._let_all_leave(block)
             for block in blocks.values():
                 self.policy.insert(block, block.used)
             self.block_count += len(blocks)
+        for number in latest.values():
+            namespace = known[number]
+            if namespace.tree.blocks or namespace.generation:
+                self.namespaces[number] = namespace
         self.access = max((put.access for put in puts), default=0)
         return self.record_count
 
-    def _restored(self, namespace: SsdNamespace, put: PutEntry) -> SsdRecord:
+    def _restored(self, entry: NamespaceEntry) -> SsdNamespace:
+        namespace = SsdNamespace(entry.namespace, entry.description, entry.generation)
+        namespace.told = True
+        self._last_number = max(self._last_number, entry.namespace)
+        return namespace
+
+    def _restored_record(self, namespace: SsdNamespace, put: PutEntry) -> SsdRecord:
         record = SsdRecord(namespace, put.key, put.parent_key, put.part)
         record.slot, record.slot_bytes = put.slot, put.slot_pages * PAGE_BYTES
         record.home_bytes = put.home_pages * PAGE_BYTES
@@ -538,6 +588,18 @@ class SsdStore:
         record.state = SsdState.STORED
         self.records[put.slot] = record
         return record
+
+    def restored_namespaces(self, most: int) -> list[SsdNamespace]:
+        """At most so many namespaces, those that were used last; all others are over."""
+        last_used = {
+            namespace: max((block.used for block in namespace.tree.blocks.values()), default=0)
+            for namespace in self.namespaces.values()
+        }
+        kept = sorted(last_used, key=last_used.__getitem__)
+        for namespace in kept[: max(len(kept) - most, 0)]:
+            self.empty(namespace)
+            del self.namespaces[namespace.number]
+        return list(self.namespaces.values())
 
     def blocks(self) -> Iterator[SsdBlock]:
         """All blocks."""

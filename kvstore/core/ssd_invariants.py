@@ -19,7 +19,8 @@ def validate_ssd(ssd: SsdStore) -> None:
     """
     sums: Counter[SsdState] = Counter()
     used: Counter[int] = Counter()
-    record_bytes = stored = 0
+    leaving: Counter[int] = Counter()
+    record_bytes = stored = leaving_count = 0
     for slot, record in ssd.records.items():
         _require(slot == record.slot, f"the record of SSD slot {record.slot} is filed under {slot}")
         _require(record.state is not SsdState.FREE, f"SSD slot {slot} is free and filed")
@@ -32,6 +33,10 @@ def validate_ssd(ssd: SsdStore) -> None:
         _require((slot - slab.first_page) % slab.slot_pages == 0, f"SSD slot {slot} is not on a slot's border")
         _require(slot not in slab.free, f"SSD slot {slot} is used and free")
         _require(record.busy >= 0, f"SSD slot {slot} was let go of too often")
+        if record.state is SsdState.LEAVING:
+            _require(record.logged or record.busy > 0, f"SSD slot {slot} leaves and nothing is waited for")
+            leaving_count += 1
+            leaving[record.slot_bytes] += not slab.draining
         if record.state is SsdState.STORED:
             stored += 1
             record_bytes += record.record_bytes
@@ -49,10 +54,14 @@ def validate_ssd(ssd: SsdStore) -> None:
         _require(sums[state] == value, f"SSD {state.name} bytes are {sums[state]}, accounted are {value}")
     _require(stored == ssd.record_count, f"{ssd.record_count} SSD records counted, {stored} found")
     _require(record_bytes == ssd.record_bytes, "SSD record bytes are miscounted")
+    _require(leaving_count == ssd.leaving_count, "SSD records that leave are miscounted")
+    _require(leaving == +ssd.coming, f"SSD slots on their way are {leaving}, counted are {+ssd.coming}")
     _require(len(ssd.records) <= ssd.max_records, "the SSD holds more records than its log has room for")
     for slab in ssd.slabs.slabs:
         _require(slab.used == used[slab.index], f"SSD slab {slab.index} counts {slab.used} slots")
         _require(slab.cut == slab.used + len(slab.free), f"SSD slab {slab.index} lost a slot")
+    draining = sum(slab.joined for slab in ssd.slabs.slabs if slab.draining)
+    _require(draining == ssd.slabs.draining_slabs, "SSD slabs that are emptied are miscounted")
     blocks = 0
     for number, namespace in ssd.namespaces.items():
         _require(namespace.number == number, f"SSD namespace {namespace.number} is filed under {number}")

@@ -38,15 +38,17 @@ class Replayed:
     puts: int = 0
     complete: bool = False
     dropped: int = 0
-    _places: dict[tuple[int, bytes, int], int] = field(default_factory=dict)
+    _places: dict[int, dict[tuple[bytes, int], int]] = field(default_factory=dict)
+    """Slots by key and part, by namespace."""
 
     def take(self, entries: Iterable[Entry]) -> None:
         """The entries of one frame."""
-        slots, places = self.slots, self._places
+        slots = self.slots
         for entry in entries:
             if type(entry) is PutEntry:
                 self.puts += 1
-                place = (entry.namespace, entry.key, entry.part)
+                places = self._places.setdefault(entry.namespace, {})
+                place = (entry.key, entry.part)
                 before = places.get(place)
                 if before is not None and before != entry.slot:
                     del slots[before]
@@ -72,11 +74,11 @@ class Replayed:
     def _end(self, slot: int) -> None:
         put = self.slots.pop(slot, None)
         if put is not None:
-            self._places.pop((put.namespace, put.key, put.part), None)
+            del self._places[put.namespace][put.key, put.part]
 
     def _empty(self, namespace: int) -> None:
-        for slot in [slot for slot, put in self.slots.items() if put.namespace == namespace]:
-            self._end(slot)
+        for slot in self._places.pop(namespace, {}).values():
+            del self.slots[slot]
 
     def doubt(self) -> None:
         """Something that was said is unknown: what was there may be over."""
@@ -101,9 +103,9 @@ class Replayed:
                 and put.home_pages >= put.slot_pages
                 and put.namespace in self.namespaces
                 and 0 < put.record_bytes <= put.slot_pages * PAGE_BYTES
-                and sizes.setdefault(index, put.slot_pages) == put.slot_pages
                 and offset % put.slot_pages == 0
                 and offset + put.slot_pages <= slab_pages
+                and sizes.setdefault(index, put.slot_pages) == put.slot_pages
             )
             if fits:
                 kept.append(put)

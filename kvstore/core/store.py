@@ -56,11 +56,11 @@ from kvstore.core.instructions import (
 )
 from kvstore.core.journal import Journal
 from kvstore.core.leases import Leases
-from kvstore.core.namespaces import Namespaces, NamespaceState
+from kvstore.core.namespaces import MOST_RESTORED, Namespaces, NamespaceState
 from kvstore.core.retired import Retired
 from kvstore.core.slabs import Slab, SlabAllocator
 from kvstore.core.ssd import SsdStore
-from kvstore.core.ssd_record import SsdBlock
+from kvstore.core.ssd_record import SsdBlock, SsdState
 from kvstore.core.story import Story
 from kvstore.core.tree import ORPHAN_DEPTH, descendants
 from kvstore.errors import InvalidTransition
@@ -197,6 +197,7 @@ class Store:
         self.resident_bytes = 0
         self.resident_record_bytes = 0
         self.granted_bytes = 0
+        self.granted_count = 0
         self.limbo_bytes = 0
         self.block_count = 0
         self.record_count = 0
@@ -212,7 +213,7 @@ class Store:
         if ssd is not None:
             self._access = ssd.access
             ssd.on_evicted = lambda key, used: self.admission.evicted(key, used, self._access)
-            for below in list(ssd.namespaces.values()):
+            for below in ssd.restored_namespaces(MOST_RESTORED):
                 self.namespaces.restore(below)
         self._handlers: dict[type, Callable[[Any], list[Instruction]]] = {
             SlabPopulated: self._slab_populated,
@@ -320,6 +321,10 @@ class Store:
         return [*([Withdraw(slots)] if slots else []), *self._forget_namespaces()]
 
     def _forget_namespaces(self) -> list[Instruction]:
+        for below in self.ssd.take_emptied() if self.ssd is not None else ():
+            emptied = self.namespaces.by_id.get(below.state)
+            if emptied is not None:
+                self.namespaces.note_idle(emptied)
         forgotten = self.namespaces.forget_idle()
         for state in forgotten:
             if state.ssd is not None and self.ssd is not None:
@@ -373,9 +378,9 @@ class Store:
             return [Refuse(PutStatus.THROTTLED, Reason.GRANT_LIMIT)]
         if self.granted_bytes + slot_bytes > self.limits.grant_bytes:
             return [Refuse(PutStatus.THROTTLED, Reason.GRANT_LIMIT)]
-        if self.demotes and self.granted_bytes + slot_bytes > self._room_bytes():
-            refusal = Refuse(PutStatus.THROTTLED, Reason.DEMOTING)
-            return [refusal] if event.ahead else [*self._retire_ahead(slot_bytes), refusal]
+        if self.demotes and not self._has_room(slot_bytes, 1):
+            retired = [] if event.ahead else self._retire_ahead(slot_bytes)
+            return [*retired, Refuse(PutStatus.THROTTLED, Reason.DEMOTING if self.retired else Reason.ALL_HELD)]
         slot = self.slabs.allocate(slot_bytes)
         if slot is None:
             return (
@@ -386,6 +391,7 @@ class Store:
         session.grants[slot] = record
         session.granted_bytes += slot_bytes
         self.granted_bytes += slot_bytes
+        self.granted_count += 1
         return [Grant(record)]
 
     def _number_of_wanted(self, event: SlotWanted) -> int | None:
@@ -411,7 +417,7 @@ class Store:
         """A block, and some above it, were used."""
         if not block.retired:
             self.policy.touch(block, hits, number)
-        elif self._room_bytes() - self.retired.clean_bytes_above(block) >= self.granted_bytes:
+        elif self._has_room(*self.retired.clean_above(block)):
             # Else its room is promised to those that write; it has a copy below, which stays fresh.
             self._revive(block, number)
 
@@ -431,7 +437,9 @@ class Store:
         if slots:
             return [Withdraw(slots), TryAgain()]
         if self.demotes:
-            demote = self._retire(slot_bytes)
+            # What is on its way comes first; a slab of it is enough for a slot of any size.
+            enough = self.retired.slot_bytes >= self.slabs.slab_bytes
+            demote = [] if enough else self._retire(slot_bytes)
             if len(self.retired):
                 return [*demote, Refuse(PutStatus.THROTTLED, Reason.DEMOTING)]
         if self.limbo_bytes or self.leases:
@@ -502,7 +510,7 @@ class Store:
                 status, reason = PutStatus.REJECTED, Reason.BAD_RECORD
             else:
                 session.granted_bytes -= record.slot_bytes
-                status, reason = self._place(record, commit, namespace, access, placing)
+                status, reason = self._place(record, commit, namespace, access, placing, left)
                 if status is PutStatus.STORED:
                     placing.placed.append(record)
                 else:
@@ -539,8 +547,9 @@ class Store:
         namespace: NamespaceState | None,
         access: int,
         placing: _Placing,
+        left: list[int],
     ) -> tuple[PutStatus, Reason]:
-        """Place one committed record, or say why not."""
+        """Place one committed record, or say why not. ``left``: gets slots that leave for it."""
         if namespace is None or not namespace.current:
             return PutStatus.REJECTED, Reason.STALE_NAMESPACE
         if commit.namespace_digest != namespace.digest or commit.record_bytes > record.slot_bytes:
@@ -552,12 +561,23 @@ class Store:
         if namespace.exact and commit.fidelity < FIDELITY_EXACT:
             return PutStatus.REJECTED, Reason.NOT_EXACT
         block = namespace.blocks.get(commit.key)
-        parent = namespace.blocks.get(commit.parent_key)
-        for used in (parent, block):
-            if used is not None and used.retired:
-                self._revive(used, access)
         before: Record | None = None
+        if block is not None:
+            before = block.parts.get(commit.part)
+            if before is not None and commit.fidelity <= before.fidelity:
+                placing.touched.append((block, access))
+                return PutStatus.EXISTS, Reason.NONE
+            if commit.parent_key != block.parent_key:
+                placing.touched.append((block, access))
+                return PutStatus.REJECTED, Reason.BAD_PARENT
+            if block.retired:
+                left += self._stay(block, access)
+                if not block.parts:
+                    block = before = None
         if block is None:
+            parent = namespace.blocks.get(commit.parent_key)
+            if parent is not None and parent.retired:
+                left += self._stay(parent, access)
             if namespace.closes_circle(commit.key, commit.parent_key):
                 return PutStatus.REJECTED, Reason.BAD_PARENT
             block = Block(namespace, commit.key, commit.parent_key)
@@ -576,16 +596,12 @@ class Store:
             self.block_count += 1
         else:
             placing.touched.append((block, access))
-            before = block.parts.get(commit.part)
-            if before is not None and commit.fidelity <= before.fidelity:
-                return PutStatus.EXISTS, Reason.NONE
-            if commit.parent_key != block.parent_key:
-                return PutStatus.REJECTED, Reason.BAD_PARENT
         record.block, record.part, record.session = block, commit.part, 0
         record.record_bytes, record.checksum = commit.record_bytes, commit.checksum
         record.codec, record.fidelity = commit.codec, commit.fidelity
         self._change(record, RecordState.RESIDENT, commit.key, "committed")
         self.granted_bytes -= record.slot_bytes
+        self.granted_count -= 1
         if before is not None:
             self._displace(before, record, placing)
         self._attach(record)
@@ -708,6 +724,9 @@ class Store:
                 continue
             record = self.find(event.namespace_id, commit.key, commit.part)
             if record is None or record.fidelity < commit.fidelity:
+                below = self.namespaces.by_id[event.namespace_id].ssd
+                if self.ssd is not None and self.ssd.holds(below, commit.key, commit.part, commit.fidelity):
+                    continue
                 statuses[index] = PutStatus.THROTTLED if held else PutStatus.REJECTED
                 reasons[index] = Reason.ALL_HELD if held else Reason.NO_ROOM
 
@@ -798,7 +817,9 @@ class Store:
                 orphaned += namespace.orphans.get(key, ())
             removed += block is not None or below
         # Only now, because some of them were removed as well: a whole chain costs no more than its length.
-        condemned = [below for block in orphaned if block.parts for below in (block, *descendants(block))]
+        # What is retired is nobody's child, and no policy's.
+        stay = [block for block in orphaned if block.parts and not block.retired]
+        condemned = [below for block in stay for below in (block, *descendants(block))]
         if condemned:
             self.policy.condemn(sorted(condemned, key=lambda block: block.depth))
         self.counters.removed_blocks += removed
@@ -844,7 +865,7 @@ class Store:
 
     def _ticked(self, event: Ticked) -> list[Instruction]:
         self._released(self.leases.expire(self._now_ns))
-        return self._retire_ahead()
+        return [*self._forget_namespaces(), *self._retire_ahead()]
 
     # -------------------------------------------------------------- changes of state
 
@@ -867,16 +888,20 @@ class Store:
 
     # -------------------------------------------------------------- the tier below
 
-    def _room_bytes(self) -> int:
-        """What can be committed before something has to be written below."""
-        return self.limits.capacity_bytes - self.resident_bytes + self.retired.clean_bytes
+    def _has_room(self, slot_bytes: int, records: int) -> bool:
+        """Whether all that is granted, and so much more, can be committed before something is written below."""
+        retired, limits = self.retired, self.limits
+        room = limits.capacity_bytes - self.resident_bytes + retired.clean_bytes
+        if self.granted_bytes + slot_bytes > room:
+            return False
+        return self.granted_count + records <= limits.max_records - self.record_count + retired.clean_records
 
     def _victim_for_slot(self, number: int | None) -> Block | None:
-        """The block that leaves next for a slot: what was retired first, or where nothing is demoted any."""
+        """The block that leaves next for a slot: of those that were retired, or where nothing is demoted any."""
         first = self.retired.first()
         if first is None:
             return None if self.demotes else self._next_victim(number)
-        return first if self.retired.is_clean(first) or not self.demotes else None
+        return first if self.retired.is_clean(first) else None
 
     def missing_below(self, block: Block) -> list[Record]:
         """Records of a block of which the SSD has none that is as good."""
@@ -895,18 +920,20 @@ class Store:
         reserve = max(self._reserve_bytes, self.granted_bytes + wanted_bytes)
         short = reserve - (self.limits.capacity_bytes - self.resident_bytes + self.retired.slot_bytes)
         records_left = self.limits.max_records - self.record_count + self.retired.records
-        if short <= 0 and records_left >= min(RETIRED_AT_ONCE, self.limits.max_records // _RESERVE_SHARE):
+        wanted = max(min(RETIRED_AT_ONCE, self.limits.max_records // _RESERVE_SHARE), self.granted_count + 1)
+        if short <= 0 and records_left >= wanted:
             return []
-        return self._retire(max(short, 1))
+        return self._retire(max(short, 0), max(wanted - records_left, 0))
 
-    def _retire(self, slot_bytes: int) -> list[Instruction]:
-        """Retire blocks with so many bytes, or as many as there may be at once."""
+    def _retire(self, slot_bytes: int, records: int = 0) -> list[Instruction]:
+        """Retire blocks with so many bytes and records, or as many as there may be at once."""
         assert self.ssd is not None
-        aim = self.retired.slot_bytes + slot_bytes
+        bytes_aim, records_aim = self.retired.slot_bytes + slot_bytes, self.retired.records + records
         demote: list[Record] = []
         accesses: list[int] = []
         for _ in range(RETIRED_AT_ONCE):
-            block = None if self.retired.slot_bytes >= aim else self._next_victim()
+            enough = self.retired.slot_bytes >= bytes_aim and self.retired.records >= records_aim
+            block = None if enough else self._next_victim()
             if block is None:
                 break
             access = self.policy.used(block)
@@ -916,7 +943,7 @@ class Store:
             if missing and not self.admission.admits(block, self._access, scarce=self.ssd.scarce):
                 self.counters.not_admitted_blocks += 1
                 missing = []
-            self.retired.add(block, clean=not missing)
+            self.retired.add(block, {record.part for record in missing})
             demote += missing
             accesses += [access] * len(missing)
         return [Demote(demote, accesses)] if demote else []
@@ -946,16 +973,40 @@ class Store:
             self.admission.used((revived.key,), number)
             self.policy.insert(revived, number)
 
+    def _stay(self, block: Block, number: int) -> list[int]:
+        """Have a retired block stay, with what goes on behind it; slots of what leaves instead.
+
+        Where the room of those above is promised to others, the first that has a copy below leaves, be it that block.
+        """
+        slots: list[int] = []
+        if not self._has_room(*self.retired.clean_above(block)):
+            above: Block | None = block
+            while above is not None and above.retired and not self.retired.is_clean(above):
+                above = above.parent
+            if above is not None and above.retired:
+                slots = self._evict(above)
+        if block.parts:
+            self._revive(block, number)
+        return slots
+
     def _demoted(self, event: Demoted) -> list[Instruction]:
+        better: list[Record] = []
         for stored in event.records:
             namespace = self.namespaces.by_id.get(stored.namespace.state)
             block = None if namespace is None else namespace.blocks.get(stored.key)
-            if block is not None and block.retired and not self.missing_below(block):
-                self.retired.clean(block)
+            if block is None or not block.retired:
+                continue
+            record = block.parts.get(stored.part)
+            if stored.state is SsdState.STORED and record is not None and record.fidelity > stored.fidelity:
+                # It took the other's place here while that was written.
+                better.append(record)
+            else:
+                self.retired.stored(block, stored.part)
         for block in event.given_up:
             if block in self.retired:
                 self.retired.clean(block)
-        return self._retire_ahead()
+        demote = [Demote(better, [self._access] * len(better))] if better and self.demotes else []
+        return [*demote, *self._retire_ahead()]
 
     def _ssd_changed(self, event: SsdChanged) -> list[Instruction]:
         self.demotes = event.writable
@@ -965,19 +1016,20 @@ class Store:
 
     def _persist_wanted(self, event: PersistWanted) -> list[Instruction]:
         namespace = self.namespaces.by_id.get(event.namespace_id)
-        demote: dict[Record, int] = {}
+        records: list[Record] = []
+        seen: set[Block] = set()
         for key in event.keys if namespace is not None and self.demotes else ():
             assert namespace is not None
+            path: list[Block] = []
             block = namespace.blocks.get(key)
-            while block is not None:
-                missing = self.missing_below(block)
-                if missing and missing[0] in demote:
-                    break
-                demote.update(dict.fromkeys(missing, self._access))
+            while block is not None and block not in seen:
+                seen.add(block)
+                path.append(block)
                 block = block.parent
-        # The first blocks of a chain first: what comes behind is of no use without them.
-        records = list(reversed(demote))
-        return [Demote(records, [demote[record] for record in records])] if records else []
+            # The first blocks of a chain first: what comes behind is of no use without them.
+            for above in reversed(path):
+                records += self.missing_below(above)
+        return [Demote(records, [self._access] * len(records))] if records else []
 
     def _withdraw_all(self, blocks: list[Block]) -> list[Instruction]:
         slots = [slot for block in blocks for slot in self._unlink(block, "cleared")]
@@ -1012,6 +1064,7 @@ class Store:
         """Its slot, to be withdrawn. ``counted``: its bytes are, as those of a grant or of a resident record."""
         if record.state is RecordState.GRANTED:
             self.granted_bytes -= record.slot_bytes
+            self.granted_count -= 1
         elif counted:
             self.resident_bytes -= record.slot_bytes
             self.resident_record_bytes -= record.record_bytes
@@ -1027,6 +1080,7 @@ class Store:
         """A grant that was never published: its slot can be used again at once."""
         self._change(record, RecordState.FREE, key, cause)
         self.granted_bytes -= record.slot_bytes
+        self.granted_count -= 1
         del self.records[record.slot]
         self.slabs.free(record.slot)
 

@@ -132,7 +132,8 @@ class PrefixTree(Generic[B]):
         if block.children:
             for child in block.children:
                 child.parent = None
-            self.orphans[block.key] = block.children
+            # Some may wait already: those that were on their way out, and nobody's children.
+            self.orphans.setdefault(block.key, set()).update(block.children)
             block.children = None
 
 

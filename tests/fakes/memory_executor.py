@@ -11,6 +11,7 @@ from typing import Final
 from kvstore.core.block import Record, RecordState
 from kvstore.core.events import Displaced, Event, Quiesced, SlotWanted
 from kvstore.core.instructions import (
+    Demote,
     EndNamespace,
     Grant,
     Instruction,
@@ -56,6 +57,7 @@ class MemoryExecutor:
         places: the two buckets of an identity, each of which has room for ``bucket_entries``; None: room for all.
         quiesce_at_once: answer ``Quiesced`` for slots that nobody pins as soon as they are withdrawn; else they wait
             for ``quiesce``.
+        demote: takes records that are to be written below.
         last: instructions of the last event, those of its repetitions included; a ``Displaced`` stands before its own.
     """
 
@@ -67,6 +69,7 @@ class MemoryExecutor:
     places: Callable[[Identity], tuple[int, int]] | None = None
     bucket_entries: int = 2
     quiesce_at_once: bool = True
+    demote: Callable[[Demote], None] | None = None
     last: list[Instruction | Displaced] = field(default_factory=list)
     _entries: dict[int, Identity] = field(default_factory=dict)
     _buckets: dict[int, set[int]] = field(default_factory=dict)
@@ -95,6 +98,9 @@ class MemoryExecutor:
                 self._replace(instruction)
             elif isinstance(instruction, Move):
                 self._move(instruction)
+            elif isinstance(instruction, Demote):
+                assert self.demote is not None
+                self.demote(instruction)
             elif isinstance(instruction, EndNamespace):
                 self._end_namespace(instruction.namespace_id)
             else:
