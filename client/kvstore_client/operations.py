@@ -140,17 +140,18 @@ class Operations(PutOperations):
             wanted = throttled + wanted[len(asked) :]
         return [found[at] for at in range(len(keys))]
 
-    def bring_up(self, missed: Sequence[bytes]) -> Steps[bool]:
-        """Have blocks that are in tiers below come up into mapped memory; False where time was over before.
+    def bring_up(self, missed: Sequence[bytes]) -> Steps[int]:
+        """Have blocks that are in tiers below come up into mapped memory; how many did not, -1 where time was over.
 
         Asks for all of them at once. Afterwards what is not in mapped memory is nowhere, or does not come up.
         """
+        below = 0
         try:
             for some in batches(missed):
-                expect((yield Ask(Prefetch, (some, TierId.DRAM, True), waits=True)), CountReply)
+                below += expect((yield Ask(Prefetch, (some, TierId.DRAM, True), waits=True)), CountReply).below
         except DeadlineExceeded:
-            return False
-        return True
+            return -1
+        return below
 
     def read_rest(
         self,
@@ -166,18 +167,29 @@ class Operations(PutOperations):
         """
         if not missed:
             return (yield from self.get_into(keys, outs, part, request))
-        in_time = yield from self.bring_up(missed)
-        mapped = self._session.mapped
         lengths: list[int | None] = [None] * len(keys)
-        asked = list(range(len(keys)))
-        if mapped is not None:
-            results = mapped.get_many_into(list(keys), list(outs), part, request or 0, True)
-            if isinstance(results, list):
-                lengths = [result if result >= 0 else None for result in results]
-                asked = [at for at in asked if results[at] < 0 and results[at] not in NOT_THERE]
-        if asked and in_time:
-            found = yield from self.get_into([keys[at] for at in asked], [outs[at] for at in asked], part, request)
-            for at, length in zip(asked, found, strict=True):
+        rest = list(range(len(keys)))
+        while True:
+            below = yield from self.bring_up(missed)
+            mapped = self._session.mapped
+            if mapped is None:
+                break
+            some = [keys[at] for at in rest]
+            results = mapped.get_many_into(some, [outs[at] for at in rest], part, request or 0, True)
+            if not isinstance(results, list):
+                break
+            for at, result in zip(rest, results, strict=True):
+                lengths[at] = result if result >= 0 else None
+            left = [(at, result) for at, result in zip(rest, results, strict=True) if result < 0]
+            missed = [keys[at] for at, result in left if result in NOT_THERE]
+            if below <= 0 or len(left) == len(rest):
+                # What is not there is nowhere, or does not come up; anything else than a miss is asked for.
+                rest = [at for at, result in left if result not in NOT_THERE]
+                break
+            rest = [at for at, _ in left]
+        if rest and below >= 0:
+            found = yield from self.get_into([keys[at] for at in rest], [outs[at] for at in rest], part, request)
+            for at, length in zip(rest, found, strict=True):
                 lengths[at] = length
         return lengths
 
@@ -194,7 +206,7 @@ class Operations(PutOperations):
             missed: it was not there and may be below: it comes up first.
         """
         if missed:
-            in_time = yield from self.bring_up([key])
+            in_time = (yield from self.bring_up([key])) >= 0
             mapped = self._session.mapped
             if (mapped is not None and pin(mapped)) or not in_time:
                 return None

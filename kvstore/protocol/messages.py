@@ -398,9 +398,13 @@ class ExistsReply(Reply, tag=107):
 
 
 class CountReply(Reply, tag=108):
-    """Answer to remove, clear, prefetch and hint: how many blocks; to release: 1 where the lease still held, else 0."""
+    """Answer to remove, clear, prefetch and hint: how many blocks; to release: 1 where the lease still held, else 0.
+
+    ``below``: to a prefetch that waited, how many are complete only in tiers below still.
+    """
 
     count: Unsigned
+    below: Unsigned = 0
 
 
 class Done(Reply, tag=109):

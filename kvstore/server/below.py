@@ -22,6 +22,9 @@ _PREFETCH_S: Final = 30.0
 _PREFETCH_SHARE: Final = 4
 """What is brought up ahead of one request is at most this part of the DRAM tier."""
 
+_AT_ONCE_SHARE: Final = 2
+"""What is brought up for one request is at most this part of it: the last must not push out the first."""
+
 
 class Below:
     """The tiers below DRAM as requests see them.
@@ -65,24 +68,27 @@ class Below:
         return found
 
     async def promote(self, namespace: NamespaceState, blocks: Sequence[SsdBlock], deadline_ns: int) -> None:
-        """Bring blocks up; returns when that is done, or cannot be, or the time is over."""
+        """Bring blocks up, as many as there may be at once; ends when that is done, or cannot be, or time is over."""
         before = self.tier.promotions.blocks
-        await self.tier.promotions.promote(namespace, blocks, deadline_ns)
+        await self.tier.promotions.promote(namespace, self._leading(blocks, _AT_ONCE_SHARE), deadline_ns)
         self.tier.hits += self.tier.promotions.blocks - before
 
     def prefetch(self, namespace: NamespaceState, blocks: Sequence[SsdBlock]) -> None:
         """Begin to bring blocks up, as many as a share of DRAM takes."""
-        room = self._store.limits.capacity_bytes // _PREFETCH_SHARE
-        some: list[SsdBlock] = []
-        for block in blocks:
-            room -= sum(record.home_bytes for record in block.parts.values())
-            if room < 0:
-                break
-            some.append(block)
+        some = self._leading(blocks, _PREFETCH_SHARE)
         if some:
             task = asyncio.ensure_future(self.promote(namespace, some, self._clock() + int(_PREFETCH_S * 1e9)))
             self._prefetches.add(task)
             task.add_done_callback(self._prefetches.discard)
+
+    def _leading(self, blocks: Sequence[SsdBlock], share: int) -> Sequence[SsdBlock]:
+        """The first blocks, at least one, up to a part of the DRAM tier."""
+        room = self._store.limits.capacity_bytes // share
+        for index, block in enumerate(blocks):
+            room -= sum(record.home_bytes for record in block.parts.values())
+            if room < 0:
+                return blocks[: max(index, 1)]
+        return blocks
 
     def worth_loading(self, blocks: list[Block | SsdBlock]) -> list[Block | SsdBlock]:
         """Leading blocks without those that take longer to load than to compute anew."""

@@ -438,7 +438,8 @@ class Requests:
         def count() -> CountReply:
             blocks = [] if namespace is None else [namespace.blocks.get(key) for key in keys]
             there = sum(block is not None and block.complete for block in blocks)
-            return CountReply(request.id, self._incarnation, there)
+            left = [] if self._below is None or not request.wait else self._below.lacking(namespace, keys)
+            return CountReply(request.id, self._incarnation, there, len(left))
 
         lacking = [] if self._below is None else self._below.lacking(namespace, keys)
         if not lacking or namespace is None or self._below is None:

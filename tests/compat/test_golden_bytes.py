@@ -332,6 +332,7 @@ REPLIES_4: dict[str, AnyReply] = {
         bytes([Reason.NONE, Reason.DEMOTING, Reason.MISSING]),
     ),
     "stats-reply": StatsReply(*reply(13), msgspec.structs.replace(STATS_3.stats, ssd=SSD_STATS)),
+    "count-reply": CountReply(*reply(9), 1, 2),
 }
 PAYLOAD_FRAMES = {
     "put": [encode_header(HEADERS[0]), PAYLOADS[0], encode_header(HEADERS[1]), PAYLOADS[1]],
@@ -424,6 +425,7 @@ def test_golden_files_every_message_type_has_one_and_each_is_tested():
         "protocol-1/match",
         "protocol-1/prefetch",
         "protocol-1/welcome",
+        "protocol-1/count-reply",
         "protocol-1/match-reply",
         "protocol-1/exists-reply",
         "protocol-1/stats-reply",

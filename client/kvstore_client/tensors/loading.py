@@ -71,7 +71,7 @@ class Loading:
         self._access = access
         self._sure = sure
         self._stream = stream
-        self._brought_up = False
+        self._brought_up = -1
         """Whether what was missed was asked for, so that a miss in mapped memory is one."""
         self._loaded = 0
         self._fidelities: list[int] = []
@@ -86,7 +86,7 @@ class Loading:
             if mapped is not None:
                 problem = yield from self._from_slots(mapped)
             if problem is None and self._loaded == before:
-                if mapped is not None and mapped.lower_tiers and not self._brought_up:
+                if mapped is not None and mapped.lower_tiers and self._brought_up != self._loaded:
                     yield from self._bring_up(mapped)
                 else:
                     problem = yield from self._received(None if mapped is None else 1)
@@ -114,7 +114,7 @@ class Loading:
         from kvstore_client.mapped_batches import HeldBatch
 
         keys = self._blocks.keys[self._loaded : self._loaded + _MOST_BLOCKS]
-        sure = self._brought_up or (self._sure and not mapped.lower_tiers)
+        sure = self._brought_up == self._loaded or (self._sure and not mapped.lower_tiers)
         with HeldBatch(mapped, keys, self._plan.part, sure) as held:
             problem = _WHY.get(held.why)
             good = 0
@@ -134,7 +134,7 @@ class Loading:
 
         found = fidelities(mapped, self._blocks.key_words[self._loaded :], self._plan.part)
         missed = [self._blocks.keys[self._loaded + at] for at in np.flatnonzero(found < 0).tolist()]
-        self._brought_up = True
+        self._brought_up = self._loaded
         if missed:
             yield self._operations.bring_up(missed)
 
