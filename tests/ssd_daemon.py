@@ -11,7 +11,10 @@ from daemon_process import MIB, wait_until
 from forked_daemons import ForkedDaemon, Nursery
 from killed_daemon import Control
 
+from kvstore.format.constants import PAGE_BYTES, RECORD_HEADER_BYTES, RECORD_MAGIC
+from kvstore.format.record import decode_header
 from kvstore.protocol.messages import PutStatus, SsdStats
+from kvstore.protocol.namespace import Namespace, namespace_digest
 from kvstore_client import Client
 
 SLAB_BYTES = 128 << 10
@@ -100,6 +103,18 @@ def wait_for_state(client: Client, state: str, timeout_s: float = 20.0) -> SsdSt
     return ssd_stats(client)
 
 
+def slots_of(slabs: bytes, name: str = "ssd") -> dict[bytes, list[int]]:
+    """Offsets of the slots that have a whole header of a namespace's block, by its key; old ones too."""
+    digest = namespace_digest(Namespace(name=name).canonical(), 0)
+    found: dict[bytes, list[int]] = {}
+    for at in range(PAGE_BYTES, len(slabs), PAGE_BYTES):
+        if slabs.startswith(RECORD_MAGIC, at):
+            header = decode_header(slabs[at : at + RECORD_HEADER_BYTES])
+            if header.namespace_digest == digest:
+                found.setdefault(header.key, []).append(at)
+    return found
+
+
 def durable_is(client: Client, number: int, *, version: int = 0) -> PutStatus:
     """What a durable put ends with."""
     return client.put(key_of(number), payload_of(number, version), durable=True)
@@ -116,6 +131,7 @@ __all__ = [
     "key_of",
     "payload_of",
     "put_durable",
+    "slots_of",
     "ssd_stats",
     "wait_for_state",
 ]

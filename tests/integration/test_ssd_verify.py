@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from forked_daemons import Nursery
-from ssd_daemon import SLAB_BYTES, SLOT_BYTES, SsdDaemon, found_blocks, key_of, put_durable
+from ssd_daemon import SLAB_BYTES, SLOT_BYTES, SsdDaemon, found_blocks, key_of, put_durable, slots_of
 
 from kvstore.cli.main import _run
 from kvstore.format.ssd_files import SLABS_MAGIC
@@ -42,9 +42,8 @@ def content(directory: Path) -> dict[str, bytes]:
 
 def slot_of(directory: Path, number: int) -> int:
     """Offset of a block's record in the slab file, by its key."""
-    data = (directory / "slabs").read_bytes()
-    at = data.index(key_of(number), HEADER_BYTES)
-    return at // 4096 * 4096
+    (slot,) = slots_of((directory / "slabs").read_bytes())[key_of(number)]
+    return slot
 
 
 def flip(path: Path, offset: int) -> None:
