@@ -48,9 +48,10 @@ class SsdDaemon(ForkedDaemon):
         self.ssd = where / "ssd"
         self.control = Control(where / "control.json")
         fixed = ["--ssd", str(self.ssd), "--ssd-capacity", ssd_capacity, "--slab", "128KiB"]
-        for setting in ("ssd.reserve_bytes=0", "ssd.slab_bytes=131072", "ssd.max_records=1024", "ssd.threads=4"):
-            if not any(argument.startswith(setting.partition("=")[0]) for argument in arguments):
-                fixed += ["--set", setting]
+        given = {argument.partition("=")[0] for argument in arguments}
+        for name, value in ({"reserve_bytes": 0, "slab_bytes": SLAB_BYTES, "threads": 4}).items():
+            if f"ssd.{name}" not in given:
+                fixed += ["--set", f"ssd.{name}={value}"]
         options = {"capacity": "1MiB", "grant": "512KiB", **options}
         super().__init__(nursery, self.control, *fixed, *arguments, **options)
 

@@ -130,18 +130,21 @@ class SsdTier:
         max_records = settings.max_records or _FEWEST_RECORDS
         data_bytes = settings.capacity_bytes - index_bytes(max_records) - _OTHER_BYTES
         slab_bytes = settings.slab_bytes or _slab_bytes(data_bytes, largest_slot_bytes)
-        if data_bytes < slab_bytes or slab_bytes < largest_slot_bytes:
-            raise SettingsError(_too_small(settings, max_records, slab_bytes, largest_slot_bytes))
+
+        def check(slab_bytes: int) -> None:
+            if data_bytes < slab_bytes or slab_bytes < largest_slot_bytes:
+                raise SettingsError(_too_small(settings, max_records, slab_bytes, largest_slot_bytes))
+
+        check(slab_bytes)
         directory = directory or SsdDirectory(settings.directory)
         # Hundreds of thousands of objects come to stay: looking through them again and again finds nothing.
         collecting = gc.isenabled()
         gc.disable()
         try:
-            recovered = await recover(directory, slab_bytes, settings.slab_bytes, data_bytes // slab_bytes)
+            slab_count = data_bytes // slab_bytes
+            recovered = await recover(directory, slab_bytes, settings.slab_bytes, slab_count, check)
             try:
                 slab_bytes = recovered.slab_bytes
-                if slab_bytes < largest_slot_bytes or data_bytes < slab_bytes:
-                    raise SettingsError(_too_small(settings, max_records, slab_bytes, largest_slot_bytes))
                 max_records = most_records(settings, recovered.formatted_slabs * slab_bytes)
                 kept = recovered.puts[-max_records:]
                 slab_counts = recovered.formatted_slabs, data_bytes // slab_bytes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from kvstore.core.slabs import SlabAllocator
@@ -72,7 +73,11 @@ async def new_log(directory: SsdDirectory, number: int, store_id: bytes) -> Appe
 
 
 async def recover(
-    directory: SsdDirectory, slab_bytes: int, wanted_slab_bytes: int | None, slab_count: int | None
+    directory: SsdDirectory,
+    slab_bytes: int,
+    wanted_slab_bytes: int | None,
+    slab_count: int | None,
+    check: Callable[[int], None] = lambda slab_bytes: None,
 ) -> Recovered:
     """Read the directory, or begin a new store in an empty one.
 
@@ -82,6 +87,7 @@ async def recover(
         wanted_slab_bytes: what the user set, None for what there is.
         slab_count: slabs that there may be, for slabs of ``slab_bytes``; as many bytes where they have another size.
             None: those that there are.
+        check: called with the size of the slabs that are there before anything is changed; raises what is wrong.
 
     Raises:
         SettingsError: it holds a store that this daemon must not touch: another format, another layout, other files.
@@ -104,6 +110,7 @@ async def recover(
             for name in names:
                 directory.remove(name)
             return await _create(directory, slab_bytes)
+        check(header.slab_bytes)
         if slab_count is not None and header.slab_bytes != slab_bytes:
             slab_count = slab_count * slab_bytes // header.slab_bytes
         return await _read(directory, slabs, header, names, slab_count, begin)
