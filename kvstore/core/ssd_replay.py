@@ -110,5 +110,6 @@ class Replayed:
             if fits:
                 kept.append(put)
         self.dropped += len(self.slots) - len(kept)
+        kept.reverse()
         kept.sort(key=lambda put: put.access)
         return kept

@@ -217,7 +217,9 @@ class SsdMachine(RuleBasedStateMachine):
             elif status is not PutStatus.EXISTS:
                 assert self.excused or not writable, f"a granted slot's commit was answered {status!r}, {reason!r}"
         # Unless its copy left the SSD since, or it got none when nothing could be written.
-        excused = self.excused or not writable or self.twin.failures or self.twin.ssd.counters.evicted_blocks
+        counters = self.twin.ssd.counters
+        lost = self.twin.failures or counters.evicted_blocks or counters.corrupt_records
+        excused = self.excused or not writable or lost
         assert excused or self.store.counters.dropped_blocks == dropped, (
             "a block left DRAM without a copy although the SSD is written"
         )
