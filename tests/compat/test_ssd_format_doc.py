@@ -67,7 +67,8 @@ FIRST, SECOND = chain_keys(range(128), 64, salt=b"golden")
 NAMESPACE = NamespaceEntry(1, 0, DESCRIPTION)
 FIRST_PUT = PutEntry(85, 7, 0, 1, 2, 64, 3, 1, 6000, 0x1122334455667788, 9, FIRST, ROOT_KEY)
 SECOND_PUT = FIRST_PUT._replace(slot=3, record_bytes=8192, access=10, key=SECOND, parent_key=FIRST)
-BETTER_PUT = FIRST_PUT._replace(slot=5, record_bytes=8000, fidelity=255, codec=2, checksum=0x99AABBCCDDEEFF00, access=12)
+BETTER_CHECKSUM = 0x99AABBCCDDEEFF00
+BETTER_PUT = FIRST_PUT._replace(slot=5, record_bytes=8000, fidelity=255, codec=2, checksum=BETTER_CHECKSUM, access=12)
 LOG: list[list[Entry]] = [
     [NAMESPACE, FIRST_PUT, SECOND_PUT],
     [BETTER_PUT, TouchEntry(3, 12)],
@@ -231,7 +232,7 @@ EACH: dict[str, tuple[Entry, dict[str, object]]] = {
             "home_pages": 3,
             "slot": 5,
             "record_bytes": 8000,
-            "checksum": 0x99AABBCCDDEEFF00,
+            "checksum": BETTER_CHECKSUM,
             "access": 12,
             "key": FIRST,
             "parent_key": ROOT_KEY,

@@ -22,6 +22,7 @@ from kvstore.core.events import (
 from kvstore.core.instructions import Answer, Leased, Namespaced
 from kvstore.core.namespaces import NamespaceState
 from kvstore.core.slabs import SlabAllocator
+from kvstore.core.ssd import SsdStore
 from kvstore.core.store import Store, StoreLimits
 from kvstore.policy.lru import Lru
 from kvstore.protocol.keys import ROOT_KEY
@@ -49,6 +50,7 @@ class SmallStore:
         namespace: another one than ``Namespace(name="small", parts=parts)``.
         records: most at a time.
         places: the two buckets of each index entry, see ``MemoryExecutor``.
+        ssd: the tier below.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class SmallStore:
         records: int = 1 << 62,
         places: Callable[[Identity], tuple[int, int]] | None = None,
         namespace: Namespace | None = None,
+        ssd: SsdStore | None = None,
     ) -> None:
         slabs = slabs or -(-(capacity_pages + grant_pages) // slab_pages)
         limits = StoreLimits(
@@ -70,7 +73,7 @@ class SmallStore:
             grant_bytes_per_session=grant_pages * PAGE_BYTES,
             max_records=records,
         )
-        self.store = Store(limits, SlabAllocator(slabs, slab_pages * PAGE_BYTES, FIRST_PAGE), Lru())
+        self.store = Store(limits, SlabAllocator(slabs, slab_pages * PAGE_BYTES, FIRST_PAGE), Lru(), ssd=ssd)
         self.executor = MemoryExecutor(self.store, places=places)
         for index in range(slabs):
             self.executor.apply(SlabPopulated(index))
