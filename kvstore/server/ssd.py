@@ -87,6 +87,7 @@ class SsdTier:
         self._repeated = RepeatedLog(log)
         self.state = "ok"
         self.problem = ""
+        self._stays_smaller = ""
         self._pause_s = _FIRST_PAUSE_S
         self._well_since_ns = 0
         self._formatted = recovered.formatted_slabs
@@ -227,7 +228,8 @@ class SsdTier:
         self.demotions.pause()
         await self.demotions.idle(5.0)
         await self.groups.stop()
-        self.transfers.stop()
+        if not self.transfers.stop():
+            self._log.warning("ssd_hangs", why="a read or write of the SSD does not end; the daemon ends all the same")
         self.transfers.deliver()
         self._slabs.close()
         self.directory.close()
@@ -302,24 +304,22 @@ class SsdTier:
 
         try:
             free_bytes = self.directory.free_bytes()
-            if free_bytes - slab_bytes < self.settings.reserve_bytes:
-                self._repeated.log_every(
-                    60,
-                    "ssd_reserve",
-                    "warning",
-                    "ssd_stays_smaller",
-                    free_bytes=free_bytes,
-                    reserve_bytes=self.settings.reserve_bytes,
-                    why="the file system's free space is near ssd.reserve_bytes",
-                )
+            reserve_bytes = self.settings.reserve_bytes
+            if free_bytes - slab_bytes < reserve_bytes:
+                why = "the file system's free space is near ssd.reserve_bytes"
+                self._stays_smaller = f"stays smaller: {why}"
+                facts = {"free_bytes": free_bytes, "reserve_bytes": reserve_bytes, "why": why}
+                self._repeated.log_every(60, "ssd_reserve", "warning", "ssd_stays_smaller", **facts)
                 return False
             await self.transfers.call(work)
         except OSError as error:
             with contextlib.suppress(OSError):
                 self._slabs.truncate(offset)
+            self._stays_smaller = f"stays smaller: {error.strerror or error}"
             self._repeated.log_every(60, "ssd_format", "error", "ssd_stays_smaller", why=str(error))
             self.write_errors += 1
             return False
+        self._stays_smaller = ""
         return True
 
     # -------------------------------------------------------------- faults
@@ -379,7 +379,8 @@ class SsdTier:
 
     async def verify(self) -> SsdVerified:
         """Check the state and every stored record; damaged ones are dropped."""
-        return await verify_ssd(self.ssd, self._slabs, self.transfers, self._repeated)
+        failing = self.state != "ok"
+        return await verify_ssd(self.ssd, self._slabs, self.transfers, self._repeated, failing=failing)
 
     # -------------------------------------------------------------- statistics
 
@@ -395,7 +396,7 @@ class SsdTier:
         return SsdStats(
             directory=str(self.directory.path),
             state=self.state,
-            problem=self.problem,
+            problem=self.problem or self._stays_smaller,
             direct=self._slabs.direct,
             capacity_bytes=self.settings.capacity_bytes or 0,
             file_bytes=file_bytes,

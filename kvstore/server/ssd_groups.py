@@ -22,7 +22,7 @@ from kvstore.format.ssd_log import PUT_BYTES, encode_entry, encode_frame, frame_
 from kvstore.server.ssd_checkpoint import write_checkpoint
 from kvstore.server.ssd_recovery import Recovered, new_log
 from kvstore.server.ssd_transfers import Transfers
-from kvstore.tiers.disk import TEMPORARY_SUFFIX, SlabFile, SsdDirectory
+from kvstore.tiers.disk import TEMPORARY_SUFFIX, AppendFile, SlabFile, SsdDirectory
 
 SMALLEST_LOG_BYTES: Final = 256 << 10
 _LAST_S: Final = 10.0
@@ -280,7 +280,7 @@ class Groups:
         self._old_log_bytes += before.size_bytes
         self._log = log
         self._number, self._sequence, self._torn = number, 0, False
-        self._closing = asyncio.ensure_future(before.close())
+        self._closing = asyncio.ensure_future(_closed(before))
         return list(self._old_names)
 
     async def _checkpoint_behind(self, replaced: list[str]) -> None:
@@ -351,3 +351,9 @@ class Groups:
         more = bool(self._written) and not self._ssd.something_to_log
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self.wait(self._ssd.position + more), _LAST_S)
+
+
+async def _closed(log: AppendFile) -> None:
+    # All that was promised of it was synced.
+    with contextlib.suppress(OSError):
+        await log.close()

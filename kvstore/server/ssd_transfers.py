@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -116,14 +117,19 @@ class Transfers:
                 self._loop.call_soon(self.deliver)
                 raise
 
-    def stop(self) -> None:
-        """Finish what was asked for, then end. Blocks for as long as that takes; then call ``deliver``."""
+    def stop(self, timeout_s: float = 5.0) -> bool:
+        """Finish what was asked for, then end; blocks. False where a call of the system does not end in time.
+
+        Then call ``deliver``.
+        """
         with self._wake:
             self._stopped = True
             # What nobody needs any more is not written: the caller has counted on none of it.
             dropped = list(self._writes)
             self._writes.clear()
             self._wake.notify_all()
+        until = time.monotonic() + timeout_s
         for thread in self._threads:
-            thread.join()
+            thread.join(max(until - time.monotonic(), 0.0))
         self._finished.extend((job, OSError(_STOPPED)) for job in dropped)
+        return not any(thread.is_alive() for thread in self._threads)

@@ -49,9 +49,18 @@ def verify_slot(slot: memoryview, record: SsdRecord) -> RecordHeader:
 
 
 async def check_record(
-    ssd: SsdStore, slabs: SlabFile, transfers: Transfers, record: SsdRecord, log: RepeatedLog | None
+    ssd: SsdStore,
+    slabs: SlabFile,
+    transfers: Transfers,
+    record: SsdRecord,
+    log: RepeatedLog | None,
+    *,
+    failing: bool = False,
 ) -> str:
-    """Read and verify a stored record; what is wrong with it, in which case it is dropped, or ""."""
+    """Read and verify a stored record; what is wrong with it, in which case it is dropped, or "".
+
+    ``failing``: it is known that the device fails, and a record that cannot be read is kept.
+    """
     if record.state is not SsdState.STORED:
         return ""
     ssd.hold(record)
@@ -65,8 +74,12 @@ async def check_record(
 
         try:
             await transfers.call(work)
-        except (CorruptRecord, OSError) as error:
+        except CorruptRecord as error:
             problem = str(error)
+        except OSError as error:
+            problem = str(error)
+            if failing:
+                return problem
         if problem and record.state is SsdState.STORED:
             if log is not None:
                 key = record.key.hex()
@@ -78,7 +91,13 @@ async def check_record(
 
 
 async def verify_ssd(
-    ssd: SsdStore, slabs: SlabFile, transfers: Transfers, log: RepeatedLog | None, at_once: int = 1
+    ssd: SsdStore,
+    slabs: SlabFile,
+    transfers: Transfers,
+    log: RepeatedLog | None,
+    at_once: int = 1,
+    *,
+    failing: bool = False,
 ) -> SsdVerified:
     """Verify the whole tier. Damaged records are dropped; they are named in ``problems`` (the first 100).
 
@@ -88,6 +107,7 @@ async def verify_ssd(
         transfers: threads that read.
         log: for damaged records, None for none.
         at_once: records that are read at a time; with few, clients wait less for theirs.
+        failing: see ``check_record``.
     """
     found = SsdVerified()
     try:
@@ -98,7 +118,9 @@ async def verify_ssd(
     records = sorted((record for block in ssd.blocks() for record in block.parts.values()), key=lambda it: it.slot)
     for begin in range(0, len(records), at_once):
         some = [record for record in records[begin : begin + at_once] if record.state is SsdState.STORED]
-        problems = await asyncio.gather(*[check_record(ssd, slabs, transfers, record, log) for record in some])
+        problems = await asyncio.gather(
+            *[check_record(ssd, slabs, transfers, record, log, failing=failing) for record in some]
+        )
         for record, problem in zip(some, problems, strict=True):
             found.records += 1
             found.record_bytes += record.record_bytes

@@ -73,7 +73,7 @@ def test_bytes_on_disk_never_pass_the_capacity(nursery: Nursery, tmp_path: Path,
     with SsdDaemon(nursery, tmp_path, *settings, ssd_capacity="6MiB") as daemon, daemon.client() as client:
         with Watch(daemon.ssd) as watch:
             number = 0
-            for _ in range(25):
+            for _ in range(20):
                 lengths = [randomness.choice([900, 3000, 13_000, 60_000]) for _ in range(16)]
                 keys = [key_of(number + at) for at in range(16)]
                 payloads = [payload_of(number + at, length_bytes=length) for at, length in enumerate(lengths)]
@@ -104,6 +104,7 @@ def test_free_space_of_the_file_system_is_left(nursery: Nursery, tmp_path: Path)
         put_durable(client, range(300))
         stats = ssd_stats(client)
         assert stats.state == "ok"
+        assert stats.problem == "stays smaller: the file system's free space is near ssd.reserve_bytes"
         assert 2 * MIB - 2 * SLAB_BYTES < stats.formatted_bytes < 2 * MIB
         assert stats.evicted_blocks > 0
         (line,) = daemon.logged("ssd_stays_smaller")
@@ -117,6 +118,7 @@ def test_free_space_of_the_file_system_is_left(nursery: Nursery, tmp_path: Path)
             return ssd_stats(client).formatted_bytes > stats.formatted_bytes
 
         wait_until(grown, 12.0, 0.2)
+        assert ssd_stats(client).problem == ""
         assert len(daemon.logged("ssd_stays_smaller")) == 1
 
 
@@ -127,6 +129,7 @@ def test_slabs_that_cannot_be_formatted(nursery: Nursery, tmp_path: Path) -> Non
         put_durable(client, range(100))
         stats = ssd_stats(client)
         assert (stats.state, stats.formatted_bytes) == ("ok", 6 * SLAB_BYTES)
+        assert stats.problem == "stays smaller: No space left on device"
         assert stats.evicted_blocks > 0
         assert len(daemon.logged("ssd_stays_smaller")) == 1
         put_durable(client, range(100, 108))
