@@ -69,7 +69,7 @@ RELEASED = {
     105: ("GetReply", f"{REPLY_FIELDS} statuses"),
     106: ("MatchReply", f"{REPLY_FIELDS} hits tiers lease fidelity"),
     107: ("ExistsReply", f"{REPLY_FIELDS} tiers fidelities"),
-    108: ("CountReply", f"{REPLY_FIELDS} count"),
+    108: ("CountReply", f"{REPLY_FIELDS} count below"),
     109: ("Done", REPLY_FIELDS),
     110: ("StatsReply", f"{REPLY_FIELDS} stats"),
     111: ("VerifyReply", f"{REPLY_FIELDS} records bytes seconds problems"),
