@@ -1017,15 +1017,21 @@ class Store:
     def _persist_wanted(self, event: PersistWanted) -> list[Instruction]:
         namespace = self.namespaces.by_id.get(event.namespace_id)
         records: list[Record] = []
-        seen: set[Block] = set()
+        seen: set[bytes] = set()
         for key in event.keys if namespace is not None and self.demotes else ():
             assert namespace is not None
             path: list[Block] = []
-            block = namespace.blocks.get(key)
-            while block is not None and block not in seen:
-                seen.add(block)
-                path.append(block)
-                block = block.parent
+            at = key
+            while at not in seen:
+                seen.add(at)
+                block = namespace.blocks.get(at)
+                below = None if namespace.ssd is None else namespace.ssd.tree.blocks.get(at)
+                if block is not None:
+                    path.append(block)
+                    at = block.parent_key
+                elif below is not None:
+                    # Of a chain that goes through memory its beginning may be there only, and its middle below only.
+                    at = below.parent_key
             # The first blocks of a chain first: what comes behind is of no use without them.
             for above in reversed(path):
                 records += self.missing_below(above)

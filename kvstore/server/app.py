@@ -10,6 +10,7 @@ import secrets
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
@@ -54,6 +55,7 @@ from kvstore.tiers.index import Index
 from kvstore.tiers.memory import check_arena_fits
 
 _TICK_S: Final = 1.0
+_FILE_THREADS: Final = 2
 _SAME_STOP_NS: Final = 500_000_000
 """Signals this close together are one wish to stop: runners signal a process and its group."""
 
@@ -92,6 +94,8 @@ class Daemon:
     async def _start(self) -> None:
         settings = self.settings
         loop = asyncio.get_running_loop()
+        # For files that are written through aiofiles: a log, and a checkpoint beside it.
+        loop.set_default_executor(ThreadPoolExecutor(_FILE_THREADS, "kvstore-files"))
         gid = settings.access.group_id if settings.access.group_id is not None else -1
         mode = settings.access.mode
         directory_mode = _DIRECTORY_MODES[mode]
