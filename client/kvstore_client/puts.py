@@ -207,6 +207,9 @@ class PutOperations:
                 break
             for at, answer in zip(again, anew, strict=True):
                 answers[at] = answer
+            if len(waits_for_demotion(answers)) < len(again):
+                # What goes on need not be asked for less and less often.
+                pauses = demoting_pauses(until)
         self.note_demoting(answers)
         if durable:
             there = [at for at, answer in enumerate(answers) if answer in _GOOD_ANSWERS]
@@ -339,8 +342,10 @@ class PutOperations:
             reply = expect((yield ask), PutReply)
             if not set(reply.statuses) <= _STATUSES:
                 raise RemoteError(ErrorCode.INTERNAL, f"the daemon gave an unknown answer: {reply.statuses.hex()}")
+            # What is behind one that waits for room is tried again with it.
+            later = {Reason.DEMOTING, Reason.NO_ROOM} if Reason.DEMOTING in reply.reasons else set()
             for reason, refused in Counter(reply.reasons).items():
-                if reason and reason != Reason.DEMOTING:
+                if reason and reason not in later:
                     self._log_refusal(reason, refused, reply.id)
             answers += [status | reason << 8 for status, reason in zip(reply.statuses, reply.reasons, strict=True)]
         return answers

@@ -22,6 +22,7 @@ from kvstore.core.instructions import (
 )
 from kvstore.core.store import Store
 from kvstore.format.constants import RECORD_HEADER_BYTES
+from kvstore.protocol.messages import Reason
 from kvstore.tiers.dram import Arena
 from kvstore.tiers.index import Index
 
@@ -46,6 +47,8 @@ class Executor:
         self._hazarded: dict[int, None] = {}
         self.demote: Callable[[list[Record], list[int]], None] | None = None
         """Writes records to the tier below, where there is one."""
+        self.hurry: Callable[[], None] = lambda: None
+        """Has what was written below become durable at once, because somebody waits for its room."""
 
     def apply(self, event: Event) -> Instruction | None:
         """Give an event to the store and carry out what it wants; its answer, where it has one."""
@@ -81,6 +84,8 @@ class Executor:
             if isinstance(answer, Grant):
                 return answer.record
             if isinstance(answer, Refuse):
+                if answer.reason is Reason.DEMOTING:
+                    self.hurry()
                 if looked or not self._hazarded:
                     return answer
                 # What was read in place when it was last looked at may be free by now.

@@ -195,6 +195,7 @@ class SsdTier:
         )
         self.promotions.failing = lambda: self.state != "ok"
         executor.demote = self.demotions.demote
+        executor.hurry = self.groups.hurry
         self.ssd.growing = self._formatted < len(self.ssd.slabs.slabs)
         self.groups.start()
         self._spawn(self._format())

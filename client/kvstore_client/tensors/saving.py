@@ -103,6 +103,8 @@ class Saving:
         self._durable = durable
         self._patience_s = patience_s
         self._pauses: Iterator[float] | None = None
+        self._until = 0.0
+        self._waited_for = 0
         """What is left of the pauses, None before the first one."""
         self._first_waiting = len(blocks.keys)
         """Position of the first block that waits for others to be written to a tier below, or their number."""
@@ -151,10 +153,14 @@ class Saving:
         Where there is no time for that any more, it is throttled, and so is all behind it.
         """
         answers = self._answers
-        if self._pauses is None:
-            self._pauses = demoting_pauses(monotonic() + self._patience_s)
+        if not self._until:
+            self._until = monotonic() + self._patience_s
+        again = waits_for_demotion(answers.tolist())
+        if self._pauses is None or len(again) < self._waited_for:
+            # What goes on need not be asked for less and less often.
+            self._pauses = demoting_pauses(self._until)
+        self._waited_for = len(again)
         if (yield self._operations.pause(self._pauses)):
-            again = waits_for_demotion(answers.tolist())
             answers[again] = _NONE
             if self._last > self._first_waiting:
                 self._last = answers.size
