@@ -39,6 +39,7 @@ TEMPORARY_SUFFIX: Final = ".tmp"
 
 _TRIAL_NAME: Final = "direct" + TEMPORARY_SUFFIX
 _UNWRITABLE: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
+_STEP_BYTES: Final = 1 << 20
 _SAFE: Final = os.O_CLOEXEC | os.O_NOFOLLOW
 
 _T = TypeVar("_T")
@@ -161,7 +162,7 @@ class SsdDirectory:
         fd = self._open(name, os.O_RDONLY)
         with open(fd, "rb", buffering=0) as file:
             content = bytearray()
-            while chunk := file.read(min(1 << 20, most_bytes + 1 - len(content))):
+            while chunk := file.read(min(_STEP_BYTES, most_bytes + 1 - len(content))):
                 content += chunk
                 if len(content) > most_bytes:
                     raise OSError(errno.EFBIG, f"larger than {most_bytes} bytes", name)
@@ -245,12 +246,15 @@ class SsdDirectory:
     async def sync_file(self, name: str) -> None:
         """Make durable what an earlier life wrote into a file: its process may have ended before it did.
 
+        The bytes are written over themselves before the sync. Pages that a sync of that life failed to write are clean
+        to the kernel: it would take them for durable.
+
         Raises:
-            OSError: it is not there, or ``fdatasync`` failed.
+            OSError: it is not there, or cannot be written.
         """
-        fd = self._open(name, os.O_RDONLY)
+        fd = self._open(name, os.O_RDWR)
         try:
-            await _ended(_fdatasync(fd))
+            await _ended(_write_again(fd))
         finally:
             os.close(fd)
 
@@ -365,6 +369,16 @@ async def _write_all(file: AsyncFileIO, data: bytes) -> int:
             raise OSError(errno.EIO, "short write: nothing was taken")
         left = left[done:]
     return len(data)
+
+
+@aiofiles.os.wrap
+def _write_again(fd: int) -> None:
+    buffer = bytearray(_STEP_BYTES)
+    offset = 0
+    while done := os.preadv(fd, [buffer], offset):
+        transfer(os.pwritev, fd, offset, [memoryview(buffer)[:done]])
+        offset += done
+    os.fdatasync(fd)
 
 
 async def _ended(call: Awaitable[_T]) -> _T:

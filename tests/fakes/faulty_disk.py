@@ -8,7 +8,7 @@
   ``data_open`` of the slab file
 - ``log_create``, ``header_write`` and ``header_sync`` of ``create_log``, then ``log_append`` and ``log_sync``
 - ``checkpoint_create``, ``checkpoint_write`` (a chunk), ``checkpoint_sync``, ``checkpoint_rename`` of ``write_whole``
-- ``file_sync``, ``directory_sync``, ``remove``, ``read_file``, ``list``
+- ``file_write`` and ``file_sync`` of ``sync_file``, ``directory_sync``, ``remove``, ``read_file``, ``list``
 """
 
 from __future__ import annotations
@@ -237,8 +237,9 @@ class FaultyDirectory:
         return file.size_bytes
 
     async def sync_file(self, name: str) -> None:
-        with self.lock:
+        with self.op("file_write", name):
             content = self._named(name)
+            content.write(0, content.read(0, content.size_bytes))
         await asyncio.sleep(self.delays_s.get("file_sync", 0))
         _sync(self, "file_sync", name, content, waited=True)
 

@@ -232,8 +232,10 @@ async def test_whole_file_whose_chunks_fail_leaves_the_old_one(directory: Direct
 
 
 async def test_sync_of_a_file_by_name_is_for_files_that_are_there(directory: Directory):
-    await directory.write_whole("file", [b"content"])
+    content = os.urandom((2 << 20) + 77)
+    await directory.write_whole("file", [content])
     await directory.sync_file("file")
+    assert directory.read_bytes("file", 4 << 20) == content
     with pytest.raises(FileNotFoundError):
         await directory.sync_file("other")
 

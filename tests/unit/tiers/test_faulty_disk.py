@@ -157,6 +157,17 @@ def test_crash_with_one_seed_leaves_the_same_each_time():
 # ---------------------------------------------------------------- logs and names
 
 
+async def test_file_with_pages_that_a_sync_gave_up_is_durable_once_it_is_synced_by_name(directory: FaultyDirectory):
+    log = await directory.create_log("log", b"")
+    await log.append(b"frame")
+    directory.fail("log_sync", errno.EIO, times=1)
+    with pytest.raises(OSError, match="Input/output"):
+        await log.sync()
+    alive = directory.crash()
+    await alive.sync_file("log")
+    assert alive.crash(lose_everything).content("log") == b"frame"
+
+
 async def test_log_tail_that_was_not_synced_is_cut_at_any_byte():
     sizes, zeroed = set(), False
     for seed in SEEDS:
