@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import errno
 import gc
+import math
 from collections.abc import Callable, Coroutine
 from typing import Final
 
@@ -289,12 +290,24 @@ class SsdTier:
 
     def _slab_pays(self) -> bool:
         """Whether the log has room for what another slab would hold: small records need more of the capacity for it."""
-        ssd = self.ssd
-        if self.settings.max_records or not ssd.records:
+        if self.settings.max_records:
             return True
-        slabs_bytes = (self._formatted + 1) * ssd.slabs.slab_bytes
+        slabs_bytes = (self._formatted + 1) * self.ssd.slabs.slab_bytes
+        return most_records(self.settings, slabs_bytes) >= self._records_with(slabs_bytes)
+
+    def _records_with(self, slabs_bytes: int) -> int:
+        """How many records so many bytes of slabs will hold, if those to come are like those that are there."""
+        ssd = self.ssd
+        if not ssd.records:
+            return 0
         mean_bytes = (ssd.resident_bytes + ssd.writing_bytes + ssd.leaving_bytes) / len(ssd.records)
-        return most_records(self.settings, slabs_bytes) >= max(slabs_bytes / mean_bytes, len(ssd.records))
+        return max(math.ceil(slabs_bytes / mean_bytes), len(ssd.records))
+
+    def _spare_bytes(self) -> int:
+        """Free space that another slab must leave: what is others', and what log and checkpoints will take yet."""
+        slabs_bytes = (self._formatted + 1) * self.ssd.slabs.slab_bytes
+        records = self.settings.max_records or self._records_with(slabs_bytes)
+        return self.settings.reserve_bytes + max(index_bytes(records) - self.groups.log_bytes, 0)
 
     async def _format_one(self) -> bool:
         slab_bytes = self.ssd.slabs.slab_bytes
@@ -305,9 +318,9 @@ class SsdTier:
 
         try:
             free_bytes = self.directory.free_bytes()
-            reserve_bytes = self.settings.reserve_bytes
-            if free_bytes - slab_bytes < reserve_bytes:
+            if free_bytes - slab_bytes < self._spare_bytes():
                 why = "the file system's free space is near ssd.reserve_bytes"
+                reserve_bytes = self.settings.reserve_bytes
                 self._stays_smaller = f"stays smaller: {why}"
                 facts = {"free_bytes": free_bytes, "reserve_bytes": reserve_bytes, "why": why}
                 self._repeated.log_every(60, "ssd_reserve", "warning", "ssd_stays_smaller", **facts)
