@@ -115,8 +115,11 @@ class NamespaceState(PrefixTree[Block]):
 
     def adopt(self, block: Block) -> None:
         """Insert a block; one whose parent is on the SSD is no orphan, and those there that waited for it no more."""
+        if self.ssd is None:
+            self.insert(block)
+            return
         self.insert(block, min(self.depth_below(block.parent_key) + 1, ORPHAN_DEPTH))
-        if self.ssd is not None and block.key in self.ssd.tree.orphans and block.depth < ORPHAN_DEPTH:
+        if block.key in self.ssd.tree.orphans and block.depth < ORPHAN_DEPTH:
             self.ssd.tree.deepen(block.key, block.depth)
 
 

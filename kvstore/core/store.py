@@ -538,7 +538,10 @@ class Store:
             placed = [record for record in placed if record not in placing.worse]
         if placed:
             instructions.append(Publish(placed))
-        return [*instructions, *self._retire_ahead(), Answer(statuses, reasons)]
+        if self.demotes:
+            instructions += self._retire_ahead()
+        instructions.append(Answer(statuses, reasons))
+        return instructions
 
     def _place(
         self,
@@ -682,7 +685,11 @@ class Store:
         self._touch_placed(placing)
         newest_first = reversed(placed)
         while self._over_capacity():
-            victim = self._placed_orphan(placing) or self.retired.first() or self._next_victim()
+            victim = self._placed_orphan(placing) if placing.orphans else None
+            if victim is None and self.ssd is not None:
+                victim = self.retired.first()
+            if victim is None:
+                victim = self._next_victim()
             if victim is not None:
                 slots += self._evict(victim)
                 continue
@@ -878,8 +885,10 @@ class Store:
         """Its slots, to be withdrawn."""
         self.counters.evicted_blocks += 1
         self.counters.evicted_bytes += block.slot_bytes
+        if self.ssd is None:
+            return self._unlink(block, "evicted")
         on_its_way = block.retired and not self.retired.is_clean(block)
-        if self.ssd is not None and not on_its_way and self.missing_below(block):
+        if not on_its_way and self.missing_below(block):
             self.counters.dropped_blocks += 1
         slots = self._unlink(block, "evicted")
         # What is being written goes on to be.
@@ -1050,7 +1059,8 @@ class Store:
             self.retired.take(block)
         else:
             self.policy.discard(block)
-        self.retired.part_from(block)
+        if self.ssd is not None:
+            self.retired.part_from(block)
         namespace = block.namespace
         namespace.remove(block)
         if not namespace.blocks:

@@ -142,7 +142,10 @@ def _link(block: B, parent: B) -> None:
         parent.children = set()
     parent.children.add(block)
     block.parent = parent
-    _set_depth(block, parent.depth + 1)
+    if block.children:
+        _set_depth(block, parent.depth + 1)
+    else:
+        block.depth = parent.depth + 1
 
 
 def _set_depth(block: TreeBlock, depth: int) -> None:

@@ -449,14 +449,20 @@ def test_slab_with_a_leased_block_is_not_emptied():
 
 def test_slab_with_a_record_that_is_being_written_is_not_emptied():
     tier = SmallSsd(slabs=2, slab_pages=4)
+    tier.put("abcd")
     writing = tier.must_begin("w")
-    tier.put("abcdefg")
-    for _ in range(9):
-        tier.begin("x", pages=4)
-        tier.commit()
-    assert writing.state is SsdState.WRITING
+    tier.put("efg")
+    for letter in "efg":
+        tier.ssd.remove_key(tier.space, key_of(letter))
+    tier.commit()
+    # The emptiest slab is that of the record on its way.
+    assert tier.begin("x", pages=4) is None
+    assert not tier.ssd.slabs.slab_of(writing.slot).draining
+    assert (tier.stored(), tier.ssd.slabs.draining_slabs) == ("", 1)
+    tier.commit()
+    assert tier.begin("x", pages=4) is not None
     tier.commit(writing)
-    assert "w" in tier.stored()
+    assert tier.stored() == "w"
 
 
 def test_record_limit_holds_and_room_for_records_is_made_ahead():
