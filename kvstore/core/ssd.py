@@ -289,6 +289,9 @@ class SsdStore:
         for record in ended:
             self._store(record)
         self._groups_done = group.number
+        for entry in group.entries:
+            if type(entry) is NamespaceEntry and entry.namespace in self.namespaces:
+                self.namespaces[entry.namespace].logged_generation = entry.generation
         for record in (*group.frees, *group.covered):
             record.logged = False
             self._settle(record)
@@ -516,11 +519,14 @@ class SsdStore:
     # -------------------------------------------------------------- checkpoints and recovery
 
     def snapshot(self) -> tuple[list[NamespaceEntry], list[tuple[SsdRecord, int]]]:
-        """Everything that a checkpoint says: namespaces that the log knows, stored records with their last uses."""
+        """Everything that a checkpoint says: namespaces as the log has them, stored records with their last uses.
+
+        A later generation that the log does not have durably would be taken for that of earlier records in it.
+        """
         namespaces = [
-            NamespaceEntry(namespace.number, namespace.generation, namespace.description)
+            NamespaceEntry(namespace.number, namespace.logged_generation, namespace.description)
             for namespace in self.namespaces.values()
-            if namespace.told
+            if namespace.logged_generation >= 0
         ]
         records = [
             (record, block.used)
@@ -575,6 +581,7 @@ class SsdStore:
     def _restored(self, entry: NamespaceEntry) -> SsdNamespace:
         namespace = SsdNamespace(entry.namespace, entry.description, entry.generation)
         namespace.told = True
+        namespace.logged_generation = entry.generation
         self._last_number = max(self._last_number, entry.namespace)
         return namespace
 

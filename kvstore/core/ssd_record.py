@@ -111,6 +111,7 @@ class SsdNamespace:
         writing: records on their way, by key and part.
         ended: grows whenever something of it is removed.
         told: the log knows its number and generation, or will with the next group.
+        logged_generation: the generation that the log has durably, -1 for none.
     """
 
     __slots__ = (
@@ -119,6 +120,7 @@ class SsdNamespace:
         "digest",
         "ended",
         "generation",
+        "logged_generation",
         "number",
         "slot_bytes",
         "state",
@@ -134,6 +136,7 @@ class SsdNamespace:
         self.state = 0
         self.ended = 0
         self.told = False
+        self.logged_generation = -1
         self.begin_generation(generation)
 
     def begin_generation(self, generation: int) -> None:

@@ -62,9 +62,8 @@ class Replayed:
                 if touched is not None and touched.access < entry.access:
                     slots[entry.slot] = touched._replace(access=entry.access)
             elif type(entry) is NamespaceEntry:
-                known = self.namespaces.get(entry.namespace)
-                if known is not None and known.generation != entry.generation:
-                    self._empty(entry.namespace)
+                # Also one of the same generation: a checkpoint may have it from behind what the log says first.
+                self._empty(entry.namespace)
                 self.namespaces[entry.namespace] = entry
             elif type(entry) is EmptyEntry:
                 self._empty(entry.namespace)

@@ -45,7 +45,7 @@ class EntryKind(IntEnum):
     """What an entry says. Persisted."""
 
     NAMESPACE = 1
-    """A namespace has this number and generation; a later generation than before empties it."""
+    """A namespace has this number and generation from here on; records that there were of it are over."""
     PUT = 2
     """A record lies in a slot; what lay there, and what was there of its key and part, is over."""
     FREE = 3

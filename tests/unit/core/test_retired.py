@@ -26,7 +26,7 @@ def names(blocks: Retired) -> str:
 
 
 def test_retired_blocks_are_counted_and_no_children_any_more():
-    store = SmallStore()
+    store = SmallStore(ssd=SmallSsd().ssd)
     store.put("abc")
     queue = store.store.retired
     a, b, c = store.blocks("abc")
@@ -39,7 +39,7 @@ def test_retired_blocks_are_counted_and_no_children_any_more():
 
 
 def test_clean_blocks_leave_first_in_the_order_in_which_they_became_clean():
-    store = SmallStore()
+    store = SmallStore(ssd=SmallSsd().ssd)
     store.put("abcd")
     queue = store.store.retired
     d, c, b = retired(store, "dcb")
@@ -56,7 +56,7 @@ def test_clean_blocks_leave_first_in_the_order_in_which_they_became_clean():
 
 
 def test_block_is_clean_once_each_part_that_it_waits_for_was_stored():
-    store = SmallStore()
+    store = SmallStore(ssd=SmallSsd().ssd)
     store.put("ab")
     queue = store.store.retired
     (b,) = retired(store, "b", {0, 2})
@@ -76,7 +76,7 @@ def test_block_is_clean_once_each_part_that_it_waits_for_was_stored():
 
 
 def test_block_that_comes_back_is_its_parents_child_again():
-    store = SmallStore()
+    store = SmallStore(ssd=SmallSsd().ssd)
     store.put("abc")
     queue = store.store.retired
     a, b, c = store.blocks("abc")
@@ -91,7 +91,7 @@ def test_block_that_comes_back_is_its_parents_child_again():
 
 
 def test_children_of_a_block_that_leaves_wait_for_it():
-    store = SmallStore()
+    store = SmallStore(ssd=SmallSsd().ssd)
     store.put("abc")
     store.put("d", at="b")
     queue = store.store.retired

@@ -639,7 +639,7 @@ def test_snapshot_says_what_a_restart_needs():
     tier.must_begin("x")
     namespaces, records = tier.ssd.snapshot()
     assert namespaces == [NamespaceEntry(1, 0, DESCRIPTION)]
-    assert not untold.told
+    assert untold.logged_generation == -1
     assert [record.key[:1] for record, _ in records] == [b"a", b"b", b"c"] or records[-1][1] == 70
     assert [used for _, used in records] == sorted(used for _, used in records)
     other = SmallSsd()
@@ -648,3 +648,22 @@ def test_snapshot_says_what_a_restart_needs():
     assert again.stored() == "abc"
     assert again.block("c").used == 70
     assert again.block("c").depth == 2 < ORPHAN_DEPTH
+
+
+def test_snapshot_says_of_namespaces_what_the_log_has_durably():
+    tier = SmallSsd()
+    tier.put("a")
+    tier.ssd.advance(tier.space, 1)
+    old = NamespaceEntry(1, 0, DESCRIPTION)
+    assert tier.ssd.snapshot() == ([old], [])
+    group = tier.begin_group()
+    assert tier.ssd.snapshot() == ([old], []), "whether the later generation will be in the log is not known"
+    tier.end_group(group)
+    assert tier.ssd.snapshot() == ([NamespaceEntry(1, 1, DESCRIPTION)], [])
+    new = tier.ssd.namespace(OTHER, 4)
+    record = tier.begin("b", space=new)
+    assert record is not None
+    group = tier.begin_group(record)
+    assert tier.ssd.snapshot()[0] == [NamespaceEntry(1, 1, DESCRIPTION)]
+    tier.end_group(group, record)
+    assert tier.ssd.snapshot()[0][1:] == [NamespaceEntry(2, 4, OTHER)]
