@@ -43,7 +43,7 @@ _SLABS_AHEAD: Final = 2
 _FIRST_PAUSE_S: Final = 1.0
 _LONGEST_PAUSE_S: Final = 30.0
 _GONE: Final = "it was removed, renamed or replaced; put it back, or restart the daemon"
-_FULL_PAUSE_S: Final = 5.0
+_FULL_PAUSE_S: Final = 2.0
 """Between two looks at whether the file system has room again."""
 
 _OTHER_BYTES: Final = 2 * PAGE_BYTES
