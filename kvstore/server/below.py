@@ -200,3 +200,14 @@ def tiers_of(blocks: Sequence[Block | SsdBlock]) -> tuple[tuple[int, int], ...]:
         else:
             runs.append((tier, 1))
     return tuple(runs)
+
+
+def deepest_of(blocks: Sequence[Block | SsdBlock]) -> list[tuple[Block | SsdBlock, int]]:
+    """A chain's hits as runs: up to the deepest block in DRAM, and up to the deepest block below."""
+    runs: list[tuple[Block | SsdBlock, int]] = []
+    for kind in (Block, SsdBlock):
+        for index in range(len(blocks) - 1, -1, -1):
+            if isinstance(blocks[index], kind):
+                runs.append((blocks[index], index + 1))
+                break
+    return runs

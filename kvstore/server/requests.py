@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import zmq
@@ -29,7 +29,7 @@ from kvstore.format.constants import MAX_RECORD_BYTES, RECORD_HEADER_BYTES
 from kvstore.mapped.client_file import LANE_COUNT, MAX_MISSING
 from kvstore.observability.logs import Log, RepeatedLog
 from kvstore.protocol.framing import decode_request, encode, request_id
-from kvstore.protocol.keys import KEY_BYTES, split_keys
+from kvstore.protocol.keys import KEY_BYTES
 from kvstore.protocol.messages import (
     AnyReply,
     AnyRequest,
@@ -52,11 +52,9 @@ from kvstore.protocol.messages import (
     Match,
     MatchReply,
     Persist,
-    Persisted,
     Ping,
     Prefetch,
     Put,
-    PutStatus,
     Reason,
     Release,
     Remove,
@@ -71,32 +69,25 @@ from kvstore.protocol.messages import (
     Welcome,
 )
 from kvstore.protocol.version import (
-    MAX_KEYS_PER_REQUEST,
     PROTOCOL_OLDEST,
     PROTOCOL_VERSION,
     TIERS_SINCE,
     negotiate,
 )
-from kvstore.server.below import Below, tiers_of
+from kvstore.server.below import Below, deepest_of, tiers_of
 from kvstore.server.counters import RequestCounters
 from kvstore.server.executor import Executor
 from kvstore.server.gets import Reads
+from kvstore.server.lower_requests import LowerRequests
 from kvstore.server.mapping import Mapping
 from kvstore.server.outbound import Outbound
 from kvstore.server.overload import Overload
 from kvstore.server.puts import Puts, refused
+from kvstore.server.refusal import Refused, keys_of
 from kvstore.server.sessions import Session, Sessions, TooManySessions
 from kvstore.server.statistics import Statistics
 from kvstore.server.transport import RouterTransport
 from kvstore.server.verification import Verified, verify
-
-
-class Refused(Exception):
-    """A request that gets an ``ErrorReply``; the connection and the session go on."""
-
-    def __init__(self, code: ErrorCode, message: str) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 class Requests:
@@ -143,6 +134,7 @@ class Requests:
         self._below = below
         self._clock = clock
         self._log = RepeatedLog(log)
+        self._lower = LowerRequests(executor, sessions, below, mapping.drain_all, incarnation, self._send, self._log)
         self._verification: asyncio.Task[Verified] | None = None
         self._waiting: set[asyncio.Task[None]] = set()
         self.transport: RouterTransport | None = None
@@ -161,9 +153,9 @@ class Requests:
             Flush: self._done,
             Ping: self._done,
             Invalidate: self._invalidate,
-            Prefetch: self._prefetch,
-            Persist: self._persist,
-            Hint: self._hint,
+            Prefetch: self._lower.prefetch,
+            Persist: self._lower.persist,
+            Hint: self._lower.hint,
             Release: self._release,
             Reserve: self._reserve,
             Stats: self._stats,
@@ -327,7 +319,7 @@ class Requests:
     # -------------------------------------------------------------- reading and writing
 
     def _match(self, session: Session, request: Match) -> None:
-        keys = _keys(request.keys)
+        keys = keys_of(request.keys)
         if not 0 <= request.lease_ms <= self._max_lease_s * 1000:
             raise Refused(
                 ErrorCode.BAD_REQUEST,
@@ -353,7 +345,7 @@ class Requests:
         self._send(session.identity, MatchReply(request.id, self._incarnation, hits, tiers, lease, fidelity))
         # The client waits for the answer, not for the policy's bookkeeping.
         # A match asks for a chain: its deepest hit was used, and with it all above, as mapped clients report it.
-        runs = _deepest(blocks)
+        runs = deepest_of(blocks)
         report = Accessed(session.id, request.access, runs, len(keys), tuple(keys[hits : hits + MAX_MISSING]))
         self._executor.apply(report)
         counters = self._counters
@@ -379,7 +371,7 @@ class Requests:
         return self._puts.put(session, request, payloads, self._incarnation)
 
     def _get(self, session: Session, request: Get) -> None:
-        count = len(_keys(request.keys))
+        count = len(keys_of(request.keys))
         if self._overload.refuses(request, session.last_ns, session.same_host):
             self._counters.get_throttled += count
             statuses = bytes([GetStatus.THROTTLED]) * count
@@ -390,10 +382,10 @@ class Requests:
         below = self._below_for(session)
         if below is not None:
             namespace = self._store.namespaces.by_id.get(request.namespace_id)
-            lacking = below.lacking(namespace, split_keys(request.keys), request.part)
+            lacking = below.lacking(namespace, keys_of(request.keys), request.part)
             if lacking and namespace is not None:
                 promoted = below.promote(namespace, lacking, below.deadline_ns(request.timeout_ms))
-                self._later(session, promoted, lambda: self._answer_get(session, request))
+                self._lower.later(session, promoted, lambda: self._answer_get(session, request))
                 return
         self._answer_get(session, request)
 
@@ -414,7 +406,7 @@ class Requests:
     def _exists(self, session: Session, request: Exists) -> Reply:
         namespace = self._store.namespaces.by_id.get(request.namespace_id)
         below = self._below_for(session)
-        keys = _keys(request.keys)
+        keys = keys_of(request.keys)
         tiers, fidelities = bytearray(len(keys)), bytearray(len(keys))
         if namespace is not None:
             for index, key in enumerate(keys):
@@ -427,92 +419,12 @@ class Requests:
                     fidelities[index] = min(record.fidelity for record in found.parts.values())
         return ExistsReply(request.id, self._incarnation, bytes(tiers), bytes(fidelities))
 
-    def _prefetch(self, session: Session, request: Prefetch) -> Reply | None:
-        if request.tier is not TierId.DRAM:
-            raise Refused(
-                ErrorCode.BAD_REQUEST, f"this daemon has no {request.tier.name.lower()} tier to prefetch into"
-            )
-        keys = _keys(request.keys)
-        namespace = self._store.namespaces.by_id.get(request.namespace_id)
-
-        def count() -> CountReply:
-            blocks = [] if namespace is None else [namespace.blocks.get(key) for key in keys]
-            there = sum(block is not None and block.complete for block in blocks)
-            left = [] if self._below is None or not request.wait else self._below.lacking(namespace, keys)
-            return CountReply(request.id, self._incarnation, there, len(left))
-
-        lacking = [] if self._below is None else self._below.lacking(namespace, keys)
-        if not lacking or namespace is None or self._below is None:
-            return count()
-        if request.wait:
-            promoted = self._below.promote(namespace, lacking, self._below.deadline_ns(request.timeout_ms))
-            self._later(session, promoted, lambda: self._send(session.identity, count()))
-            return None
-        self._below.prefetch(namespace, lacking)
-        coming = sum(block is None or not block.complete for block in map(namespace.blocks.get, keys))
-        reply = count()
-        return CountReply(request.id, self._incarnation, min(reply.count + min(len(lacking), coming), len(keys)))
-
-    def _persist(self, session: Session, request: Persist) -> Reply | None:
-        keys = _keys(request.keys)
-        below = self._below
-        if below is not None:
-            self._mapping.drain_all()
-
-            async def persisted() -> None:
-                deadline_ns = below.deadline_ns(request.timeout_ms)
-                statuses, reasons = await below.persist(request.namespace_id, keys, deadline_ns)
-                self._send(session.identity, Persisted(request.id, self._incarnation, statuses, reasons))
-
-            self._later(session, persisted(), lambda: None)
-            return None
-        # Shared memory does not outlive the daemon.
-        there = self._there(request.namespace_id, keys)
-        reasons = bytes(Reason.NOT_DURABLE if known else Reason.MISSING for known in there)
-        return Persisted(request.id, self._incarnation, bytes([PutStatus.REJECTED]) * len(reasons), reasons)
-
-    def _hint(self, session: Session, request: Hint) -> Reply:
-        keys = _keys(request.keys)
-        if self._below is not None:
-            namespace = self._store.namespaces.by_id.get(request.namespace_id)
-            known = self._below.hint(namespace, keys, soon=request.soon)
-        else:
-            # With one tier there is nothing to bring up, or to let go sooner than the policy does by itself.
-            known = sum(self._there(request.namespace_id, keys))
-        return CountReply(request.id, self._incarnation, known)
-
-    def _there(self, namespace_id: int, keys: list[bytes]) -> list[bool]:
-        """Whether each block is there, with one part at least."""
-        namespace = self._store.namespaces.by_id.get(namespace_id)
-        return [namespace is not None and key in namespace.blocks for key in keys]
-
     def _remove(self, session: Session, request: Remove) -> Reply | None:
-        reply = self._count(request.id, RemoveWanted(request.namespace_id, _keys(request.keys)))
-        return self._once_said(session, request, reply)
+        reply = self._count(request.id, RemoveWanted(request.namespace_id, keys_of(request.keys)))
+        return self._lower.once_said(session, request, reply)
 
     def _clear(self, session: Session, request: Clear) -> Reply | None:
-        return self._once_said(session, request, self._count(request.id, ClearWanted(request.namespace_id)))
-
-    def _once_said(self, session: Session, request: Remove | Clear | Invalidate, reply: Reply) -> Reply | None:
-        """A reply that may go out at once, or None: it goes out when what ended cannot come back after a crash."""
-        below = self._below
-        if below is None or not below.unsaid:
-            return reply
-
-        async def said() -> None:
-            answer: AnyReply | Reply = reply
-            if not await below.said(below.deadline_ns(request.timeout_ms)):
-                answer = ErrorReply(
-                    request.id,
-                    self._incarnation,
-                    ErrorCode.THROTTLED,
-                    "it is done in memory, but the SSD cannot be written now "
-                    f"({below.tier.problem or 'it is behind'}), so blocks may be back after a restart; try again",
-                )
-            self._send(session.identity, answer)
-
-        self._later(session, said(), lambda: None)
-        return None
+        return self._lower.once_said(session, request, self._count(request.id, ClearWanted(request.namespace_id)))
 
     def _reserve(self, session: Session, request: Reserve) -> Reply:
         if not 0 <= request.lane < LANE_COUNT or not RECORD_HEADER_BYTES < request.record_bytes <= MAX_RECORD_BYTES:
@@ -556,7 +468,7 @@ class Requests:
             answer = self._executor.apply(InvalidateWanted(request.namespace_id, session.id))
         except InvalidArgument as error:
             raise Refused(ErrorCode.LIMIT, str(error)) from None
-        return self._once_said(session, request, self._attached(session, request.id, answer))
+        return self._lower.once_said(session, request, self._attached(session, request.id, answer))
 
     def _done(self, session: Session, request: Flush | Ping) -> Reply:
         # Requests of a connection are served in order, so earlier puts are published or refused by now.
@@ -567,24 +479,6 @@ class Requests:
         return StatsReply(request.id, self._incarnation, self.statistics.snapshot(self._clock()))
 
     # -------------------------------------------------------------- work that waits
-
-    def _later(self, session: Session, work: Coroutine[Any, Any, None], then: Callable[[], None]) -> None:
-        """Answer a request when some work has ended, unless its client is gone by then."""
-
-        async def run() -> None:
-            try:
-                await work
-                if self._sessions.of(session.identity, session.id) is session:
-                    then()
-            except asyncio.CancelledError:
-                pass
-            except Exception as error:
-                # A defect of ours, and loud; the client finds its deadline.
-                self._log.log_every(1, "later", "error", "request_failed", error=repr(error), exc_info=error)
-
-        task = asyncio.get_running_loop().create_task(run())
-        self._waiting.add(task)
-        task.add_done_callback(self._waiting.discard)
 
     def _bye(self, session: Session, request: Bye) -> None:
         self.close_session(session)
@@ -617,29 +511,6 @@ class Requests:
         self.stopping = True
         if self._verification is not None:
             self._verification.cancel()
-        if self._below is not None:
-            await self._below.stop()
+        await self._lower.stop()
         if self._waiting:
-            _, late = await asyncio.wait(self._waiting, timeout=1.0)
-            for task in late:
-                task.cancel()
-
-
-def _deepest(blocks: Sequence[Block | SsdBlock]) -> list[tuple[Block | SsdBlock, int]]:
-    """A chain's hits as runs: up to the deepest block in DRAM, and up to the deepest block below."""
-    runs: list[tuple[Block | SsdBlock, int]] = []
-    for kind in (Block, SsdBlock):
-        for index in range(len(blocks) - 1, -1, -1):
-            if isinstance(blocks[index], kind):
-                runs.append((blocks[index], index + 1))
-                break
-    return runs
-
-
-def _keys(joined: bytes) -> list[bytes]:
-    if len(joined) > MAX_KEYS_PER_REQUEST * KEY_BYTES:
-        raise Refused(ErrorCode.BAD_REQUEST, f"a request takes at most {MAX_KEYS_PER_REQUEST} keys")
-    try:
-        return split_keys(joined)
-    except InvalidArgument as error:
-        raise Refused(ErrorCode.BAD_REQUEST, str(error)) from None
+            await asyncio.wait(self._waiting, timeout=1.0)
