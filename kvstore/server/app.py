@@ -20,7 +20,8 @@ import kvstore
 from kvstore.core.events import PopulationEnded, SlabPopulated, Ticked
 from kvstore.core.journal import Journal
 from kvstore.core.slabs import SlabAllocator
-from kvstore.core.store import Store, StoreLimits
+from kvstore.core.state import StoreLimits
+from kvstore.core.store import Store
 from kvstore.errors import InvalidArgument, SettingsError
 from kvstore.format.constants import PAGE_BYTES
 from kvstore.mapped.arena import FIRST_SLAB_PAGE, STATE_OFFSET, ArenaHeader, ArenaState

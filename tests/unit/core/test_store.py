@@ -29,10 +29,12 @@ from kvstore.core.events import (
     SlabPopulated,
     Ticked,
 )
+from kvstore.core.granting import LIMBO_PATIENCE_NS
 from kvstore.core.instructions import Answer, Count, EndNamespace, Leased, Namespaced, Publish, Refuse, Withdraw
 from kvstore.core.invariants import validate_state
 from kvstore.core.slabs import SlabAllocator
-from kvstore.core.store import ACCESS_IDS, LIMBO_PATIENCE_NS, Store, StoreLimits
+from kvstore.core.state import ACCESS_IDS, StoreLimits
+from kvstore.core.store import Store
 from kvstore.errors import InvalidArgument, InvalidTransition
 from kvstore.policy.lru import Lru
 from kvstore.protocol.keys import ROOT_KEY

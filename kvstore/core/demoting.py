@@ -1,0 +1,195 @@
+"""Blocks that leave DRAM for the tier below: retired ahead, called back when they are used, written when asked for.
+
+Nothing here writes: ``Demote`` says what is to be written, ``Demoted`` what was. See ADR 19.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from kvstore.core.block import Block, Record
+from kvstore.core.events import (
+    Demoted,
+    PersistWanted,
+    SsdChanged,
+)
+from kvstore.core.instructions import (
+    Demote,
+    Instruction,
+)
+from kvstore.core.ssd_record import SsdState
+from kvstore.core.state import RESERVE_SHARE, StoreState
+from kvstore.core.tree import ORPHAN_DEPTH
+
+RETIRED_AT_ONCE: Final = 64
+"""Most blocks that are retired by one event."""
+
+
+class Demoting(StoreState):
+    """What of the store concerns the tier below."""
+
+    def _has_room(self, slot_bytes: int, records: int) -> bool:
+        """Whether all that is granted, and so much more, can be committed before something is written below."""
+        retired, limits = self.retired, self.limits
+        room = limits.capacity_bytes - self.resident_bytes + retired.clean_bytes
+        if self.granted_bytes + slot_bytes > room:
+            return False
+        return self.granted_count + records <= limits.max_records - self.record_count + retired.clean_records
+
+    def _victim_for_slot(self, number: int | None) -> Block | None:
+        """The block that leaves next for a slot: of those that were retired, or where nothing is demoted any."""
+        first = self.retired.first()
+        if first is None:
+            return None if self.demotes else self._next_victim(number)
+        return first if self.retired.is_clean(first) else None
+
+    def _retire_ahead(self, wanted_bytes: int = 0) -> list[Instruction]:
+        """Have what leaves next written below before its room is needed."""
+        if not self.demotes:
+            return []
+        reserve = max(self._reserve_bytes, self.granted_bytes + wanted_bytes)
+        short = reserve - (self.limits.capacity_bytes - self.resident_bytes + self.retired.slot_bytes)
+        records_left = self.limits.max_records - self.record_count + self.retired.records
+        wanted = max(min(RETIRED_AT_ONCE, self.limits.max_records // RESERVE_SHARE), self.granted_count + 1)
+        if short <= 0 and records_left >= wanted:
+            return []
+        return self._retire(max(short, 0), max(wanted - records_left, 0))
+
+    def _retire(self, slot_bytes: int, records: int = 0) -> list[Instruction]:
+        """Retire blocks with so many bytes and records, or as many as there may be at once."""
+        assert self.ssd is not None
+        bytes_aim, records_aim = self.retired.slot_bytes + slot_bytes, self.retired.records + records
+        demote: list[Record] = []
+        accesses: list[int] = []
+        for _ in range(RETIRED_AT_ONCE):
+            enough = self.retired.slot_bytes >= bytes_aim and self.retired.records >= records_aim
+            block = None if enough else self._next_victim()
+            if block is None:
+                break
+            access = self.policy.used(block)
+            self.policy.discard(block)
+            # Nobody can reach an orphan: it is not worth writing.
+            missing = self.missing_below(block) if block.depth < ORPHAN_DEPTH else []
+            if missing and not self.admission.admits(block, self._access, scarce=self.ssd.scarce):
+                self.counters.not_admitted_blocks += 1
+                missing = []
+            self.retired.add(block, {record.part for record in missing})
+            demote += missing
+            accesses += [access] * len(missing)
+        return [Demote(demote, accesses)] if demote else []
+
+    def _note_born(self, block: Block, access: int) -> None:
+        """Say by which turn a new block was put."""
+        block.born = access
+        parent = block.parent
+        if parent is not None:
+            block.turn = parent.turn if parent.born == access else parent.turn + 1
+        elif block.depth and block.depth < ORPHAN_DEPTH:
+            # Its parent is below: put by a turn before.
+            block.turn = 2
+        below = block.namespace.ssd
+        if below is not None and block.key in below.tree.blocks:
+            self.admission.used((block.key,), access)
+
+    def _touch(self, block: Block, hits: int, number: int) -> None:
+        """A block, and some above it, were used."""
+        if not block.retired:
+            self.policy.touch(block, hits, number)
+        elif self._has_room(*self.retired.clean_above(block)):
+            # Else its room is promised to those that write; it has a copy below, which stays fresh.
+            self._revive(block, number)
+
+    def _touch_below(self, deepest: Block, hits: int, number: int) -> None:
+        """What was used in DRAM stays as fresh on the SSD: the deepest block of it that has a copy there."""
+        below = deepest.namespace.ssd
+        if self.ssd is None or below is None or not below.tree.blocks:
+            return
+        block: Block | None = deepest
+        for _ in range(hits):
+            assert block is not None
+            copy = below.tree.blocks.get(block.key)
+            if copy is None and block.parent is None:
+                copy = below.tree.blocks.get(block.parent_key)
+                block = None
+            if copy is not None:
+                self.ssd.touch(copy, number)
+                return
+            if block is None:
+                return
+            block = block.parent
+
+    def _revive(self, block: Block, number: int) -> None:
+        """A retired block, and those above it, were used: they stay."""
+        chain: list[Block] = []
+        above: Block | None = block
+        while above is not None and above.retired:
+            chain.append(above)
+            above = above.parent
+        for revived in reversed(chain):
+            self.retired.take(revived)
+            self.admission.used((revived.key,), number)
+            self.policy.insert(revived, number)
+
+    def _stay(self, block: Block, number: int) -> list[int]:
+        """Have a retired block stay, with what goes on behind it; slots of what leaves instead.
+
+        Where the room of those above is promised to others, the first that has a copy below leaves, be it that block.
+        """
+        slots: list[int] = []
+        if not self._has_room(*self.retired.clean_above(block)):
+            above: Block | None = block
+            while above is not None and above.retired and not self.retired.is_clean(above):
+                above = above.parent
+            if above is not None and above.retired:
+                slots = self._evict(above)
+        if block.parts:
+            self._revive(block, number)
+        return slots
+
+    def _demoted(self, event: Demoted) -> list[Instruction]:
+        better: list[Record] = []
+        for stored in event.records:
+            namespace = self.namespaces.by_id.get(stored.namespace.state)
+            block = None if namespace is None else namespace.blocks.get(stored.key)
+            if block is None or not block.retired:
+                continue
+            record = block.parts.get(stored.part)
+            if stored.state is SsdState.STORED and record is not None and record.fidelity > stored.fidelity:
+                # It took the other's place here while that was written.
+                better.append(record)
+            else:
+                self.retired.stored(block, stored.part)
+        for block in event.given_up:
+            if block in self.retired:
+                self.retired.clean(block)
+        demote = [Demote(better, [self._access] * len(better))] if better and self.demotes else []
+        return [*demote, *self._retire_ahead()]
+
+    def _ssd_changed(self, event: SsdChanged) -> list[Instruction]:
+        self.demotes = event.writable
+        if not event.writable:
+            self.retired.clean_all()
+        return self._retire_ahead()
+
+    def _persist_wanted(self, event: PersistWanted) -> list[Instruction]:
+        namespace = self.namespaces.by_id.get(event.namespace_id)
+        records: list[Record] = []
+        seen: set[bytes] = set()
+        for key in event.keys if namespace is not None and self.demotes else ():
+            assert namespace is not None
+            path: list[Block] = []
+            at = key
+            while at not in seen:
+                seen.add(at)
+                block = namespace.blocks.get(at)
+                below = None if namespace.ssd is None else namespace.ssd.tree.blocks.get(at)
+                if block is not None:
+                    path.append(block)
+                    at = block.parent_key
+                elif below is not None:
+                    # Of a chain that goes through memory its beginning may be there only, and its middle below only.
+                    at = below.parent_key
+            # The first blocks of a chain first: what comes behind is of no use without them.
+            for above in reversed(path):
+                records += self.missing_below(above)
+        return [Demote(records, [self._access] * len(records))] if records else []
