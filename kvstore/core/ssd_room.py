@@ -88,7 +88,7 @@ class SsdRoom(SsdBook):
         """Evict as much as is needed for the next slots of a size, so that writers need not wait for groups."""
         slots = self.slabs.classes.get(slot_bytes // PAGE_BYTES)
         slab_slots = max(self.slabs.slab_bytes // slot_bytes, 1)
-        wanted = min(SLOTS_AHEAD, max(len(self.slabs.slabs) * slab_slots // 8, 1))
+        wanted = min(SLOTS_AHEAD, max(self.slabs.usable_slabs * slab_slots // 8, 1))
         slabs = self.slabs.free_slabs + self.slabs.draining_slabs
         there = (0 if slots is None else slots.free_slots) + slabs * slab_slots
         if not self.growing and there + self.coming[slot_bytes] < wanted:

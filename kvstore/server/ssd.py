@@ -46,6 +46,9 @@ _GONE: Final = "it was removed, renamed or replaced; put it back, or restart the
 _FULL_PAUSE_S: Final = 2.0
 """Between two looks at whether the file system has room again."""
 
+_NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""Errors that say that there is no room, and not that the device fails."""
+
 _OTHER_BYTES: Final = 2 * PAGE_BYTES
 """The slab file's first page, and the lock file."""
 
@@ -272,6 +275,9 @@ class SsdTier:
                     await asyncio.wait_for(self._wake_formatting.wait(), 1.0)
                 continue
             if not await self._format_one():
+                if self.state != "ok":
+                    # Not for want of room: nothing leaves for that.
+                    continue
                 # The tier stays as it is until there is room again.
                 self.ssd.growing = False
                 self.demotions.pump()
@@ -329,6 +335,9 @@ class SsdTier:
         except OSError as error:
             with contextlib.suppress(OSError):
                 self._slabs.truncate(offset)
+            if error.errno not in _NO_SPACE:
+                self.failed(error, "cannot format a slab")
+                return False
             self._stays_smaller = f"stays smaller: {error.strerror or error}"
             self._repeated.log_every(60, "ssd_format", "error", "ssd_stays_smaller", why=str(error))
             self.write_errors += 1

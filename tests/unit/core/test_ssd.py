@@ -417,6 +417,14 @@ def test_nothing_leaves_while_slabs_are_still_to_come():
     assert (tier.ssd.counters.evicted_blocks, tier.ssd.scarce) == (1, True)
 
 
+def test_slots_ahead_are_a_share_of_the_slabs_that_are_there():
+    tier = SmallSsd(slabs=2, slab_pages=4)
+    tier.ssd.slabs.slabs += SmallSsd(slabs=100)._allocator().slabs[2:]
+    tier.put("abcdefg")
+    tier.begin("h")
+    assert tier.ssd.counters.evicted_blocks == 1, "slabs that will never come count"
+
+
 def test_leased_blocks_do_not_leave_for_others_of_any_size():
     tier = SmallSsd(slabs=2, slab_pages=4)
     tier.put("abcdefgh")
