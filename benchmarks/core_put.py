@@ -20,7 +20,6 @@ from hashlib import sha256
 from itertools import count, islice
 
 import msgspec
-from kvstore.core.state import StoreLimits
 
 from kvstore.cli.bench.machine import machine_facts
 from kvstore.core.block import runs_of
@@ -40,6 +39,7 @@ from kvstore.core.events import (
 from kvstore.core.instructions import Grant, Leased, Namespaced, Withdraw
 from kvstore.core.invariants import validate_state
 from kvstore.core.slabs import SlabAllocator
+from kvstore.core.state import StoreLimits
 from kvstore.core.store import Store
 from kvstore.policy.registry import make_policy
 from kvstore.protocol.keys import ROOT_KEY

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from fakes.memory_executor import Identity, MemoryExecutor
-from kvstore.core.state import StoreLimits
 
 from kvstore.core.block import Block, Record, runs_of
 from kvstore.core.events import (
@@ -24,6 +23,7 @@ from kvstore.core.instructions import Answer, Leased, Namespaced
 from kvstore.core.namespaces import NamespaceState
 from kvstore.core.slabs import SlabAllocator
 from kvstore.core.ssd import SsdStore
+from kvstore.core.state import StoreLimits
 from kvstore.core.store import Store
 from kvstore.policy.lru import Lru
 from kvstore.protocol.keys import ROOT_KEY

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, cast
 
 from fakes.faulty_disk import Crashed, FaultyDirectory
-from kvstore.core.state import StoreLimits
 
 import kvstore.server.ssd
 from kvstore.core.block import Record
@@ -38,6 +37,7 @@ from kvstore.core.invariants import validate_state
 from kvstore.core.slabs import SlabAllocator
 from kvstore.core.ssd import SsdStore
 from kvstore.core.ssd_record import SsdBlock, SsdRecord
+from kvstore.core.state import StoreLimits
 from kvstore.core.store import Store
 from kvstore.errors import CorruptRecord
 from kvstore.format.constants import PAGE_BYTES, RECORD_HEADER_BYTES

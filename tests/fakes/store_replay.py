@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fakes.memory_executor import MemoryExecutor
-from kvstore.core.state import StoreLimits
 
 from kvstore.core.block import Record, runs_of
 from kvstore.core.events import (
@@ -19,6 +18,7 @@ from kvstore.core.events import (
 )
 from kvstore.core.instructions import Answer, Namespaced
 from kvstore.core.slabs import SlabAllocator
+from kvstore.core.state import StoreLimits
 from kvstore.core.store import Store
 from kvstore.policy.registry import make_policy
 from kvstore.protocol.keys import ROOT_KEY

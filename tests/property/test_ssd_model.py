@@ -24,7 +24,6 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from kvstore.core.state import StoreLimits
 
 from kvstore.core.block import Block, Record, RecordState, runs_of
 from kvstore.core.events import (
@@ -49,6 +48,7 @@ from kvstore.core.invariants import validate_state
 from kvstore.core.namespaces import NamespaceState
 from kvstore.core.slabs import SlabAllocator
 from kvstore.core.ssd_record import SsdBlock, SsdRecord, SsdState
+from kvstore.core.state import StoreLimits
 from kvstore.core.store import Store
 from kvstore.policy.lru import Lru
 from kvstore.protocol.keys import ROOT_KEY

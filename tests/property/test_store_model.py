@@ -23,7 +23,6 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from kvstore.core.state import StoreLimits
 
 from kvstore.core.block import Record, RecordState, runs_of
 from kvstore.core.events import (
@@ -61,6 +60,7 @@ from kvstore.core.instructions import (
 from kvstore.core.invariants import validate_state
 from kvstore.core.journal import Journal
 from kvstore.core.slabs import SlabAllocator
+from kvstore.core.state import StoreLimits
 from kvstore.core.store import Store
 from kvstore.policy.lru import Lru
 from kvstore.protocol.keys import ROOT_KEY
