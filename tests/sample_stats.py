@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvstore.protocol.messages import (
+from kvstore.protocol.statistics import (
     DaemonStats,
     DramStats,
     EventStats,

@@ -13,8 +13,9 @@ from killed_daemon import Control
 
 from kvstore.format.constants import PAGE_BYTES, RECORD_HEADER_BYTES, RECORD_MAGIC
 from kvstore.format.record import decode_header
-from kvstore.protocol.messages import PutStatus, SsdStats
+from kvstore.protocol.messages import PutStatus
 from kvstore.protocol.namespace import Namespace, namespace_digest
+from kvstore.protocol.statistics import SsdStats
 from kvstore_client import Client
 
 SLAB_BYTES = 128 << 10

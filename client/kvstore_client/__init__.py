@@ -13,8 +13,9 @@ from kvstore.errors import (
     Throttled,
 )
 from kvstore.protocol.keys import chain_keys
-from kvstore.protocol.messages import DaemonStats, PutStatus, Reason
+from kvstore.protocol.messages import PutStatus, Reason
 from kvstore.protocol.namespace import Namespace
+from kvstore.protocol.statistics import DaemonStats
 from kvstore_client.aio import AsyncClient, AsyncMatch
 from kvstore_client.client import Client, Match
 from kvstore_client.results import FlushResult

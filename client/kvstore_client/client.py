@@ -15,7 +15,8 @@ import zmq
 from kvstore.errors import ConnectionLost, DeadlineExceeded, KVStoreError
 from kvstore.format.record import RecordHeader
 from kvstore.protocol.framing import decode_reply, encode
-from kvstore.protocol.messages import Bye, DaemonStats, PutStatus, TierName, VerifyReply
+from kvstore.protocol.messages import Bye, PutStatus, TierName, VerifyReply
+from kvstore.protocol.statistics import DaemonStats
 from kvstore_client.arguments import check_durable, check_read
 from kvstore_client.base import (
     DRAM,

@@ -18,7 +18,6 @@ from kvstore.protocol.messages import (
     Attached,
     Clear,
     CountReply,
-    DaemonStats,
     Done,
     Exists,
     ExistsReply,
@@ -40,6 +39,7 @@ from kvstore.protocol.messages import (
     Verify,
     VerifyReply,
 )
+from kvstore.protocol.statistics import DaemonStats
 from kvstore.protocol.version import MAX_KEYS_PER_REQUEST, MAX_LEASE_MS
 from kvstore_client.arguments import batches, buffer_of, check_part, check_request
 from kvstore_client.puts import PutOperations

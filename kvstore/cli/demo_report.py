@@ -9,7 +9,7 @@ import msgspec
 from kvstore.cli import render
 from kvstore.cli.demo_engine import EngineReport
 from kvstore.cli.demo_model import MODEL_SHAPES, TRAINED
-from kvstore.protocol.messages import DaemonStats
+from kvstore.protocol.statistics import DaemonStats
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

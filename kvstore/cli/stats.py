@@ -16,7 +16,7 @@ from kvstore.errors import ConnectionLost, DaemonUnavailable, DeadlineExceeded, 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from kvstore.protocol.messages import DaemonStats
+    from kvstore.protocol.statistics import DaemonStats
 
 __all__ = ["StatsCommand", "stats"]
 

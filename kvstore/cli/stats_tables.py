@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvstore.cli import render
-from kvstore.protocol.messages import (
+from kvstore.protocol.statistics import (
     DaemonStats,
     DramStats,
     EventStats,

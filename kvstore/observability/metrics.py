@@ -13,7 +13,8 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from kvstore.protocol.messages import (
+from kvstore.protocol.messages import Reason
+from kvstore.protocol.statistics import (
     DaemonStats,
     DramStats,
     EventStats,
@@ -21,7 +22,6 @@ from kvstore.protocol.messages import (
     LookupStats,
     NamespaceStats,
     PutStats,
-    Reason,
     ServerStats,
     SsdStats,
 )

@@ -32,7 +32,7 @@ from kvstore.protocol.kv_events import (
     heartbeat_topic,
     snapshot_reply,
 )
-from kvstore.protocol.messages import EventStats
+from kvstore.protocol.statistics import EventStats
 from kvstore.server.event_batches import BatchRing, events_of, stored_events
 from kvstore.server.event_replay import ReplaySocket, Replies
 from kvstore.server.transport import bind_ipc

@@ -22,7 +22,7 @@ from aiohttp import web
 from kvstore.errors import InvalidArgument, PermissionRefused, ResourceTaken, SettingsError
 from kvstore.observability.logs import RepeatedLog, get_log
 from kvstore.observability.metrics import CONTENT_TYPE, make_registry, render_metrics
-from kvstore.protocol.messages import DaemonStats
+from kvstore.protocol.statistics import DaemonStats
 from kvstore.settings import parse_http
 
 __all__ = ["HttpServer", "start_http"]

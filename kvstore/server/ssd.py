@@ -22,7 +22,7 @@ from kvstore.format.constants import PAGE_BYTES
 from kvstore.format.ssd_files import FIRST_SSD_PAGE
 from kvstore.observability.logs import Log, RepeatedLog
 from kvstore.policy.base import EvictionPolicy
-from kvstore.protocol.messages import SsdStats
+from kvstore.protocol.statistics import SsdStats
 from kvstore.server.executor import Executor
 from kvstore.server.ssd_demotion import Demotions
 from kvstore.server.ssd_groups import Groups, index_bytes, records_in

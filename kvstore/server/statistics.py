@@ -9,7 +9,7 @@ from typing import Final
 import kvstore
 from kvstore.core.store import Store
 from kvstore.format.constants import PAGE_BYTES
-from kvstore.protocol.messages import (
+from kvstore.protocol.statistics import (
     DaemonStats,
     DramStats,
     EvictionStats,

@@ -26,16 +26,9 @@ from kvstore.mapped.session_file import (
 )
 from kvstore.protocol import messages, version
 from kvstore.protocol.endpoint import IPC_PATH_BYTES
-from kvstore.protocol.messages import (
-    DaemonStats,
-    GetStatus,
-    PutStatus,
-    Reason,
-    Reply,
-    Request,
-    TierId,
-)
+from kvstore.protocol.messages import GetStatus, PutStatus, Reason, Reply, Request, TierId
 from kvstore.protocol.namespace import _MAX_TEXT, MAX_PARTS, Namespace
+from kvstore.protocol.statistics import DaemonStats
 from kvstore.settings import LimitSettings
 
 PAGE = "protocol.md"

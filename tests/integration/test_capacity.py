@@ -8,7 +8,7 @@ from daemon_process import DaemonProcess
 
 from kvstore.format.constants import RECORD_HEADER_BYTES
 from kvstore.format.record import padded_bytes
-from kvstore.protocol.messages import DramStats
+from kvstore.protocol.statistics import DramStats
 from kvstore_client.tensors import TensorStore
 from kvstore_kernels.codecs import get_codec
 from kvstore_kernels.layout import KVLayout

@@ -27,8 +27,8 @@ from kvstore.protocol.kv_events import (
     replay_request,
     snapshot_request,
 )
-from kvstore.protocol.messages import EventStats
 from kvstore.protocol.namespace import Namespace
+from kvstore.protocol.statistics import EventStats
 from kvstore_client import Client
 from kvstore_client.events import EventConsumer
 

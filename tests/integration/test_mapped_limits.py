@@ -12,7 +12,7 @@ import pytest
 from daemon_process import DaemonProcess, read_line, script, wait_until
 from mapped_peer import hazards_of
 
-from kvstore.protocol.messages import DaemonStats
+from kvstore.protocol.statistics import DaemonStats
 from kvstore.sizes import parse_size
 from kvstore_client import Client, PutStatus
 

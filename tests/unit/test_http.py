@@ -10,7 +10,7 @@ import pytest
 from sample_stats import sample_stats
 
 from kvstore.errors import InvalidArgument, ResourceTaken, SettingsError
-from kvstore.protocol.messages import DaemonStats
+from kvstore.protocol.statistics import DaemonStats
 from kvstore.server import http as http_module
 from kvstore.server.http import HttpServer, start_http
 

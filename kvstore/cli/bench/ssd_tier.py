@@ -21,7 +21,7 @@ from kvstore.cli.bench.process import ChildProcess
 from kvstore.cli.bench.ssd_blocks import CHAIN_BLOCKS, Blocks, blocks_of, keys_of
 from kvstore.cli.bench.ssd_putter import GO, STOP
 from kvstore.errors import DeadlineExceeded, KVStoreError
-from kvstore.protocol.messages import SsdStats
+from kvstore.protocol.statistics import SsdStats
 from kvstore_client import Client
 
 __all__ = ["ASKERS", "Moved", "SsdDaemon", "ssd_daemon"]

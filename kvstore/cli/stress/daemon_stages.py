@@ -14,7 +14,7 @@ from kvstore.cli.stress.crew import Crew, Worker, WorkerDied, wait_for_any
 from kvstore.cli.stress.private_daemon import MIB, StressedDaemon, accounting_problems, leaked_slots
 from kvstore.cli.stress.report import StageReport
 from kvstore.errors import DeadlineExceeded, KVStoreError
-from kvstore.protocol.messages import DaemonStats
+from kvstore.protocol.statistics import DaemonStats
 from kvstore_client import Client
 
 __all__ = ["DAEMON_STAGES", "run_daemon_stage"]

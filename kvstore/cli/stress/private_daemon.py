@@ -11,7 +11,7 @@ import psutil
 
 from kvstore.cli.private_daemon import PrivateDaemon
 from kvstore.format.constants import PAGE_BYTES
-from kvstore.protocol.messages import DaemonStats
+from kvstore.protocol.statistics import DaemonStats
 
 __all__ = ["StressedDaemon", "accounting_problems", "leaked_slots"]
 

@@ -16,7 +16,7 @@ from kvstore.cli.bench.ssd_blocks import CHAIN_BLOCKS, keys_of
 from kvstore.cli.bench.ssd_putter import GO, STOP
 from kvstore.cli.bench.ssd_tier import SsdDaemon
 from kvstore.errors import DeadlineExceeded, KVStoreError, RemoteError
-from kvstore.protocol.messages import SsdStats
+from kvstore.protocol.statistics import SsdStats
 
 RECORD_BYTES = 1 << 20
 CHAIN_BYTES = CHAIN_BLOCKS * RECORD_BYTES

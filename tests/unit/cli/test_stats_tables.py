@@ -8,7 +8,7 @@ from rich.console import Console, RenderableType
 from sample_stats import sample_ssd, sample_stats
 
 from kvstore.cli.stats_tables import stats_tables, waiting
-from kvstore.protocol.messages import NamespaceStats, SlotClassStats
+from kvstore.protocol.statistics import NamespaceStats, SlotClassStats
 
 
 def lines(renderable: RenderableType) -> list[str]:

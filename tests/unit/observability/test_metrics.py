@@ -7,7 +7,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from sample_stats import MIB, sample_stats
 
 from kvstore.observability.metrics import MAX_NAMESPACE_LABELS, make_registry, render_metrics
-from kvstore.protocol.messages import DaemonStats
+from kvstore.protocol.statistics import DaemonStats
 
 
 def scrape(stats: DaemonStats) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:

@@ -1,0 +1,279 @@
+"""What ``Stats`` is answered with: one struct a tier and a matter, as MessagePack maps.
+
+Evolution: fields are only added, with defaults, which a daemon that does not know them leaves out.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from kvstore.protocol.namespace import UNNAMED
+
+Unsigned = Annotated[int, msgspec.Meta(ge=0)]
+"""An integer from 0 to 2**64 - 1."""
+
+
+class NamespaceStats(msgspec.Struct, kw_only=True):
+    """One namespace.
+
+    Attributes:
+        name, model, codec: of its description.
+        digest: the first 8 hexadecimal digits of its digest in this generation.
+        generation: the current one.
+        blocks, slot_bytes: that are resident.
+    """
+
+    name: str
+    generation: Unsigned
+    blocks: Unsigned
+    slot_bytes: Unsigned
+    model: str = ""
+    codec: str = ""
+    digest: str = ""
+
+    @property
+    def label(self) -> str:
+        """What people call it: its name, or where nobody gave it one its model and codec."""
+        model = self.model.rstrip("/").rpartition("/")[2]
+        if self.name != UNNAMED or not model:
+            return self.name
+        return f"{model} {self.codec}"
+
+
+class SlotClassStats(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """One slot size: slabs cut for it, and slots by state.
+
+    ``cut_slots`` is what the slabs hold, counted slab by slab, adjacent ones that are cut as one together; 0 of a
+    daemon that does not say.
+    """
+
+    slot_bytes: Unsigned
+    slabs: Unsigned
+    used_slots: Unsigned
+    free_slots: Unsigned
+    cut_slots: Unsigned = 0
+
+
+class DramStats(msgspec.Struct, kw_only=True):
+    """The DRAM tier.
+
+    Attributes:
+        capacity_bytes: what resident blocks may occupy, in slots.
+        arena_bytes, populated_bytes: the slabs, and those of them that have memory.
+        resident_bytes, record_bytes: slots of resident records, and the records in them without padding.
+        granted_bytes, limbo_bytes: slots lent for writing, and slots that wait for readers to finish.
+        index_bytes: the index that clients map, outside the capacity; 0 where they do not.
+        max_records: what the index has room for.
+        problem: why the tier is smaller than configured, "" where it is not.
+    """
+
+    capacity_bytes: Unsigned
+    arena_bytes: Unsigned
+    populated_bytes: Unsigned
+    resident_bytes: Unsigned
+    record_bytes: Unsigned
+    granted_bytes: Unsigned
+    limbo_bytes: Unsigned
+    blocks: Unsigned
+    records: Unsigned
+    slab_bytes: Unsigned
+    free_slabs: Unsigned
+    problem: str
+    classes: list[SlotClassStats]
+    index_bytes: Unsigned = 0
+    max_records: Unsigned = 0
+
+
+class SsdStats(msgspec.Struct, kw_only=True):
+    """The SSD tier. Counts are since the daemon's start.
+
+    Attributes:
+        directory: where its files are.
+        state: "ok", "read-only" (nothing is written any more) or "off" (nothing is read either).
+        problem: why it is not ok, "" where it is.
+        direct: whether it is read and written past the page cache.
+        capacity_bytes, file_bytes: what all its files may take together, and what they take.
+        formatted_bytes, free_bytes: of slabs that the slab file has, and of free slots and slabs in them.
+        resident_bytes, record_bytes: slots of stored records, and the records in them without padding.
+        writing_bytes, leaving_bytes: slots that are being written, and those that left and are being read still.
+        blocks, records: that are stored.
+        demoted_blocks, demoted_bytes: written from DRAM.
+        dropped_blocks: that left DRAM without a copy.
+        promoted_blocks, promoted_bytes: brought up into DRAM.
+        evicted_blocks, evicted_bytes: that had to leave for others.
+        removed_blocks: by clients.
+        hits: blocks served from here, by gets and by promotions.
+        refused_loads: that would have been slower than computing the blocks anew.
+        not_admitted_blocks: that were not worth writing.
+        corrupt_records: found damaged and dropped.
+        read_errors, write_errors: of the device or the file system.
+        groups: commits, each of several records.
+        log_bytes, checkpoints: of the log, and how often it was replaced by a checkpoint.
+        recovered_records, recovery_s: found at the start, and how long that took.
+        read_bytes_per_s, write_bytes_per_s: as estimated, 0 while unknown.
+        waiting_blocks: that are being demoted.
+        retired_bytes, clean_bytes: slots of DRAM whose blocks may leave it: all of them, and those that have a copy.
+    """
+
+    directory: str
+    state: str
+    problem: str
+    direct: bool
+    capacity_bytes: Unsigned
+    file_bytes: Unsigned
+    formatted_bytes: Unsigned
+    resident_bytes: Unsigned
+    record_bytes: Unsigned
+    writing_bytes: Unsigned
+    leaving_bytes: Unsigned
+    blocks: Unsigned
+    records: Unsigned
+    free_bytes: Unsigned
+    demoted_blocks: Unsigned
+    demoted_bytes: Unsigned
+    dropped_blocks: Unsigned
+    promoted_blocks: Unsigned
+    promoted_bytes: Unsigned
+    evicted_blocks: Unsigned
+    evicted_bytes: Unsigned
+    removed_blocks: Unsigned
+    hits: Unsigned
+    refused_loads: Unsigned
+    not_admitted_blocks: Unsigned
+    corrupt_records: Unsigned
+    read_errors: Unsigned
+    write_errors: Unsigned
+    groups: Unsigned
+    log_bytes: Unsigned
+    checkpoints: Unsigned
+    recovered_records: Unsigned
+    recovery_s: float
+    read_bytes_per_s: float
+    write_bytes_per_s: float
+    waiting_blocks: Unsigned
+    retired_bytes: Unsigned
+    clean_bytes: Unsigned
+
+
+class LookupStats(msgspec.Struct, kw_only=True):
+    """Lookups since the start. A request's match, gets and puts with one access id count each once.
+
+    Attributes:
+        mapped_reads: matches and gets that clients served themselves; the other counts include them.
+        dropped_reports: of clients that are there now, what they could not tell because their ring was full.
+    """
+
+    matches: Unsigned
+    match_keys: Unsigned
+    match_hits: Unsigned
+    gets: Unsigned
+    get_keys: Unsigned
+    get_hits: Unsigned
+    get_throttled: Unsigned
+    bytes_out: Unsigned
+    mapped_reads: Unsigned = 0
+    dropped_reports: Unsigned = 0
+
+
+class PutStats(msgspec.Struct, kw_only=True):
+    """Puts since the start. ``replaced``: of the stored ones, those that took the place of a worse record."""
+
+    stored: Unsigned
+    exists: Unsigned
+    throttled: Unsigned
+    rejected: Unsigned
+    bytes_in: Unsigned
+    reasons: dict[str, int]
+    replaced: Unsigned = 0
+
+
+class EvictionStats(msgspec.Struct, kw_only=True):
+    """Blocks that left the tier since the start."""
+
+    policy: str
+    evicted_blocks: Unsigned
+    evicted_bytes: Unsigned
+    removed_blocks: Unsigned
+    moved_records: Unsigned
+    corrupt_records: Unsigned
+
+
+class SessionStats(msgspec.Struct, kw_only=True):
+    """One client."""
+
+    session: Unsigned
+    pid: Unsigned
+    idle_s: float
+    requests: Unsigned
+    leases: Unsigned
+    granted_bytes: Unsigned
+    outbound_bytes: Unsigned
+    version: str
+    mapped: bool = False
+
+
+class ServerStats(msgspec.Struct, kw_only=True):
+    """The request path."""
+
+    requests: Unsigned
+    bad_requests: Unsigned
+    overloaded: Unsigned
+    replies_dropped: Unsigned
+    sessions_opened: Unsigned
+    sessions_died: Unsigned
+    sessions_expired: Unsigned
+    outbound_bytes: Unsigned
+    queue_delay_ms: float
+
+
+class EventStats(msgspec.Struct, kw_only=True):
+    """KV events, since the start.
+
+    Attributes:
+        endpoint, replay_endpoint: where they are published and had again.
+        sequence: number of the last batch.
+        batches, heartbeats: published with events, and without.
+        stored_blocks, removed_blocks: blocks that were told to have come, and to have gone one by one.
+        waiting_blocks: changes that are not published yet.
+        kept_batches, kept_bytes: what can be replayed.
+        replays, snapshots: requests for a replay, and for a snapshot's first page.
+        bad_requests: that were none.
+        dropped_requests: of peers that were too many, asked too much or did not read.
+    """
+
+    endpoint: str
+    replay_endpoint: str
+    sequence: Unsigned
+    batches: Unsigned
+    heartbeats: Unsigned
+    stored_blocks: Unsigned
+    removed_blocks: Unsigned
+    waiting_blocks: Unsigned
+    kept_batches: Unsigned
+    kept_bytes: Unsigned
+    replays: Unsigned
+    snapshots: Unsigned
+    bad_requests: Unsigned
+    dropped_requests: Unsigned
+
+
+class DaemonStats(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """Everything ``kvstore stats`` shows; ``events`` where they are published, ``ssd`` where there is that tier."""
+
+    version: str
+    pid: Unsigned
+    incarnation: str
+    uptime_s: float
+    endpoint: str
+    dram: DramStats
+    lookups: LookupStats
+    puts: PutStats
+    eviction: EvictionStats
+    server: ServerStats
+    namespaces: list[NamespaceStats]
+    sessions: list[SessionStats]
+    leases: Unsigned
+    events: EventStats | None = None
+    ssd: SsdStats | None = None
