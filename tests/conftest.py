@@ -1,7 +1,8 @@
 """Settings of hypothesis, and checks that tests give back what they took.
 
 Profiles of hypothesis: ``ci`` (default; the same examples in every run, nothing stored) and ``dev`` (new examples in
-every run, failures remembered). Choose with ``--hypothesis-profile=dev`` or ``HYPOTHESIS_PROFILE=dev``.
+every run, failures remembered), ``nightly`` (as ``dev``, fifty times as many). Choose with
+``--hypothesis-profile=dev`` or ``HYPOTHESIS_PROFILE=dev``.
 
 Tests under ``tests/integration`` and ``tests/stress`` are checked for leaked descriptors, threads, child processes,
 shared memory and asyncio tasks. Any other test can ask for that with the fixtures ``no_leaks`` and
@@ -30,6 +31,7 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.register_profile("dev", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("nightly", deadline=None, max_examples=5000, suppress_health_check=list(HealthCheck))
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 CHECKED = tuple(Path(__file__).parent / name for name in ("integration", "stress"))

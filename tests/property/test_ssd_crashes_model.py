@@ -10,10 +10,10 @@ import asyncio
 import errno
 import random
 from collections.abc import Coroutine
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from fakes.crash_medium import Choose, lose_everything
+from fakes.durable_model import Expected
 from fakes.faulty_disk import Crashed, FaultyDirectory
 from fakes.ssd_life import Life, loop_transfers
 from fakes.virtual_loop import VirtualLoop
@@ -48,32 +48,6 @@ def crash_seeds() -> st.SearchStrategy[Choose | None]:
     """Only the process dies; all that was not synced is lost; or anything."""
     seeds = st.integers(0, 2**32).map(lambda seed: random.Random(seed).randrange)
     return st.one_of(st.none(), st.just(lose_everything), seeds)
-
-
-@dataclass
-class Expected:
-    """Of one key: what a reader may see (else a miss), what it must see, what may come back at a crash."""
-
-    possible: set[bytes] = field(default_factory=set)
-    durable: bytes | None = None
-    ghosts: set[bytes] = field(default_factory=set)
-
-    def gone(self, *, acknowledged: bool) -> None:
-        self.ghosts = set() if acknowledged else self.ghosts | self.possible
-        self.possible = set()
-        self.durable = None
-
-    def missed(self) -> None:
-        """It is gone, and nobody promised that it stays so: the log may not know yet."""
-        self.gone(acknowledged=False)
-
-    def crashed(self) -> None:
-        self.possible |= self.ghosts
-        self.ghosts = set()
-
-    def unsure(self) -> None:
-        """The process died while it was being removed."""
-        self.durable = None
 
 
 class SsdCrashes(RuleBasedStateMachine):
@@ -442,5 +416,5 @@ class SsdCrashes(RuleBasedStateMachine):
             self.life.check()
 
 
-SsdCrashes.TestCase.settings = settings(max_examples=100, stateful_step_count=40)
+SsdCrashes.TestCase.settings = settings(stateful_step_count=40)
 TestSsdCrashes = SsdCrashes.TestCase
