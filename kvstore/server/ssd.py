@@ -92,6 +92,7 @@ class SsdTier:
         self.state = "ok"
         self.problem = ""
         self._stays_smaller = ""
+        self._slab_failed = False
         self._pause_s = _FIRST_PAUSE_S
         self._well_since_ns = 0
         self._formatted = recovered.formatted_slabs
@@ -315,27 +316,31 @@ class SsdTier:
         records = self.settings.max_records or self._records_with(slabs_bytes)
         return self.settings.reserve_bytes + max(index_bytes(records) - self.groups.log_bytes, 0)
 
-    async def _format_one(self) -> bool:
+    async def _write_slab(self) -> None:
+        """Write the next slab through."""
         slab_bytes = self.ssd.slabs.slab_bytes
         offset = FIRST_SSD_PAGE * PAGE_BYTES + self._formatted * slab_bytes
+        try:
+            await self.transfers.call(lambda: self._slabs.format(offset, slab_bytes))
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._slabs.truncate(offset)
+            raise
 
-        def work() -> None:
-            self._slabs.format(offset, slab_bytes)
-
+    async def _format_one(self) -> bool:
         try:
             free_bytes = self.directory.free_bytes()
-            if free_bytes - slab_bytes < self._spare_bytes():
+            if free_bytes - self.ssd.slabs.slab_bytes < self._spare_bytes():
                 why = "the file system's free space is near ssd.reserve_bytes"
                 reserve_bytes = self.settings.reserve_bytes
                 self._stays_smaller = f"stays smaller: {why}"
                 facts = {"free_bytes": free_bytes, "reserve_bytes": reserve_bytes, "why": why}
                 self._repeated.log_every(60, "ssd_reserve", "warning", "ssd_stays_smaller", **facts)
                 return False
-            await self.transfers.call(work)
+            await self._write_slab()
         except OSError as error:
-            with contextlib.suppress(OSError):
-                self._slabs.truncate(offset)
             if error.errno not in _NO_SPACE:
+                self._slab_failed = True
                 self.failed(error, "cannot format a slab")
                 return False
             self._stays_smaller = f"stays smaller: {error.strerror or error}"
@@ -369,6 +374,9 @@ class SsdTier:
                 if not self.directory.there():
                     raise OSError(errno.ENOENT, _GONE)
                 await self.demotions.try_again(_LONGEST_PAUSE_S)
+                if self._slab_failed:
+                    await self._write_slab()
+                    self._slab_failed = False
                 await self.groups.begin_log()
             except OSError as error:
                 self.problem = f"cannot write yet: {error.strerror or error}"

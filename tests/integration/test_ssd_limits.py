@@ -141,6 +141,32 @@ def test_slabs_that_cannot_be_formatted(nursery: Nursery, tmp_path: Path) -> Non
         assert client.verify().problems == []
 
 
+def test_slabs_on_a_device_that_fails(nursery: Nursery, tmp_path: Path) -> None:
+    """Nothing leaves for want of slabs that are only late, and the tier comes back when they can be written."""
+    daemon = SsdDaemon(nursery, tmp_path, expected_errors=("ssd_degraded",))
+    with daemon, daemon.client() as client:
+        put_durable(client, range(8))
+        daemon.control.order(Orders(faults=[Fault("data_format", errno.EIO)]))
+        client.put_many(
+            [key_of(number) for number in range(100, 164)], [payload_of(number) for number in range(100, 164)]
+        )
+        client.put_many(
+            [key_of(number) for number in range(200, 264)], [payload_of(number) for number in range(200, 264)]
+        )
+        wait_until(lambda: ssd_stats(client).state == "read-only")
+        assert "Input/output" in ssd_stats(client).problem
+        wait_until(lambda: "cannot write yet" in ssd_stats(client).problem)
+        time.sleep(1.0)
+        assert ssd_stats(client).state == "read-only"
+        assert len(daemon.logged("ssd_degraded")) == 1
+        daemon.control.order()
+        wait_until(lambda: ssd_stats(client).state == "ok", 15.0)
+        assert ssd_stats(client).evicted_blocks == 0
+        put_durable(client, range(300, 340))
+        assert found_blocks(client, range(8)) == list(range(8))
+        assert client.verify().problems == []
+
+
 def test_another_capacity_at_the_next_start(nursery: Nursery, tmp_path: Path) -> None:
     def blocks_with(capacity: str, mib: int, first: int) -> set[int]:
         with SsdDaemon(nursery, tmp_path, ssd_capacity=capacity) as daemon, daemon.client() as client:
