@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import errno
 import gc
-import math
 from collections.abc import Callable, Coroutine
 from typing import Final
 
@@ -19,13 +18,13 @@ from kvstore.core.ssd import SsdStore
 from kvstore.core.ssd_record import SsdRecord
 from kvstore.errors import SettingsError
 from kvstore.format.constants import PAGE_BYTES
-from kvstore.format.ssd_files import FIRST_SSD_PAGE
 from kvstore.observability.logs import Log, RepeatedLog
 from kvstore.policy.base import EvictionPolicy
 from kvstore.protocol.statistics import SsdStats
 from kvstore.server.executor import Executor
 from kvstore.server.ssd_demotion import Demotions
-from kvstore.server.ssd_groups import Groups, index_bytes, records_in
+from kvstore.server.ssd_formatting import OTHER_BYTES, Formatting, most_records
+from kvstore.server.ssd_groups import Groups, index_bytes
 from kvstore.server.ssd_promotion import Promotions
 from kvstore.server.ssd_recovery import Recovered, recover, restored, say_what_is_left
 from kvstore.server.ssd_transcoding import Transcoding
@@ -37,26 +36,9 @@ from kvstore.tiers.disk import SsdDirectory
 from kvstore.tiers.dram import automatic_slab_bytes
 
 _FEWEST_RECORDS: Final = 1024
-_SLABS_AHEAD: Final = 2
-"""Slabs that are formatted before they are needed."""
-
 _FIRST_PAUSE_S: Final = 1.0
 _LONGEST_PAUSE_S: Final = 30.0
 _GONE: Final = "it was removed, renamed or replaced; put it back, or restart the daemon"
-_FULL_PAUSE_S: Final = 2.0
-"""Between two looks at whether the file system has room again."""
-
-_NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-"""Errors that say that there is no room, and not that the device fails."""
-
-_OTHER_BYTES: Final = 2 * PAGE_BYTES
-"""The slab file's first page, and the lock file."""
-
-
-def most_records(settings: SsdSettings, slabs_bytes: int) -> int:
-    """Records for which logs and checkpoints have room beside so many bytes of slabs."""
-    assert settings.capacity_bytes is not None
-    return settings.max_records or records_in(settings.capacity_bytes - _OTHER_BYTES - slabs_bytes)
 
 
 class SsdTier:
@@ -91,12 +73,8 @@ class SsdTier:
         self._repeated = RepeatedLog(log)
         self.state = "ok"
         self.problem = ""
-        self._stays_smaller = ""
-        self._slab_failed = False
         self._pause_s = _FIRST_PAUSE_S
         self._well_since_ns = 0
-        self._formatted = recovered.formatted_slabs
-        self._wake_formatting = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._trying: asyncio.Task[None] | None = None
         self.write_errors = 0
@@ -134,7 +112,7 @@ class SsdTier:
         assert settings.directory is not None
         assert settings.capacity_bytes is not None
         max_records = settings.max_records or _FEWEST_RECORDS
-        data_bytes = settings.capacity_bytes - index_bytes(max_records) - _OTHER_BYTES
+        data_bytes = settings.capacity_bytes - index_bytes(max_records) - OTHER_BYTES
         slab_bytes = settings.slab_bytes or _slab_bytes(data_bytes, largest_slot_bytes)
 
         def check(slab_bytes: int) -> None:
@@ -201,9 +179,21 @@ class SsdTier:
         self.promotions.failing = lambda: self.state != "ok"
         executor.demote = self.demotions.demote
         executor.hurry = self.groups.hurry
-        self.ssd.growing = self._formatted < len(self.ssd.slabs.slabs)
+        self.formatting = Formatting(
+            settings,
+            self.directory,
+            self.ssd,
+            self._slabs,
+            recovered.formatted_slabs,
+            self.transfers,
+            self.groups,
+            self._repeated,
+            lambda: self.state == "ok",
+            self.failed,
+            self.demotions.pump,
+        )
         self.groups.start()
-        self._spawn(self._format())
+        self._spawn(self.formatting.run())
         executor.apply(SsdChanged(writable=True))
         for problem in (*recovered.problems, *recovered.torn):
             self._log.warning("ssd_recovery", why=problem)
@@ -247,7 +237,7 @@ class SsdTier:
             self._executor.apply(Demoted(records))
             self._measure(sum(record.slot_bytes for record in records))
         self.demotions.pump()
-        self._wake_formatting.set()
+        self.formatting.wake()
 
     def _measure(self, slot_bytes: int) -> None:
         now_ns = self._clock()
@@ -261,94 +251,6 @@ class SsdTier:
             rate = done * 1e9 / (now_ns - since_ns)
             self._write_rate = rate if not self._write_rate else 0.9 * self._write_rate + 0.1 * rate
             self._rate_at = (now_ns, 0)
-
-    # -------------------------------------------------------------- formatting
-
-    async def _format(self) -> None:
-        """Keep some slabs formatted ahead, as long as the limits allow it."""
-        slabs = self.ssd.slabs
-        while self._formatted < len(slabs.slabs):
-            pays = self._slab_pays()
-            self.ssd.growing = pays
-            if slabs.free_slabs >= _SLABS_AHEAD or self.state != "ok" or not pays:
-                self._wake_formatting.clear()
-                with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(self._wake_formatting.wait(), 1.0)
-                continue
-            if not await self._format_one():
-                if self.state != "ok":
-                    # Not for want of room: nothing leaves for that.
-                    continue
-                # The tier stays as it is until there is room again.
-                self.ssd.growing = False
-                self.demotions.pump()
-                await asyncio.sleep(_FULL_PAUSE_S)
-                self.ssd.growing = True
-                continue
-            if not await self.groups.sync():
-                # Not for want of room: it is formatted again when the tier can be written again.
-                continue
-            slabs.make_usable(self._formatted)
-            self._formatted += 1
-            self.ssd.growing = self._formatted < len(slabs.slabs)
-            self.ssd.max_records = most_records(self.settings, self._formatted * slabs.slab_bytes)
-            self.demotions.pump()
-        self.ssd.growing = False
-
-    def _slab_pays(self) -> bool:
-        """Whether the log has room for what another slab would hold: small records need more of the capacity for it."""
-        if self.settings.max_records:
-            return True
-        slabs_bytes = (self._formatted + 1) * self.ssd.slabs.slab_bytes
-        return most_records(self.settings, slabs_bytes) >= self._records_with(slabs_bytes)
-
-    def _records_with(self, slabs_bytes: int) -> int:
-        """How many records so many bytes of slabs will hold, if those to come are like those that are there."""
-        ssd = self.ssd
-        if not ssd.records:
-            return 0
-        mean_bytes = (ssd.resident_bytes + ssd.writing_bytes + ssd.leaving_bytes) / len(ssd.records)
-        return max(math.ceil(slabs_bytes / mean_bytes), len(ssd.records))
-
-    def _spare_bytes(self) -> int:
-        """Free space that another slab must leave: what is others', and what log and checkpoints will take yet."""
-        slabs_bytes = (self._formatted + 1) * self.ssd.slabs.slab_bytes
-        records = self.settings.max_records or self._records_with(slabs_bytes)
-        return self.settings.reserve_bytes + max(index_bytes(records) - self.groups.log_bytes, 0)
-
-    async def _write_slab(self) -> None:
-        """Write the next slab through."""
-        slab_bytes = self.ssd.slabs.slab_bytes
-        offset = FIRST_SSD_PAGE * PAGE_BYTES + self._formatted * slab_bytes
-        try:
-            await self.transfers.call(lambda: self._slabs.format(offset, slab_bytes))
-        except OSError:
-            with contextlib.suppress(OSError):
-                self._slabs.truncate(offset)
-            raise
-
-    async def _format_one(self) -> bool:
-        try:
-            free_bytes = self.directory.free_bytes()
-            if free_bytes - self.ssd.slabs.slab_bytes < self._spare_bytes():
-                why = "the file system's free space is near ssd.reserve_bytes"
-                reserve_bytes = self.settings.reserve_bytes
-                self._stays_smaller = f"stays smaller: {why}"
-                facts = {"free_bytes": free_bytes, "reserve_bytes": reserve_bytes, "why": why}
-                self._repeated.log_every(60, "ssd_reserve", "warning", "ssd_stays_smaller", **facts)
-                return False
-            await self._write_slab()
-        except OSError as error:
-            if error.errno not in _NO_SPACE:
-                self._slab_failed = True
-                self.failed(error, "cannot format a slab")
-                return False
-            self._stays_smaller = f"stays smaller: {error.strerror or error}"
-            self._repeated.log_every(60, "ssd_format", "error", "ssd_stays_smaller", why=str(error))
-            self.write_errors += 1
-            return False
-        self._stays_smaller = ""
-        return True
 
     # -------------------------------------------------------------- faults
 
@@ -374,9 +276,7 @@ class SsdTier:
                 if not self.directory.there():
                     raise OSError(errno.ENOENT, _GONE)
                 await self.demotions.try_again(_LONGEST_PAUSE_S)
-                if self._slab_failed:
-                    await self._write_slab()
-                    self._slab_failed = False
+                await self.formatting.try_again()
                 await self.groups.begin_log()
             except OSError as error:
                 self.problem = f"cannot write yet: {error.strerror or error}"
@@ -386,7 +286,7 @@ class SsdTier:
             self._log.info("ssd_recovered", directory=str(self.directory.path))
             self.demotions.resume()
             self._executor.apply(SsdChanged(writable=True))
-            self._wake_formatting.set()
+            self.formatting.wake()
             return
 
     def tick(self) -> None:
@@ -419,7 +319,7 @@ class SsdTier:
         """See ``SsdStats``."""
         ssd, store = self.ssd, self._executor.store
         slabs = ssd.slabs
-        formatted_bytes = self._formatted * slabs.slab_bytes
+        formatted_bytes = self.formatting.formatted * slabs.slab_bytes
         try:
             file_bytes = self.directory.used_bytes()
         except OSError:
@@ -427,7 +327,7 @@ class SsdTier:
         return SsdStats(
             directory=str(self.directory.path),
             state=self.state,
-            problem=self.problem or self._stays_smaller,
+            problem=self.problem or self.formatting.problem,
             direct=self._slabs.direct,
             capacity_bytes=self.settings.capacity_bytes or 0,
             file_bytes=file_bytes,
@@ -453,7 +353,7 @@ class SsdTier:
             not_admitted_blocks=store.counters.not_admitted_blocks,
             corrupt_records=ssd.counters.corrupt_records,
             read_errors=self.promotions.read_errors,
-            write_errors=self.write_errors,
+            write_errors=self.write_errors + self.formatting.errors,
             groups=self.groups.groups,
             log_bytes=self.groups.log_bytes,
             checkpoints=self.groups.checkpoints,
@@ -476,7 +376,7 @@ def _slab_bytes(data_bytes: int, largest_slot_bytes: int) -> int:
 
 def _too_small(settings: SsdSettings, max_records: int, slab_bytes: int, largest_slot_bytes: int) -> str:
     assert settings.capacity_bytes is not None
-    need = index_bytes(max_records) + _OTHER_BYTES + max(slab_bytes, largest_slot_bytes)
+    need = index_bytes(max_records) + OTHER_BYTES + max(slab_bytes, largest_slot_bytes)
     if slab_bytes < largest_slot_bytes:
         return (
             f"ssd slabs of {format_size(slab_bytes)} are smaller than the largest slot of the DRAM tier "

@@ -212,7 +212,9 @@ class SsdCrashes(RuleBasedStateMachine):
             expected.possible = {payload}
             return True
         else:
-            assert status is not PutStatus.THROTTLED or self.life.tier._formatted == 0, "no room was made for a block"
+            assert status is not PutStatus.THROTTLED or self.life.tier.formatting.formatted == 0, (
+                "no room was made for a block"
+            )
         return False
 
     @rule(keys=st.lists(some_key, min_size=1, unique=True), crash=crash_seeds())
