@@ -9,8 +9,10 @@ from fakes.ssd_twin import SsdTwin
 from kvstore.core import namespaces
 from kvstore.core.block import Record
 from kvstore.core.events import (
+    ClearWanted,
     Demoted,
     GrantsReturned,
+    InvalidateWanted,
     Joined,
     PersistWanted,
     SessionClosed,
@@ -19,7 +21,7 @@ from kvstore.core.events import (
     SsdChanged,
     Ticked,
 )
-from kvstore.core.instructions import Demote, Namespaced, Refuse
+from kvstore.core.instructions import Count, Demote, Namespaced, Refuse
 from kvstore.core.invariants import validate_state
 from kvstore.core.ssd_record import SsdState
 from kvstore.core.tree import ORPHAN_DEPTH
@@ -273,6 +275,24 @@ def test_lease_brings_blocks_back_whatever_was_granted():
     validate_state(tiers.store)
 
 
+def test_what_is_there_already_is_so_although_it_leaves_for_another_one():
+    tiers = full()
+    records = [tiers.record("d", "c"), tiers.record("x", "h")]
+    tiers.lease("abc")
+    assert tiers.commit(*records) == [(PutStatus.EXISTS, Reason.NONE), STORED]
+    assert tiers.resident() == "abcefghx"
+    assert "d" in tiers.below()
+
+
+def test_block_that_is_being_written_does_not_leave_for_a_slot():
+    tiers = TwoTiers()
+    tiers.put("abcdefgh")
+    assert tiers.retired(clean=False) != ""
+    assert tiers.store._victim_for_slot(None) is None
+    tiers.settle()
+    assert tiers.store._victim_for_slot(None) in tiers.store.retired
+
+
 def test_clean_block_leaves_before_one_that_is_older_and_has_no_copy_yet():
     tiers = full()
     tiers.executor.apply(SlotWanted(SESSION, 3 * PAGE_BYTES))
@@ -385,15 +405,38 @@ def test_remove_of_a_block_below_leaves_retired_children_alone():
     tiers = full()
     assert tiers.commit(tiers.record("x", "d"), tiers.record("y", "x")) == [STORED, STORED]
     assert "d" not in tiers.resident()
-    tiers.touch("efgh")
-    for _ in range(4):
-        tiers.executor.apply(SlotWanted(SESSION, 4 * PAGE_BYTES))
-    assert "y" in tiers.retired()
-    while "x" not in tiers.retired():
-        tiers.executor.apply(SlotWanted(SESSION, 4 * PAGE_BYTES))
-        tiers.settle()
+    for block in tiers.blocks("yx"):
+        tiers.store.policy.discard(block)
+        tiers.store.retired.add(block, {0})
     tiers.remove("d")
+    assert tiers.store.policy.next_victim() not in tiers.blocks("xy"), "they are the policy's no more"
+    assert tiers.retired(clean=False).endswith("xy")
     validate_state(tiers.store)
+
+
+def test_invalidate_ends_what_is_below_too():
+    tiers = full()
+    answer = tiers.executor.apply(InvalidateWanted(tiers.namespace.id, SESSION))
+    assert isinstance(answer, Namespaced)
+    below = answer.namespace.ssd
+    assert below is not None
+    assert (below.generation, below.state, below.digest) == (1, answer.namespace.id, answer.namespace.digest)
+    assert not below.tree.blocks
+    tiers.namespace = answer.namespace
+    tiers.settle()
+    ssd = tiers.twin.crash(0)
+    assert [(space.generation, len(space.tree.blocks)) for space in ssd.namespaces.values()] == [(1, 0)]
+
+
+def test_clear_counts_blocks_of_both_tiers_once():
+    tiers = full()
+    tiers.put("xy")
+    assert "d" not in tiers.resident()
+    answer = tiers.executor.apply(ClearWanted(tiers.namespace.id))
+    assert answer == Count(10)
+    assert (tiers.resident(), tiers.below()) == ("", "")
+    tiers.settle()
+    assert not [*tiers.twin.crash(0).blocks()]
 
 
 # ---------------------------------------------------------------- namespaces
