@@ -56,3 +56,10 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
     def time(self) -> float:
         return self._jumps.now_s
+
+    def forget(self) -> None:
+        """Run nothing of what was to be run: the process that wanted it is dead."""
+        for handle in [*self._ready, *self._scheduled]:
+            handle.cancel()
+        self._ready.clear()
+        self._scheduled.clear()

@@ -107,8 +107,9 @@ class SsdCrashes(RuleBasedStateMachine):
             await asyncio.gather(*tasks, return_exceptions=True)
 
         self.loop.run_until_complete(ends())
+        self.loop.forget()
         self.life.end()
-        self.problems.clear()
+        self.problems = []
 
     def _restart(self, choose: Choose | None) -> None:
         assert not self.problems, self.problems
