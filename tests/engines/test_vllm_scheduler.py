@@ -52,7 +52,7 @@ class FakeStore:
     matches: list[FakeMatch] = field(default_factory=list)
     client: Any = field(default_factory=lambda: SimpleNamespace(generation=0))
 
-    def match(self, keys: list[bytes], *, lease: float) -> FakeMatch:
+    def match(self, keys: list[bytes], *, lease: float, prefetch: bool = False) -> FakeMatch:
         if self.away:
             raise DaemonUnavailable("nobody")
         self.matches.append(FakeMatch(min(self.hits, len(keys))))

@@ -62,7 +62,7 @@ class FakeTensorStore:
     def chain_keys(self, tokens: Any) -> list[bytes]:
         return chain_keys(tokens, self.layout.block_tokens)
 
-    def match(self, keys: Sequence[bytes], *, lease: float | None = None) -> FakeMatch:
+    def match(self, keys: Sequence[bytes], *, lease: float | None = None, prefetch: bool = False) -> FakeMatch:
         there = [key in self.blocks for key in keys]
         hits = there.index(False) if False in there else len(there)
         self.matches.append(FakeMatch(hits, request=len(self.matches) + 1, lease=lease))

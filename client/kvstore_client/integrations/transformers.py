@@ -223,7 +223,7 @@ class CacheStore:
         """Find leading blocks and load them."""
         device = self._kv.device
         begin = time.perf_counter()
-        match = tensors.match(keys, lease=_LEASE_S)
+        match = tensors.match(keys, lease=_LEASE_S, prefetch=True)
         found = _Prefix(request=match.request, match_s=time.perf_counter() - begin)
         try:
             if not len(match):

@@ -21,7 +21,7 @@ class Store:
         self.leases = 0
         self.vanishing: set[bytes] = set()
 
-    def match(self, keys: Sequence[bytes], *, lease: float | None = None) -> Match:
+    def match(self, keys: Sequence[bytes], *, lease: float | None = None, prefetch: bool = False) -> Match:
         self.requests += 1
         assert lease
         if self.leases >= self.most_leases:

@@ -24,7 +24,7 @@ class Matching:
         self.error: Exception | None = None
         self.numbers = iter(range(1, 1000))
 
-    def match(self, keys: Sequence[bytes], *, lease: float | None = None) -> Any:
+    def match(self, keys: Sequence[bytes], *, lease: float | None = None, prefetch: bool = False) -> Any:
         if self.error is not None:
             raise self.error
         present = [key in self.there for key in keys]

@@ -98,7 +98,7 @@ class TensorPages:
 
     def match(self, keys: Sequence[BlockKey]) -> int:
         """See ``PageStore``."""
-        return self._store.match(keys[:MAX_KEYS_PER_REQUEST]).hits if keys else 0
+        return self._store.match(keys[:MAX_KEYS_PER_REQUEST], prefetch=True).hits if keys else 0
 
     def exists(self, keys: Sequence[BlockKey]) -> list[bool]:
         """See ``PageStore``."""
@@ -137,7 +137,7 @@ class BytePages:
 
     def match(self, keys: Sequence[BlockKey]) -> int:
         """See ``PageStore``."""
-        return self.client.match(keys[:MAX_KEYS_PER_REQUEST]).hits if keys else 0
+        return self.client.match(keys[:MAX_KEYS_PER_REQUEST], prefetch=True).hits if keys else 0
 
     def exists(self, keys: Sequence[BlockKey]) -> list[bool]:
         """See ``PageStore``."""

@@ -95,7 +95,7 @@ def find(
 def _lease(
     client: Matches, keys: list[BlockKey], lease_s: float, locked: Callable[[Sequence[BlockKey], Match], None]
 ) -> int:
-    match = client.match(keys, lease=lease_s)
+    match = client.match(keys, lease=lease_s, prefetch=True)
     if match.hits:
         locked(keys[: match.hits], match)
     return match.hits

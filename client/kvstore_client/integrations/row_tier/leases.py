@@ -115,7 +115,7 @@ class Leases:
         held = self._held.setdefault(request, [])
         gaps = at = 0
         while at < len(keys) and gaps < _MOST_GAPS:
-            match = client.match(keys[at : at + MAX_KEYS_PER_REQUEST], lease=self._lease_s)
+            match = client.match(keys[at : at + MAX_KEYS_PER_REQUEST], lease=self._lease_s, prefetch=True)
             if match.lease:
                 held.append(match)
                 self._counters.add("leases", "taken")

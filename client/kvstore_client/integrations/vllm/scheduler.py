@@ -143,7 +143,7 @@ class SchedulerHalf:
         self._release(state)
         lease_s = self._settings.lease_s
         begin = time.perf_counter()
-        found: Match | None = self._store.call(lambda store: store.match(keys, lease=lease_s), None)
+        found: Match | None = self._store.call(lambda store: store.match(keys, lease=lease_s, prefetch=True), None)
         self.stats.add("lookups", 1)
         self.stats.add("lookup_s", time.perf_counter() - begin)
         if found is None:
