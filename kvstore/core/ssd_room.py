@@ -24,6 +24,11 @@ class SsdRoom(SsdBook):
         """Whether others must leave for what is written."""
         return not self.growing and not self.slabs.free_slabs
 
+    @property
+    def stuck(self) -> bool:
+        """Whether room that there is none of is not on its way either."""
+        return not (self.growing or self.leaving_bytes or self.writing_bytes)
+
     def begin(
         self,
         namespace: SsdNamespace,

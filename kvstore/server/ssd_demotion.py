@@ -167,6 +167,11 @@ class Demotions:
             record = self._ssd.begin(
                 below, block.key, block.parent_key, waiting.part, slot_bytes, block.depth, waiting.access
             )
+            if record is None and self._ssd.stuck:
+                # No slabs, or nothing that may leave: those in DRAM must not wait for it.
+                self._drop()
+                given_up.append(block)
+                continue
             if record is None:
                 # Room is being made; it is there after a group.
                 if self._ssd.something_to_log:

@@ -221,3 +221,17 @@ def test_what_a_start_refuses(nursery: Nursery, tmp_path: Path) -> None:
         daemon.start()
         assert found_blocks(client, range(10)) == [*range(8), 9]
         assert any(checkpoint_name(77) in line["why"] for line in daemon.logged("ssd_recovery"))
+
+
+def test_tier_that_gets_no_slab_keeps_nobody_waiting(nursery: Nursery, tmp_path: Path) -> None:
+    """DRAM evicts as it would without a tier below, and says that blocks left without a copy."""
+    reserve = ("--set", "ssd.reserve_bytes=1000TiB")
+    with SsdDaemon(nursery, tmp_path, *reserve) as daemon, daemon.client() as client:
+        for number in range(150):
+            assert client.put(key_of(number), payload_of(number)) is PutStatus.STORED
+        ssd = ssd_stats(client)
+        assert (ssd.state, ssd.blocks, ssd.formatted_bytes) == ("ok", 0, 0)
+        assert "ssd.reserve_bytes" in ssd.problem
+        assert ssd.dropped_blocks > 50
+        assert client.get(key_of(149)) == payload_of(149)
+        assert client.verify().problems == []

@@ -19,7 +19,7 @@ _MOST_RUNS: Final = 64
 class Matches(Protocol):
     """What is asked of a client."""
 
-    def match(self, keys: Sequence[BlockKey], *, lease: float | None = None) -> Match:
+    def match(self, keys: Sequence[BlockKey], *, lease: float | None = None, prefetch: bool = False) -> Match:
         """See ``Client.match``."""
 
     def exists(self, keys: Sequence[BlockKey]) -> list[bool]:

@@ -26,7 +26,7 @@ _MOST_WAITING: Final = 1024
 class Matches(Protocol):
     """What is asked of a client."""
 
-    def match(self, keys: Sequence[BlockKey], *, lease: float | None = None) -> Match:
+    def match(self, keys: Sequence[BlockKey], *, lease: float | None = None, prefetch: bool = False) -> Match:
         """See ``Client.match``."""
 
 
