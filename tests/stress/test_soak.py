@@ -105,7 +105,7 @@ def soak(seconds: float, seed: int) -> None:
 
 @pytest.mark.timeout(120)
 def test_soak_with_clients_killed_and_frozen_leaves_nothing_behind():
-    soak(25.0, 1)
+    soak(18.0, 1)
 
 
 @pytest.mark.stress

@@ -112,7 +112,7 @@ def soak(directory: Path, seconds: float, seed: int) -> None:
 
 @pytest.mark.timeout(150)
 def test_ssd_soak_grows_nowhere_and_gives_no_wrong_byte(tmp_path: Path):
-    soak(tmp_path / "ssd", 25.0, 1)
+    soak(tmp_path / "ssd", 18.0, 1)
 
 
 @pytest.mark.stress

@@ -12,6 +12,8 @@ from emulator.emulated import EmulatedRunner
 
 UNORDERED = f"{RACE}|{UNWRITTEN}"
 
+pytestmark = pytest.mark.nightly
+
 MUTANTS = (
     # Barriers.
     Mutant(

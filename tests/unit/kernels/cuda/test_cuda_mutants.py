@@ -12,6 +12,8 @@ from cuda_mutants import MEMORY, RACE, UNWRITTEN, WRONG, Mutant, build_twins, ch
 from emulator.cases import CASES
 from emulator.emulated import EmulatedRunner
 
+pytestmark = pytest.mark.nightly
+
 MUTANTS = (
     # Barriers.
     Mutant(
