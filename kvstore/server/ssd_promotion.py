@@ -142,24 +142,25 @@ class Promotions:
         offset = record.slot * PAGE_BYTES
         found: list[RecordHeader] = []
 
+        transcoding = None if record.home_bytes == record.slot_bytes else self._transcoding
+        read = target if transcoding is None else transcoding.scratch.take(record.slot_bytes)
+
         def work() -> None:
-            if record.home_bytes == record.slot_bytes:
-                self._slabs.read(offset, [target])
-                found.append(verify_slot(target, record))
-                return
-            if self._transcoding is None:
+            if record.home_bytes != record.slot_bytes and transcoding is None:
                 raise CorruptRecord("the record was transcoded, and ssd.transcode is not set any more")
-            memory = self._transcoding.scratch.take(record.slot_bytes)
-            try:
-                self._slabs.read(offset, [memory])
-                verify_slot(memory, record)
-                self._transcoding.up(memory[: record.record_bytes], target)
-            finally:
-                self._transcoding.scratch.give(memory)
-            found.append(decode_header(target[:RECORD_HEADER_BYTES]))
+            self._slabs.read(offset, [read])
+
+        def verify() -> None:
+            header = verify_slot(read, record)
+            if transcoding is not None:
+                transcoding.up(read[: record.record_bytes], target)
+                header = decode_header(target[:RECORD_HEADER_BYTES])
+            found.append(header)
 
         def done(error: BaseException | None) -> None:
             self._measure(record.slot_bytes)
+            if transcoding is not None:
+                transcoding.scratch.give(read)
             target.release()
             self._ssd.let_go(record)
             del self._flying[record]
@@ -174,7 +175,7 @@ class Promotions:
                 if not future.done():
                     future.set_result(stored)
 
-        self._transfers.read(work, done)
+        self._transfers.read(work, done, verify)
         return future
 
     def _commit(

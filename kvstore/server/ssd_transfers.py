@@ -12,42 +12,53 @@ from typing import Final
 
 Done = Callable[[BaseException | None], None]
 _STOPPED: Final = "the SSD tier is stopping"
+_COMPUTING_THREADS: Final = 2
 
 
 @dataclass(slots=True)
 class _Job:
     work: Callable[[], None]
     done: Done
+    then: Callable[[], None] | None = None
 
 
 class Transfers:
     """A pool of threads. Reads go first: somebody waits for them.
 
     A job's ``done`` is called on the event loop with what the work raised, or None; several at a time wake it once.
+    What is computed with what was read runs in threads of its own: meanwhile the next transfer is on its way.
 
     Args:
-        threads: how many.
+        threads: how many transfers there are at a time.
         loop: where ``done`` is called.
     """
 
     def __init__(self, threads: int, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._wake = threading.Condition()
+        self._computed = threading.Condition()
         self._reads: deque[_Job] = deque()
         self._writes: deque[_Job] = deque()
+        self._computing: deque[_Job] = deque()
         self._finished: deque[tuple[_Job, BaseException | None]] = deque()
         self._told = False
         self._stopped = False
         self.in_flight = 0
+        self._transferring = threads
         self._threads = [
-            threading.Thread(target=self._run, name=f"kvstore-ssd-{number}", daemon=True) for number in range(threads)
+            threading.Thread(target=self._transfer, name=f"kvstore-ssd-{number}", daemon=True)
+            for number in range(threads)
+        ]
+        self._threads += [
+            threading.Thread(target=self._compute, name=f"kvstore-ssd-check-{number}", daemon=True)
+            for number in range(_COMPUTING_THREADS)
         ]
         for thread in self._threads:
             thread.start()
 
-    def read(self, work: Callable[[], None], done: Done) -> None:
-        """Have something done that somebody waits for."""
-        self._add(self._reads, _Job(work, done))
+    def read(self, work: Callable[[], None], done: Done, then: Callable[[], None] | None = None) -> None:
+        """Have something done that somebody waits for; ``then``: what is computed with it, before it is done."""
+        self._add(self._reads, _Job(work, done, then))
 
     def write(self, work: Callable[[], None], done: Done) -> None:
         """Have something done when no read waits."""
@@ -78,20 +89,35 @@ class Transfers:
             queue.append(job)
             self._wake.notify()
 
-    def _run(self) -> None:
+    def _transfer(self) -> None:
         while True:
             with self._wake:
                 while not (self._reads or self._writes or self._stopped):
                     self._wake.wait()
                 if not (self._reads or self._writes):
+                    self._transferring -= 1
+                    with self._computed:
+                        self._computed.notify_all()
                     return
                 job = (self._reads or self._writes).popleft()
-            error: BaseException | None = None
-            try:
-                job.work()
-            except BaseException as raised:
-                error = raised
-            self._tell(job, error)
+            error = _raised_by(job.work)
+            if error is not None or job.then is None:
+                self._tell(job, error)
+                continue
+            with self._computed:
+                self._computing.append(job)
+                self._computed.notify()
+
+    def _compute(self) -> None:
+        while True:
+            with self._computed:
+                while not self._computing and self._transferring:
+                    self._computed.wait()
+                if not self._computing:
+                    return
+                job = self._computing.popleft()
+            assert job.then is not None
+            self._tell(job, _raised_by(job.then))
 
     def _tell(self, job: _Job, error: BaseException | None) -> None:
         with self._wake:
@@ -133,3 +159,11 @@ class Transfers:
             thread.join(max(until - time.monotonic(), 0.0))
         self._finished.extend((job, OSError(_STOPPED)) for job in dropped)
         return not any(thread.is_alive() for thread in self._threads)
+
+
+def _raised_by(work: Callable[[], None]) -> BaseException | None:
+    try:
+        work()
+    except BaseException as error:
+        return error
+    return None

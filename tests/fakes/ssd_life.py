@@ -78,13 +78,13 @@ class LoopTransfers:
         self._stopped = False
         self.in_flight = 0
 
-    def read(self, work: Callable[[], None], done: Done) -> None:
+    def read(self, work: Callable[[], None], done: Done, then: Callable[[], None] | None = None) -> None:
         self.in_flight += 1
-        self._loop.call_later(self.order.random() * 0.01, self._work, work, done)
+        self._loop.call_later(self.order.random() * 0.01, self._work, work, done, then)
 
     write = read
 
-    def _work(self, work: Callable[[], None], done: Done) -> None:
+    def _work(self, work: Callable[[], None], done: Done, then: Callable[[], None] | None) -> None:
         error: BaseException | None = None
         if self._stopped:
             error = OSError("the SSD tier is stopping")
@@ -93,6 +93,9 @@ class LoopTransfers:
                 work()
             except BaseException as raised:
                 error = raised
+        if error is None and then is not None:
+            self._loop.call_later(self.order.random() * 0.005, self._work, then, done, None)
+            return
         # A thread's last word may come late.
         self._loop.call_later(self.order.random() * 0.005, self._done, done, error)
 

@@ -50,3 +50,31 @@ async def test_a_callback_that_raises_takes_none_of_the_others(no_leaked_tasks: 
     with pytest.raises(OSError, match="a fault"):
         await transfers.call(lambda: (_ for _ in ()).throw(OSError("a fault")))
     assert transfers.stop()
+
+
+async def test_what_is_computed_with_a_read_follows_it_and_keeps_no_transfer_waiting(no_leaked_tasks: None) -> None:
+    transfers = Transfers(1, asyncio.get_running_loop())
+    steps: list[str] = []
+    release = threading.Event()
+    told: list[BaseException | None] = []
+
+    def slow() -> None:
+        release.wait(30)
+        steps.append("computed")
+
+    def broken() -> None:
+        raise ZeroDivisionError("a defect")
+
+    transfers.read(lambda: steps.append("first"), told.append, slow)
+    transfers.read(lambda: steps.append("second"), told.append, broken)
+    transfers.read(broken, told.append, lambda: steps.append("never"))
+    async with asyncio.timeout(5):
+        while len(told) < 2:
+            await asyncio.sleep(0.001)
+    assert steps == ["first", "second"]
+    assert all(isinstance(error, ZeroDivisionError) for error in told)
+    release.set()
+    assert transfers.stop()
+    transfers.deliver()
+    assert steps == ["first", "second", "computed"]
+    assert told[2:] == [None]
