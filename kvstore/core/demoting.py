@@ -178,17 +178,12 @@ class Demoting(StoreState):
         for key in event.keys if namespace is not None and self.demotes else ():
             assert namespace is not None
             path: list[Block] = []
-            at = key
-            while at not in seen:
+            for at, block in namespace.upward(key):
+                if at in seen:
+                    break
                 seen.add(at)
-                block = namespace.blocks.get(at)
-                below = None if namespace.ssd is None else namespace.ssd.tree.blocks.get(at)
                 if block is not None:
                     path.append(block)
-                    at = block.parent_key
-                elif below is not None:
-                    # Of a chain that goes through memory its beginning may be there only, and its middle below only.
-                    at = below.parent_key
             # The first blocks of a chain first: what comes behind is of no use without them.
             for above in reversed(path):
                 records += self.missing_below(above)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 from kvstore.core.block import Block
@@ -94,6 +94,20 @@ class NamespaceState(PrefixTree[Block]):
         block = self.blocks.get(key)
         above = () if block is None else block.parts
         return found if all(part in found.parts or part in above for part in range(self.parts)) else None
+
+    def upward(self, key: bytes) -> Iterator[tuple[bytes, Block | None]]:
+        """A block and those before it, last first, while either tier knows them: the key, and the block in DRAM.
+
+        Of a chain its beginning may be in DRAM only and its middle on the SSD only.
+        """
+        at = key
+        while True:
+            block = self.blocks.get(at)
+            known = block if block is not None or self.ssd is None else self.ssd.tree.blocks.get(at)
+            if known is None:
+                return
+            yield at, block
+            at = known.parent_key
 
     def leading_in_tiers(self, keys: list[bytes]) -> list[Block | SsdBlock]:
         """The longest run of blocks from the first key on that are complete; where in DRAM, that one is meant."""

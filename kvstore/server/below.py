@@ -167,18 +167,15 @@ class Below:
         known: dict[bytes, bool] = {}
         for key in keys:
             path: list[bytes] = []
-            at, missing = key, False
-            while at not in known:
-                block = namespace.blocks.get(at)
-                below = None if namespace.ssd is None else namespace.ssd.tree.blocks.get(at)
-                if block is None and below is None:
+            missing = False
+            for at, block in namespace.upward(key):
+                if at in known:
+                    missing = known[at]
                     break
                 path.append(at)
                 if block is not None and self._store.missing_below(block):
                     missing = True
                     break
-                at = block.parent_key if block is not None else below.parent_key  # type: ignore[union-attr]
-            missing = missing or known.get(at, False)
             known.update(dict.fromkeys(path, missing))
         return [known.get(key, False) for key in keys]
 
