@@ -173,6 +173,8 @@ class Below:
                     missing = known[at]
                     break
                 path.append(at)
+                # Blocks whose copies are below may name each other as parents: a circle ends here.
+                known[at] = False
                 if block is not None and self._store.missing_below(block):
                     missing = True
                     break

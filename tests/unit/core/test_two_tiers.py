@@ -27,6 +27,7 @@ from kvstore.core.ssd_record import SsdState
 from kvstore.core.tree import ORPHAN_DEPTH
 from kvstore.protocol.messages import PutStatus, Reason
 from kvstore.protocol.namespace import Namespace
+from kvstore.server.below import Below
 
 STORED = (PutStatus.STORED, Reason.NONE)
 DEMOTING = Refuse(PutStatus.THROTTLED, Reason.DEMOTING)
@@ -361,6 +362,29 @@ def test_circle_below_keeps_nobody_waiting():
         tiers.executor.apply(SlotWanted(SESSION, 4 * PAGE_BYTES))
         tiers.settle()
     assert tiers.retired(clean=False) == ""
+
+
+def test_walk_up_a_chain_goes_through_what_is_below_only():
+    tiers = TwoTiers()
+    tiers.put("abc")
+    tiers.executor.apply(PersistWanted(tiers.namespace.id, [key_of("b")]))
+    tiers.settle()
+    del tiers.namespace.blocks[key_of("b")]
+    walked = [(key, block is not None) for key, block in tiers.namespace.upward(key_of("c"))]
+    assert walked == [(key_of("c"), True), (key_of("b"), False), (key_of("a"), True)]
+
+
+def test_circle_below_ends_the_question_of_what_is_durable():
+    tiers = TwoTiers()
+    tiers.put("ab")
+    tiers.executor.apply(PersistWanted(tiers.namespace.id, [key_of("b")]))
+    tiers.settle()
+    assert tiers.namespace.ssd is not None
+    tiers.namespace.ssd.tree.blocks[key_of("a")].parent_key = key_of("b")
+    tiers.namespace.blocks.clear()
+    below = Below.__new__(Below)
+    below._store = tiers.store
+    assert below._undurable(tiers.namespace.id, [key_of("a"), key_of("b")]) == [False, False]
 
 
 def test_persist_writes_the_first_blocks_of_a_chain_first_and_each_once():
