@@ -41,6 +41,7 @@ from kvstore.core.invariants import validate_state
 from kvstore.core.slabs import SlabAllocator
 from kvstore.core.state import StoreLimits
 from kvstore.core.store import Store
+from kvstore.policy.base import PolicyContext
 from kvstore.policy.registry import make_policy
 from kvstore.protocol.keys import ROOT_KEY
 from kvstore.protocol.namespace import Namespace
@@ -66,7 +67,11 @@ class Harness:
         limits = StoreLimits(
             capacity_bytes=capacity_blocks * slot_bytes, grant_bytes=grant_bytes, grant_bytes_per_session=grant_bytes
         )
-        self.store = Store(limits, SlabAllocator(slabs, SLAB_SLOTS * slot_bytes, 512), make_policy(policy))
+        self.store = Store(
+            limits,
+            SlabAllocator(slabs, SLAB_SLOTS * slot_bytes, 512),
+            make_policy(policy, PolicyContext(limits.capacity_bytes, lambda: 0)),
+        )
         for index in range(slabs):
             self.store.handle(SlabPopulated(index), 0)
         self.store.handle(PopulationEnded(), 0)

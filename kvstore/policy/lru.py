@@ -20,7 +20,7 @@ from bisect import insort_right
 from collections.abc import Sequence
 from typing import Final
 
-from kvstore.policy.base import Evictable
+from kvstore.policy.base import Evictable, PolicyContext
 
 _CONDEMNED: Final = 0
 """Group that leaves before all others; access numbers begin at 1."""
@@ -51,7 +51,7 @@ class Lru:
 
     name = "lru"
 
-    def __init__(self) -> None:
+    def __init__(self, context: PolicyContext | None = None) -> None:
         self._groups: dict[int, _Group] = {}
         self._numbers: list[int] = []
         self._held = 0
@@ -80,7 +80,7 @@ class Lru:
             else:
                 self._enter(deepest, access)
 
-    def discard(self, block: Evictable) -> None:
+    def discard(self, block: Evictable, *, evicted: bool = False) -> None:
         """See ``EvictionPolicy``."""
         self._held -= 1
         number = block.access
@@ -97,6 +97,9 @@ class Lru:
         if block.access >= 0:
             self._leave(block)
         block.access = _GONE
+
+    def resized(self, block: Evictable, before_bytes: int) -> None:
+        """See ``EvictionPolicy``. Sizes do not matter."""
 
     def condemn(self, blocks: Sequence[Evictable]) -> None:
         """See ``EvictionPolicy``."""
@@ -123,8 +126,12 @@ class Lru:
         """See ``EvictionPolicy``."""
         return self._held
 
+    def ghost_bytes(self) -> int:
+        """See ``EvictionPolicy``. Nothing is remembered."""
+        return 0
+
     def next_victim(self, before: int | None = None) -> Evictable | None:
-        """See ``EvictionPolicy``. Worth keeping more is what was used later."""
+        """See ``EvictionPolicy``."""
         while self._numbers:
             number = self._numbers[0]
             if before is not None and number >= before:

@@ -29,7 +29,7 @@ from kvstore.mapped.index_file import STATE_OFFSET as INDEX_STATE_OFFSET
 from kvstore.mapped.index_file import IndexHeader, IndexState, bucket_count_for
 from kvstore.observability.logs import Log, RepeatedLog, configure_logs, get_log
 from kvstore.policy.admission import make_admission
-from kvstore.policy.base import EvictionPolicy
+from kvstore.policy.base import EvictionPolicy, PolicyContext
 from kvstore.policy.registry import make_policy
 from kvstore.protocol.endpoint import default_arena_directory, default_directory, ipc_path
 from kvstore.server.below import Below
@@ -262,9 +262,9 @@ class Daemon:
             **_told_of(tier),
         )
 
-    def _policy(self) -> EvictionPolicy:
+    def _policy(self, capacity_bytes: int) -> EvictionPolicy:
         try:
-            return make_policy(self.settings.eviction.policy)
+            return make_policy(self.settings.eviction.policy, PolicyContext(capacity_bytes, self._clock))
         except InvalidArgument as error:
             raise SettingsError(f"eviction.policy: {error}") from None
 
@@ -278,7 +278,11 @@ class Daemon:
             return None
         largest = min(self._slab_bytes(), settings.dram.capacity_bytes, settings.dram.grant_bytes)
         return await SsdTier.open(
-            settings.ssd, largest // PAGE_BYTES * PAGE_BYTES, self._policy(), self._clock, self._log
+            settings.ssd,
+            largest // PAGE_BYTES * PAGE_BYTES,
+            self._policy(settings.ssd.capacity_bytes or 0),
+            self._clock,
+            self._log,
         )
 
     def _make_store(
@@ -286,7 +290,7 @@ class Daemon:
     ) -> tuple[Store, Arena, Index | None]:
         settings = self.settings
         dram, limits = settings.dram, settings.limits
-        policy = self._policy()
+        policy = self._policy(dram.capacity_bytes)
         slab_bytes = self._slab_bytes()
         slabs = slab_count(dram.capacity_bytes, dram.grant_bytes, slab_bytes)
         header = ArenaHeader(incarnation, slab_bytes, slabs, os.getpid())

@@ -17,7 +17,7 @@ from kvstore.core.ssd import SsdStore
 from kvstore.errors import SettingsError
 from kvstore.format.constants import PAGE_BYTES
 from kvstore.format.ssd_files import FIRST_SSD_PAGE, SlabsHeader, parse_name
-from kvstore.policy.registry import make_policy
+from kvstore.policy.lru import Lru
 from kvstore.server.ssd_recovery import recover, restored, say_what_is_left
 from kvstore.server.ssd_scan import Scanned, read_header, scan
 from kvstore.server.ssd_transfers import Transfers
@@ -142,7 +142,7 @@ def _state(slabs: SlabFile, header: SlabsHeader, found: Scanned, report: SsdRepo
     ]
     puts = found.state.settle(header.slab_bytes, FIRST_SSD_PAGE, report.slabs)
     namespaces, counts = list(found.state.namespaces.values()), (report.slabs, report.slabs)
-    ssd = restored(namespaces, puts, header.slab_bytes, counts, make_policy("lru"), _ANY_NUMBER)
+    ssd = restored(namespaces, puts, header.slab_bytes, counts, Lru(), _ANY_NUMBER)
     report.dropped = found.state.dropped + len(puts) - ssd.record_count
     if report.dropped:
         report.problems.append(f"{report.dropped} records were given up: they contradict others, or are in doubt")
@@ -170,7 +170,7 @@ async def _repair(directory: SsdDirectory, header: SlabsHeader, report: SsdRepor
     recovered = await recover(directory, header.slab_bytes, None, None)
     try:
         counts = recovered.formatted_slabs, recovered.formatted_slabs
-        ssd = restored(recovered.namespaces, recovered.puts, header.slab_bytes, counts, make_policy("lru"), _ANY_NUMBER)
+        ssd = restored(recovered.namespaces, recovered.puts, header.slab_bytes, counts, Lru(), _ANY_NUMBER)
         await _read_all(ssd, recovered.slabs, report)
         await say_what_is_left(directory, recovered, ssd)
         report.repaired = bool(report.problems)

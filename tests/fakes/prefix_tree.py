@@ -15,10 +15,15 @@ class FakeBlock:
     name: int
     parent_name: int | None
     depth: int = 0
+    slot_bytes: int = 4096
     leases: int = 0
     access: int = -1
     parent: FakeBlock | None = None
     children: set[FakeBlock] | None = None
+
+    @property
+    def key(self) -> bytes:
+        return self.name.to_bytes(32, "little")
 
     def __repr__(self) -> str:
         return f"<block {self.name} depth {self.depth} access {self.access} leases {self.leases}>"
@@ -55,8 +60,8 @@ class PrefixTree:
         self.policy.insert(block, access)
         return block
 
-    def remove(self, block: FakeBlock) -> None:
-        self.policy.discard(block)
+    def remove(self, block: FakeBlock, *, evicted: bool = False) -> None:
+        self.policy.discard(block, evicted=evicted)
         del self.blocks[block.name]
         if block.parent is not None:
             assert block.parent.children is not None
@@ -87,7 +92,7 @@ class PrefixTree:
         victims = []
         while (victim := self.policy.next_victim()) is not None:
             assert isinstance(victim, FakeBlock)
-            self.remove(victim)
+            self.remove(victim, evicted=True)
             victims.append(victim)
         return victims
 

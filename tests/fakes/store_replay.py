@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from fakes.memory_executor import MemoryExecutor
 
@@ -20,6 +20,7 @@ from kvstore.core.instructions import Answer, Namespaced
 from kvstore.core.slabs import SlabAllocator
 from kvstore.core.state import StoreLimits
 from kvstore.core.store import Store
+from kvstore.policy.base import PolicyContext
 from kvstore.policy.registry import make_policy
 from kvstore.protocol.keys import ROOT_KEY
 from kvstore.protocol.messages import PutStatus
@@ -32,13 +33,19 @@ _PAGE_BYTES = 4096
 class StoreReplay:
     """A store of ``capacity_blocks`` one-page blocks, and room for ``longest_blocks`` grants outside of it."""
 
-    def __init__(self, capacity_blocks: int, longest_blocks: int, policy: str = "lru") -> None:
+    def __init__(
+        self, capacity_blocks: int, longest_blocks: int, policy: str = "lru", clock: Callable[[], int] = lambda: 0
+    ) -> None:
         slabs = -(-(capacity_blocks + longest_blocks) // _SLAB_SLOTS)
         grant_bytes = longest_blocks * _PAGE_BYTES
         limits = StoreLimits(
             capacity_bytes=capacity_blocks * _PAGE_BYTES, grant_bytes=grant_bytes, grant_bytes_per_session=grant_bytes
         )
-        self.store = Store(limits, SlabAllocator(slabs, _SLAB_SLOTS * _PAGE_BYTES, 512), make_policy(policy))
+        self.store = Store(
+            limits,
+            SlabAllocator(slabs, _SLAB_SLOTS * _PAGE_BYTES, 512),
+            make_policy(policy, PolicyContext(limits.capacity_bytes, clock)),
+        )
         self.executor = MemoryExecutor(self.store)
         for index in range(slabs):
             self.executor.apply(SlabPopulated(index))

@@ -7,6 +7,7 @@ import random
 import time
 import tracemalloc
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 from fakes.prefix_tree import FakeBlock, PrefixTree
@@ -22,10 +23,11 @@ from hypothesis.stateful import (
 )
 
 from kvstore.errors import InvalidArgument
-from kvstore.policy.base import EvictionPolicy
+from kvstore.policy.base import EvictionPolicy, PolicyContext
 from kvstore.policy.registry import POLICIES, make_policy
 
-every_policy = pytest.mark.parametrize("make", POLICIES.values(), ids=POLICIES.keys())
+CONTEXT = PolicyContext(64 * 4096, lambda: 0)
+every_policy = pytest.mark.parametrize("make", [partial(make, CONTEXT) for make in POLICIES.values()], ids=POLICIES)
 Make = Callable[[], EvictionPolicy]
 NAMES = st.integers(0, 23)
 
@@ -149,8 +151,8 @@ def test_policy_empty_has_no_victim(make: Make):
 
 
 @every_policy
-def test_policy_name_is_its_registry_key(make: Make):
-    assert POLICIES[make().name] is make
+def test_policy_name_is_its_registry_key(make: partial[EvictionPolicy]):
+    assert POLICIES[make().name] is make.func
 
 
 @every_policy
@@ -303,4 +305,4 @@ def test_policy_long_chains_cost_in_proportion_to_their_length(make: Make, use: 
 
 def test_make_policy_unknown_name_is_refused_with_those_there_are():
     with pytest.raises(InvalidArgument, match=r"unknown eviction policy 'mru'; there are: .*lru"):
-        make_policy("mru")
+        make_policy("mru", CONTEXT)

@@ -14,7 +14,7 @@ from kvstore.core.ssd import SsdStore
 from kvstore.core.ssd_invariants import validate_ssd
 from kvstore.core.ssd_record import SsdNamespace, SsdRecord
 from kvstore.format.constants import PAGE_BYTES
-from kvstore.policy.registry import make_policy
+from kvstore.policy.lru import Lru
 from kvstore.protocol.keys import ROOT_KEY
 from kvstore.protocol.namespace import Namespace
 from kvstore.server import ssd_groups
@@ -54,7 +54,7 @@ class Life:
         if not recovered.formatted_slabs:
             recovered.slabs.format(PAGE_BYTES, SLABS * SLAB_BYTES)
         counts = (SLABS, SLABS)
-        ssd = restored(recovered.namespaces, recovered.puts, SLAB_BYTES, counts, make_policy("lru"), MAX_RECORDS)
+        ssd = restored(recovered.namespaces, recovered.puts, SLAB_BYTES, counts, Lru(), MAX_RECORDS)
         return cls(directory, recovered, ssd)
 
     def _failed(self, error: OSError, what: str) -> None:

@@ -14,7 +14,7 @@ from fakes.faulty_disk import FaultyDirectory
 from kvstore.errors import KVStoreError, ResourceTaken, SettingsError
 from kvstore.format.constants import PAGE_BYTES
 from kvstore.observability.logs import get_log
-from kvstore.policy.registry import make_policy
+from kvstore.policy.lru import Lru
 from kvstore.server.ssd import SsdTier
 from kvstore.settings import SsdSettings
 from kvstore.tiers.disk import SsdDirectory
@@ -25,9 +25,7 @@ SLAB_BYTES = 128 << 10
 
 async def opened(path: Path, *, directory: Any = None, slot_bytes: int = SLAB_BYTES, **settings: Any) -> SsdTier:
     values = {"capacity_bytes": 8 * MIB, "slab_bytes": SLAB_BYTES, **settings}
-    return await SsdTier.open(
-        SsdSettings(directory=path, **values), slot_bytes, make_policy("lru"), lambda: 0, get_log(), directory
-    )
+    return await SsdTier.open(SsdSettings(directory=path, **values), slot_bytes, Lru(), lambda: 0, get_log(), directory)
 
 
 async def close(tier: SsdTier) -> None:
