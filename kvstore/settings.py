@@ -38,6 +38,8 @@ __all__ = [
     "EventSettings",
     "EvictionSettings",
     "LimitSettings",
+    "QuotaSettings",
+    "RetentionSettings",
     "Settings",
     "SsdSettings",
     "format_size",
@@ -50,6 +52,8 @@ _SMALLEST_CAPACITY_BYTES: Final = 1 << 20
 _GRANT_BYTES_PER_SESSION: Final = 32 << 20
 _RECORDS_FROM: Final = 1 << 16
 _TYPICAL_RECORD_BYTES: Final = 16 << 10
+_MOST_QUOTAS: Final = 64
+_LONGEST_NAME: Final = 512
 _MODES: Final = {0o600: "0600", 0o660: "0660", 0o666: "0666"}
 
 
@@ -87,6 +91,36 @@ def _size_or_zero(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise InvalidArgument(f"must be a size, got {value!r}")
     return 0 if value in (0, "0") else parse_size(value)
+
+
+def _parse_quotas(value: object) -> dict[str, int]:
+    """Sizes by tenant, from a table or from ``name=size`` pairs with commas between them."""
+    pairs: list[tuple[object, object]] = []
+    if isinstance(value, str):
+        for pair in filter(None, map(str.strip, value.split(","))):
+            name, equals, size = pair.rpartition("=")
+            if not equals:
+                raise InvalidArgument(f"must be NAME=SIZE pairs, for example chat=4GiB,batch=1GiB, got {pair!r}")
+            pairs.append((name.strip(), size.strip()))
+    elif isinstance(value, Mapping):
+        pairs = list(value.items())
+    else:
+        raise InvalidArgument(f"must be a table of sizes by tenant, got {value!r}")
+    quotas: dict[str, int] = {}
+    for name, size in pairs:
+        if not isinstance(name, str) or not name or len(name) > _LONGEST_NAME:
+            raise InvalidArgument(f"a tenant's name has 1 to {_LONGEST_NAME} characters, got {str(name)[:80]!r}")
+        if name in quotas:
+            raise InvalidArgument(f"tenant {name!r} has two quotas")
+        try:
+            quotas[name] = parse_size(size)
+        except InvalidArgument as error:
+            raise InvalidArgument(f"tenant {name!r}: {error}") from None
+        if quotas[name] < _PAGE_BYTES:
+            raise InvalidArgument(f"tenant {name!r}: a quota is at least {_PAGE_BYTES} bytes, got {size!r}")
+    if len(quotas) > _MOST_QUOTAS:
+        raise InvalidArgument(f"at most {_MOST_QUOTAS} tenants have quotas, got {len(quotas)}")
+    return quotas
 
 
 def _parse_mode(value: object) -> int:
@@ -255,6 +289,9 @@ class LimitSettings(_Section):
     max_lease_s: Annotated[Seconds, Field(le=MAX_LEASE_MS / 1000)] = 60.0
     """Longest lease that a client gets."""
 
+    lease_share: Annotated[float, BeforeValidator(_no_bool), Field(gt=0, le=0.9)] = 0.5
+    """Part of each tier that leases may hold together; what goes beyond it gets none."""
+
     grant_bytes_per_session: SizeBytes = _GRANT_BYTES_PER_SESSION
     """Granted bytes that one client may hold; by default at most ``dram.grant_bytes``."""
 
@@ -330,6 +367,30 @@ class EvictionSettings(_Section):
     """Name of the policy."""
 
 
+Quotas = Annotated[dict[str, int], BeforeValidator(_parse_quotas)]
+"""Bytes by tenant."""
+
+
+class QuotaSettings(_Section):
+    """What tenants may occupy. A tenant is all namespaces of one name; one that is not named here has no limit."""
+
+    tenants: Quotas = {}
+    """Most bytes of DRAM slots that hold blocks of each of them."""
+
+    ssd_tenants: Quotas = {}
+    """Most bytes of SSD slots that hold records of each of them."""
+
+
+class RetentionSettings(_Section):
+    """Blocks that clients want to stay for longer than the eviction policy would have them."""
+
+    budget_bytes: Annotated[int, BeforeValidator(_size_or_zero)] | None = None
+    """Most bytes of DRAM slots that are retained together; None: a quarter of ``dram.capacity_bytes``; 0: none."""
+
+    hint_s: Annotated[Seconds, Field(le=3600)] = 30.0
+    """How long blocks are retained of which a hint says that they are needed soon."""
+
+
 class EventSettings(_Section):
     """KV events: which blocks come and go, for routers."""
 
@@ -373,6 +434,8 @@ class Settings(BaseSettings):
     limits: LimitSettings = LimitSettings()
     ssd: SsdSettings = SsdSettings()
     eviction: EvictionSettings = EvictionSettings()
+    quota: QuotaSettings = QuotaSettings()
+    retention: RetentionSettings = RetentionSettings()
     events: EventSettings = EventSettings()
 
     @classmethod
@@ -419,6 +482,45 @@ class Settings(BaseSettings):
         """Where KV events are published and replayed, derived from the endpoint unless they are set."""
         published, replayed = default_event_endpoints(self.endpoint)
         return self.events.endpoint or published, self.events.replay_endpoint or replayed
+
+    @property
+    def retention_budget_bytes(self) -> int:
+        """``retention.budget_bytes``, or a quarter of the DRAM tier."""
+        budget = self.retention.budget_bytes
+        return self.dram.capacity_bytes // 4 if budget is None else budget
+
+    @model_validator(mode="after")
+    def _check_retention(self) -> Self:
+        budget, capacity = self.retention.budget_bytes, self.dram.capacity_bytes
+        if budget is not None and budget > capacity:
+            raise _conflict(
+                f"retention.budget_bytes ({format_size(budget)}) must not be more than dram.capacity_bytes "
+                f"({format_size(capacity)})",
+                "retention.budget_bytes",
+                "dram.capacity_bytes",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_quotas(self) -> Self:
+        if self.quota.ssd_tenants and self.ssd.directory is None:
+            raise _conflict(
+                "quota.ssd_tenants is set and there is no SSD tier: set ssd.directory, or leave it out",
+                "quota.ssd_tenants",
+            )
+        for tenants, capacity, key, of in (
+            (self.quota.tenants, self.dram.capacity_bytes, "quota.tenants", "dram.capacity_bytes"),
+            (self.quota.ssd_tenants, self.ssd.capacity_bytes or 0, "quota.ssd_tenants", "ssd.capacity_bytes"),
+        ):
+            for name, quota in tenants.items():
+                if quota > capacity:
+                    raise _conflict(
+                        f"the quota of tenant {name!r} ({format_size(quota)}) must not be more than {of} "
+                        f"({format_size(capacity)})",
+                        key,
+                        of,
+                    )
+        return self
 
     @model_validator(mode="after")
     def _check_event_endpoints(self) -> Self:

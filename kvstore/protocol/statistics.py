@@ -259,8 +259,61 @@ class EventStats(msgspec.Struct, kw_only=True):
     dropped_requests: Unsigned
 
 
+class RetentionStats(msgspec.Struct, kw_only=True):
+    """What may not leave DRAM as the eviction policy would have it. Counts are since the daemon's start.
+
+    Attributes:
+        budget_bytes: slots of blocks that may be retained together.
+        retained_blocks, retained_bytes: that are retained now, in DRAM.
+        low_blocks: in DRAM, of a priority below the normal one: they leave before all others.
+        waiting_blocks: with a retention, and not in DRAM now; it holds again when they are back.
+        over_budget_blocks: that lost their retention because the budget was used up.
+        gave_way_blocks: retained ones that left DRAM, because nothing else could.
+        ended_blocks, dropped_blocks: whose time was over: normal again, and removed.
+        lease_limit_bytes, leased_bytes: slots in DRAM that leases may hold together, and those that they do.
+        leases_cut, leases_refused: leases that were given for the first blocks only, or for none, for want of that.
+    """
+
+    budget_bytes: Unsigned
+    retained_blocks: Unsigned
+    retained_bytes: Unsigned
+    low_blocks: Unsigned
+    waiting_blocks: Unsigned
+    over_budget_blocks: Unsigned
+    gave_way_blocks: Unsigned
+    ended_blocks: Unsigned
+    dropped_blocks: Unsigned
+    lease_limit_bytes: Unsigned
+    leased_bytes: Unsigned
+    leases_cut: Unsigned
+    leases_refused: Unsigned
+
+
+class TenantStats(msgspec.Struct, kw_only=True):
+    """A tenant with a quota; a tenant is all namespaces of one name. Counts are since the daemon's start.
+
+    Attributes:
+        used_bytes, limit_bytes: slots in DRAM of its blocks, and what they may occupy; limit 0: it has no quota there.
+        evicted_blocks: that left DRAM for its quota.
+        refused_puts: records that its quota had no room for.
+        ssd_used_bytes, ssd_limit_bytes, ssd_evicted_blocks: likewise on the SSD.
+    """
+
+    name: str
+    used_bytes: Unsigned
+    limit_bytes: Unsigned
+    evicted_blocks: Unsigned
+    refused_puts: Unsigned
+    ssd_used_bytes: Unsigned = 0
+    ssd_limit_bytes: Unsigned = 0
+    ssd_evicted_blocks: Unsigned = 0
+
+
 class DaemonStats(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """Everything ``kvstore stats`` shows; ``events`` where they are published, ``ssd`` where there is that tier."""
+    """Everything ``kvstore stats`` shows; ``events`` where they are published, ``ssd`` where there is that tier.
+
+    ``retention`` is None of a daemon that does not know of it, ``tenants`` are those with a quota.
+    """
 
     version: str
     pid: Unsigned
@@ -277,3 +330,5 @@ class DaemonStats(msgspec.Struct, kw_only=True, omit_defaults=True):
     leases: Unsigned
     events: EventStats | None = None
     ssd: SsdStats | None = None
+    retention: RetentionStats | None = None
+    tenants: list[TenantStats] = []
