@@ -98,10 +98,10 @@ def _parse_quotas(value: object) -> dict[str, int]:
     pairs: list[tuple[object, object]] = []
     if isinstance(value, str):
         for pair in filter(None, map(str.strip, value.split(","))):
-            name, equals, size = pair.rpartition("=")
+            tenant, equals, quota = pair.rpartition("=")
             if not equals:
                 raise InvalidArgument(f"must be NAME=SIZE pairs, for example chat=4GiB,batch=1GiB, got {pair!r}")
-            pairs.append((name.strip(), size.strip()))
+            pairs.append((tenant.strip(), quota.strip()))
     elif isinstance(value, Mapping):
         pairs = list(value.items())
     else:

@@ -417,3 +417,40 @@ def test_event_settings_that_cannot_be_are_refused(overrides: dict[str, object],
     with pytest.raises(SettingsError, match=message) as caught:
         Settings.load(overrides=overrides, environ={})
     assert "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------- quotas and retention
+
+
+def test_quotas_from_a_table_and_from_the_environment_are_the_same(tmp_path: Path):
+    config = tmp_path / "kvstore.toml"
+    config.write_text('[quota]\ntenants = { chat = "64MiB", "a=b" = 8192 }\n', encoding="utf-8")
+    from_file = Settings.load(config, environ={})
+    from_environment = Settings.load(environ={"KVSTORE_QUOTA__TENANTS": "chat=64MiB, a=b=8192"})
+    assert from_file.quota.tenants == from_environment.quota.tenants == {"chat": 64 << 20, "a=b": 8192}
+
+
+@pytest.mark.parametrize(
+    ("environ", "cause"),
+    [
+        ({"KVSTORE_QUOTA__TENANTS": "chat"}, r"must be NAME=SIZE pairs, for example chat=4GiB,batch=1GiB, got 'chat'"),
+        ({"KVSTORE_QUOTA__TENANTS": "chat=much"}, r"tenant 'chat': .*much"),
+        ({"KVSTORE_QUOTA__TENANTS": "chat=1"}, r"tenant 'chat': a quota is at least 4096 bytes, got '1'"),
+        ({"KVSTORE_QUOTA__TENANTS": "=8MiB"}, r"a tenant's name has 1 to 512 characters"),
+        ({"KVSTORE_QUOTA__TENANTS": "a=8MiB,a=9MiB"}, r"tenant 'a' has two quotas"),
+        ({"KVSTORE_QUOTA__TENANTS": ",".join(f"t{n}=1MiB" for n in range(65))}, r"at most 64 tenants .* got 65"),
+        ({"KVSTORE_QUOTA__TENANTS": "a=2GiB"}, r"the quota of tenant 'a' \(2GiB\) must not be more than dram.capacity"),
+        ({"KVSTORE_QUOTA__SSD_TENANTS": "a=2GiB"}, r"quota.ssd_tenants is set and there is no SSD tier"),
+        ({"KVSTORE_RETENTION__BUDGET_BYTES": "2GiB"}, r"retention.budget_bytes \(2GiB\) must not be more than dram"),
+        ({"KVSTORE_RETENTION__HINT_S": "0"}, r"greater than 0"),
+        ({"KVSTORE_LIMITS__LEASE_SHARE": "0.95"}, r"less than or equal to 0.9"),
+    ],
+)
+def test_impossible_quota_or_retention_is_refused_by_name(environ: dict[str, str], cause: str):
+    with pytest.raises(SettingsError, match=cause):
+        Settings.load(environ=environ)
+
+
+def test_retention_budget_is_a_quarter_of_the_capacity_unless_it_is_set():
+    assert Settings.load(environ={"KVSTORE_DRAM__CAPACITY_BYTES": "64MiB"}).retention_budget_bytes == 16 << 20
+    assert Settings.load(environ={"KVSTORE_RETENTION__BUDGET_BYTES": "0"}).retention_budget_bytes == 0
