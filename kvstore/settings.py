@@ -95,7 +95,7 @@ def _size_or_zero(value: object) -> int:
 
 def _parse_quotas(value: object) -> dict[str, int]:
     """Sizes by tenant, from a table or from ``name=size`` pairs with commas between them."""
-    pairs: list[tuple[object, object]] = []
+    pairs: list[tuple[object, Any]] = []
     if isinstance(value, str):
         for pair in filter(None, map(str.strip, value.split(","))):
             tenant, equals, quota = pair.rpartition("=")
