@@ -439,7 +439,7 @@ def test_quotas_from_a_table_and_from_the_environment_are_the_same(tmp_path: Pat
         ({"KVSTORE_QUOTA__TENANTS": "=8MiB"}, r"a tenant's name has 1 to 512 characters"),
         ({"KVSTORE_QUOTA__TENANTS": "a=8MiB,a=9MiB"}, r"tenant 'a' has two quotas"),
         ({"KVSTORE_QUOTA__TENANTS": ",".join(f"t{n}=1MiB" for n in range(65))}, r"at most 64 tenants .* got 65"),
-        ({"KVSTORE_QUOTA__TENANTS": "a=2GiB"}, r"the quota of tenant 'a' \(2.0 GiB\) must not be more than dram.capacity"),
+        ({"KVSTORE_QUOTA__TENANTS": "a=2GiB"}, r"the quota of tenant 'a' \(2.0 GiB\) must not be more than dram"),
         ({"KVSTORE_QUOTA__SSD_TENANTS": "a=2GiB"}, r"quota.ssd_tenants is set and there is no SSD tier"),
         ({"KVSTORE_RETENTION__BUDGET_BYTES": "2GiB"}, r"retention.budget_bytes \(2.0 GiB\) must not be more than dram"),
         ({"KVSTORE_RETENTION__HINT_S": "0"}, r"greater than 0"),
