@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
 
-from kvstore.cli.trace import TRACE_BLOCK_TOKENS, TraceRequest
+from kvstore.simulator.trace import TRACE_BLOCK_TOKENS, TraceRequest
 
 
 def synthetic_requests(

@@ -62,7 +62,7 @@ def replay(
 
     from kvstore.cli import render
     from kvstore.cli.replay_loop import replay_namespace, replay_trace
-    from kvstore.cli.trace import read_trace
+    from kvstore.simulator.trace import read_trace
     from kvstore_client import Client
 
     if codec:
@@ -111,7 +111,7 @@ def report_codecs(
     from kvstore.cli import render
     from kvstore.cli.replay_codecs import codecs_layout, comparison_table, replay_codecs
     from kvstore.cli.replay_loop import slot_bytes
-    from kvstore.cli.trace import read_trace
+    from kvstore.simulator.trace import read_trace
 
     payload_bytes = _block_bytes(block_bytes)
     codecs_layout(payload_bytes)

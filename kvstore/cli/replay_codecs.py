@@ -19,10 +19,10 @@ import numpy as np
 from kvstore.cli import render
 from kvstore.cli.block_bytes import BlockBytes
 from kvstore.cli.replay_loop import ReplayReport, replay_trace, slot_bytes
-from kvstore.cli.trace import TraceRequest
 from kvstore.errors import InvalidArgument
 from kvstore.protocol.messages import PutStatus
 from kvstore.protocol.statistics import DaemonStats
+from kvstore.simulator.trace import TraceRequest
 from kvstore_client.tensors import Failure, TensorStore
 from kvstore_kernels import cpu
 from kvstore_kernels.codecs import Codec, get_codec

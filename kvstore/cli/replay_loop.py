@@ -15,12 +15,12 @@ import msgspec
 
 from kvstore.cli.bench.report import percentile
 from kvstore.cli.block_bytes import BlockBytes
-from kvstore.cli.trace import TRACE_BLOCK_TOKENS, TraceRequest, block_key
 from kvstore.format.constants import RECORD_HEADER_BYTES
 from kvstore.format.record import padded_bytes
 from kvstore.protocol.messages import PutStatus
 from kvstore.protocol.namespace import Namespace
 from kvstore.protocol.statistics import DaemonStats
+from kvstore.simulator.trace import TRACE_BLOCK_TOKENS, TraceRequest, block_key
 from kvstore_client import Match
 
 __all__ = ["DaemonView", "Latency", "ReplayClient", "ReplayReport", "replay_namespace", "replay_trace", "slot_bytes"]

@@ -8,7 +8,7 @@ of what it found, then for each missing block, parents first: victims leave unti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -34,7 +34,7 @@ class Evictable(Protocol):
     """What a policy sees of a block.
 
     Attributes:
-        key: its block key; unlike the object, the same when the block comes back.
+        key: its block key; unlike the object, the same when the block comes back. Anything hashable to a policy.
         depth: blocks above it in its prefix (0 for a first block; beyond all others where the parent is not there).
         parent: the resident parent, or None.
         children: resident children, or None where there never was one.
@@ -43,11 +43,23 @@ class Evictable(Protocol):
         access: the policy's own mark; nobody else writes it.
     """
 
-    key: bytes
-    depth: int
-    leases: int
-    slot_bytes: int
     access: int
+
+    @property
+    def key(self) -> Hashable:
+        """Its block key."""
+
+    @property
+    def depth(self) -> int:
+        """Blocks above it."""
+
+    @property
+    def leases(self) -> int:
+        """Leases on it."""
+
+    @property
+    def slot_bytes(self) -> int:
+        """What it occupies."""
 
     @property
     def parent(self) -> Evictable | None:

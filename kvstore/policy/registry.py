@@ -7,18 +7,48 @@ from typing import Final
 
 from kvstore.errors import InvalidArgument
 from kvstore.policy.base import EvictionPolicy, PolicyContext
+from kvstore.policy.clock import Clock
+from kvstore.policy.fifo import Fifo
 from kvstore.policy.lru import Lru
 
-POLICIES: Final[dict[str, Callable[[PolicyContext], EvictionPolicy]]] = {"lru": Lru}
+Factory = Callable[[PolicyContext], EvictionPolicy]
+
+POLICIES: Final[dict[str, Factory]] = {
+    "lru": Lru,
+    "clock": Clock,
+}
+"""Those that a daemon may run."""
+
+SIMULATED: Final[dict[str, Factory]] = {
+    **POLICIES,
+    "fifo": Fifo,
+}
+"""Those that the simulator knows."""
 
 
 def make_policy(name: str, context: PolicyContext) -> EvictionPolicy:
-    """A new policy.
+    """A new policy for a daemon.
+
+    Raises:
+        InvalidArgument: no such policy runs in a daemon; the message lists those that do.
+    """
+    return _make(name, context, POLICIES)
+
+
+def make_simulated(name: str, context: PolicyContext) -> EvictionPolicy:
+    """A new policy for a simulation.
 
     Raises:
         InvalidArgument: no policy has that name; the message lists those there are.
     """
+    return _make(name, context, SIMULATED)
+
+
+def _make(name: str, context: PolicyContext, known: dict[str, Factory]) -> EvictionPolicy:
     try:
-        return POLICIES[name](context)
+        return known[name](context)
     except KeyError:
-        raise InvalidArgument(f"unknown eviction policy {name!r}; there are: {', '.join(sorted(POLICIES))}") from None
+        there_are = f"there are: {', '.join(sorted(known))}"
+        if name in SIMULATED:
+            raise InvalidArgument(f"eviction policy {name!r} is for simulations only; {there_are}") from None
+        raise InvalidArgument(f"unknown eviction policy {name!r}; {there_are}") from None

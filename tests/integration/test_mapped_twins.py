@@ -18,8 +18,8 @@ from synthetic_trace import lru_hits, synthetic_requests
 
 from kvstore.cli.replay import private_daemon_for
 from kvstore.cli.replay_loop import ReplayReport, replay_namespace, replay_trace
-from kvstore.cli.trace import TraceRequest
 from kvstore.protocol.statistics import DaemonStats
+from kvstore.simulator.trace import TraceRequest
 from kvstore_client import Client, InvalidArgument, Namespace
 
 CHAINS = 12

@@ -15,7 +15,7 @@ from kvstore.cli.block_bytes import BlockBytes
 from kvstore.cli.private_daemon import PrivateDaemon
 from kvstore.cli.replay import private_daemon_for
 from kvstore.cli.replay_loop import ReplayReport, replay_namespace, replay_trace, slot_bytes
-from kvstore.cli.trace import TraceRequest, block_key
+from kvstore.simulator.trace import TraceRequest, block_key
 from kvstore_client import Client
 
 

@@ -11,7 +11,6 @@ import pytest
 from daemon_process import MIB, DaemonProcess, wait_until
 from synthetic_trace import synthetic_requests
 
-from kvstore.cli.trace import block_key
 from kvstore.format.constants import PAGE_BYTES, CodecId
 from kvstore.format.ssd_files import (
     CHECKPOINT_MAGIC,
@@ -26,6 +25,7 @@ from kvstore.format.ssd_files import (
 )
 from kvstore.format.ssd_log import EndEntry, NamespaceEntry, PutEntry, encode_entry, encode_frame, frame_seed
 from kvstore.protocol.keys import ROOT_KEY
+from kvstore.simulator.trace import block_key
 from kvstore_client import Namespace
 
 SERVING_S = 2.0

@@ -12,8 +12,8 @@ import pytest
 from fakes.store_replay import StoreReplay
 from synthetic_trace import synthetic_requests
 
-from kvstore.cli.trace import TraceRequest, block_key, read_trace
 from kvstore.core.invariants import validate_state
+from kvstore.simulator.trace import TraceRequest, block_key, read_trace
 
 TRACE = os.environ.get("KVSTORE_TRACE", "")
 needs_trace = pytest.mark.skipif(

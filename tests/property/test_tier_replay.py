@@ -11,8 +11,8 @@ from fakes.store_replay import StoreReplay
 from fakes.tier_replay import TierReplay
 from synthetic_trace import synthetic_requests
 
-from kvstore.cli.trace import block_key, read_trace
 from kvstore.core.invariants import validate_state
+from kvstore.simulator.trace import block_key, read_trace
 
 TRACE = os.environ.get("KVSTORE_TRACE", "")
 

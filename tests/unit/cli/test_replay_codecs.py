@@ -9,8 +9,8 @@ from rich.console import Console
 
 from kvstore.cli.replay_codecs import CodecsReplay, KVBytes, codecs_layout, comparison_table
 from kvstore.cli.replay_loop import DaemonView, Latency, ReplayReport
-from kvstore.cli.trace import block_key
 from kvstore.errors import InvalidArgument
+from kvstore.simulator.trace import block_key
 from kvstore_kernels import cpu
 from kvstore_kernels.codecs import get_codec
 

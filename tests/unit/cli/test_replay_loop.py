@@ -9,10 +9,10 @@ import pytest
 from synthetic_trace import synthetic_requests
 
 from kvstore.cli.replay_loop import ReplayReport, replay_namespace, replay_trace, slot_bytes
-from kvstore.cli.trace import TraceRequest, block_key
 from kvstore.protocol.keys import ROOT_KEY
 from kvstore.protocol.messages import PutStatus
 from kvstore.protocol.statistics import DaemonStats
+from kvstore.simulator.trace import TraceRequest, block_key
 
 BLOCK_BYTES = 100
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore.cli.block_bytes import BlockBytes
-from kvstore.cli.trace import TRACE_BLOCK_TOKENS, TraceRequest, block_key, parse_trace, read_trace
 from kvstore.errors import InvalidArgument
+from kvstore.simulator.trace import TRACE_BLOCK_TOKENS, TraceRequest, block_key, parse_trace, read_trace
 
 GOOD = {"timestamp": 5, "input_length": 1100, "output_length": 7, "hash_ids": [3, 4, 5]}
 

@@ -1,0 +1,1 @@
+"""Eviction policies on recorded traces, without bytes: the daemon's own policies, called as the daemon calls them."""

@@ -1,0 +1,117 @@
+"""The simulator against what is known: plain models, another simulator, and published hit rates of a real trace."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import cache
+from itertools import takewhile
+from pathlib import Path
+
+import pytest
+from synthetic_trace import lru_hits, synthetic_requests
+
+from kvstore.errors import InvalidArgument
+from kvstore.policy.registry import SIMULATED
+from kvstore.simulator.arrivals import Arrival, full_block_arrivals
+from kvstore.simulator.clairvoyant import simulate_clairvoyant
+from kvstore.simulator.prefix import simulate
+from kvstore.simulator.trace import read_trace
+
+TRACE = os.environ.get("KVSTORE_TRACE", "")
+needs_trace = pytest.mark.skipif(
+    not TRACE, reason="KVSTORE_TRACE does not name a trace (Mooncake's conversation_trace.jsonl)"
+)
+CAPACITIES = (1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
+
+
+@cache
+def conversation() -> list[Arrival]:
+    return full_block_arrivals(read_trace(Path(TRACE)))
+
+
+def clairvoyant_hits(paths: Sequence[tuple[int, ...]], capacity_blocks: int) -> list[int]:
+    """Belady with bypass as it is defined, looking ahead at every step."""
+    resident: dict[int, int] = {}
+    hits = []
+    for now, path in enumerate(paths):
+        hits.append(sum(1 for _ in takewhile(resident.__contains__, path)))
+        resident.update((block, depth) for depth, block in enumerate(path))
+        ahead = paths[now + 1 :]
+        next_use = {block: next((n for n, later in enumerate(ahead) if block in later), -1) for block in resident}
+        for block in [block for block, use in next_use.items() if use < 0]:
+            del resident[block]
+        while len(resident) > capacity_blocks:
+            del resident[max(resident, key=lambda block: (next_use[block], resident[block]))]
+    return hits
+
+
+@pytest.mark.parametrize("capacity_blocks", [1, 7, 60, 200, 100_000])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_simulate_lru_hits_are_those_of_a_plain_model(seed: int, capacity_blocks: int):
+    requests = synthetic_requests(300, seed=seed)
+    outcome = simulate(full_block_arrivals(requests), "lru", capacity_blocks)
+    assert outcome.hits == lru_hits(requests, capacity_blocks)
+    assert outcome.asked == [len(request.full_blocks) for request in requests]
+
+
+@pytest.mark.parametrize("capacity_blocks", [1, 7, 60, 100_000])
+def test_simulate_clairvoyant_hits_are_those_of_looking_ahead(capacity_blocks: int):
+    requests = synthetic_requests(150, seed=3)
+    outcome = simulate_clairvoyant(full_block_arrivals(requests), capacity_blocks)
+    assert outcome.hits == clairvoyant_hits([request.full_blocks for request in requests], capacity_blocks)
+
+
+@pytest.mark.parametrize("policy", SIMULATED)
+def test_simulate_no_policy_hits_more_than_the_clairvoyant_bound(policy: str):
+    arrivals = full_block_arrivals(synthetic_requests(400, seed=4))
+    everything = simulate_clairvoyant(arrivals, 100_000).hit_rate
+    for capacity_blocks in (5, 40, 150):
+        assert simulate(arrivals, policy, capacity_blocks).hit_rate <= (
+            simulate_clairvoyant(arrivals, capacity_blocks).hit_rate
+        )
+    assert simulate(arrivals, policy, 100_000).hit_rate == everything
+
+
+def test_simulate_progress_tells_how_many_requests_are_done():
+    told: list[int] = []
+    simulate(full_block_arrivals(synthetic_requests(600)), "lru", 50, progress=told.append)
+    assert told == [256, 512, 600]
+
+
+def test_simulate_without_capacity_or_policy_is_refused():
+    with pytest.raises(InvalidArgument, match="capacity_blocks must be at least 1, got 0"):
+        simulate([], "lru", 0)
+    with pytest.raises(InvalidArgument, match="capacity_blocks must be at least 1, got 0"):
+        simulate_clairvoyant([], 0)
+    with pytest.raises(InvalidArgument, match="unknown eviction policy 'mru'"):
+        simulate([], "mru", 10)
+
+
+@needs_trace
+@pytest.mark.parametrize(("capacity_blocks", "expected"), [(1000, 2266), (2000, 2673), (5000, 6765)])
+def test_simulate_lru_on_the_beginning_of_the_conversation_trace_has_the_known_hits(
+    capacity_blocks: int, expected: int
+):
+    assert sum(simulate(conversation()[:2000], "lru", capacity_blocks).hits) == expected
+
+
+REFERENCE = {
+    "opt": (19.88, 26.59, 35.57, 38.19, 38.19, 38.19, 38.19),
+    "lru": (4.70, 5.77, 12.37, 22.43, 30.63, 37.15, 37.95),
+}
+
+
+@needs_trace
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", REFERENCE)
+def test_simulate_conversation_trace_has_the_hit_rates_of_the_reference(policy: str):
+    for capacity_blocks, expected in zip(CAPACITIES, REFERENCE[policy], strict=True):
+        if policy == "opt":
+            outcome = simulate_clairvoyant(conversation(), capacity_blocks)
+        else:
+            outcome = simulate(conversation(), policy, capacity_blocks)
+        assert f"{100 * outcome.hit_rate:.2f}" == f"{expected:.2f}"
+        assert outcome.policy == policy
+        if policy == "lru" and capacity_blocks in (5000, 10_000):
+            assert sum(outcome.hits) == {5000: 34_193, 10_000: 62_005}[capacity_blocks]
