@@ -21,6 +21,7 @@ from kvstore.cli.quality.command import quality
 from kvstore.cli.replay import replay
 from kvstore.cli.serve import serve
 from kvstore.cli.stats import StatsCommand, stats
+from kvstore.cli.tune.command import tune
 from kvstore.cli.verify import verify
 from kvstore.errors import InvalidArgument, KVStoreError, SettingsError
 
@@ -65,6 +66,7 @@ app.command("serve")(serve)
 app.command("stats", cls=StatsCommand)(stats)
 app.command("verify")(verify)
 app.command("replay")(replay)
+app.command("tune")(tune)
 app.command("codecs")(codecs)
 app.command("layout")(layout)
 app.command("demo")(demo)

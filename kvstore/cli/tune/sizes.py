@@ -1,0 +1,85 @@
+"""Bytes of a block: what its slot takes, with each codec."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Final
+
+from kvstore.cli.model_files import read_model
+from kvstore.cli.quality.measured import measured
+from kvstore.errors import InvalidArgument
+from kvstore.format.constants import RECORD_HEADER_BYTES
+from kvstore.format.record import padded_bytes
+from kvstore_kernels.codecs import Codec, get_codec
+from kvstore_kernels.models import ModelLayout
+
+__all__ = ["RAW", "BlockSizes", "given_sizes", "model_sizes"]
+
+RAW: Final = "raw"
+_RAW_BITS: Final = 16
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSizes:
+    """What a block takes.
+
+    Attributes:
+        source: where the sizes come from, for people.
+        block_bytes: as the engine holds it.
+        slot_bytes: of DRAM or SSD, by codec; ``raw`` is always there.
+    """
+
+    source: str
+    block_bytes: int
+    slot_bytes: dict[str, int]
+
+
+def model_sizes(model: str, block_tokens: int, codecs: Sequence[str], *, also: str | None = None) -> BlockSizes:
+    """Sizes of a model's KV.
+
+    Args:
+        model: what ``kvstore layout`` takes.
+        block_tokens: tokens a block.
+        codecs: names of codecs.
+        also: one more, which is left out if it cannot store the model.
+
+    Raises:
+        InvalidArgument: no such model, or a codec cannot store it.
+    """
+    layout = read_model(model, block_tokens)
+    slots = {name: _model_slot(model, layout, get_codec(name)) for name in dict.fromkeys((RAW, *codecs))}
+    if also is not None and also not in slots:
+        with contextlib.suppress(InvalidArgument):
+            slots[also] = _model_slot(model, layout, get_codec(also))
+    return BlockSizes(f"{model}, {layout.groups[0].layout.dtype}", layout.block_bytes, slots)
+
+
+def given_sizes(block_bytes: int, codecs: Sequence[str]) -> BlockSizes:
+    """Sizes from that of a block of 16-bit values, by the bits that codecs take for a value of common layouts."""
+    slots = {
+        name: padded_bytes(RECORD_HEADER_BYTES + round(block_bytes * _bits(name) / _RAW_BITS))
+        for name in dict.fromkeys((RAW, *codecs))
+    }
+    return BlockSizes("as given", block_bytes, slots)
+
+
+def _model_slot(model: str, layout: ModelLayout, codec: Codec) -> int:
+    total = 0
+    for group in layout.groups:
+        try:
+            codec.check(group.layout)
+        except ValueError as wrong:
+            raise InvalidArgument(f"--codecs: {codec.name} cannot store {model}: {wrong}") from None
+        sections = codec.section_bytes(group.layout)
+        payload = round(group.layout.block_bytes * _bits(codec.name) / _RAW_BITS) if sections is None else sum(sections)
+        total += padded_bytes(RECORD_HEADER_BYTES + payload)
+    return total
+
+
+@cache
+def _bits(name: str) -> float:
+    """Bits for each value of 16, as measured by ``kvstore quality``."""
+    return measured()[name].bits
