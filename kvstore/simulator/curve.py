@@ -164,4 +164,6 @@ def lru_curves(requests: Iterable[Sequence[Key]], split: int) -> tuple[HitCurve,
 
 def _curve(counts: dict[int, int], accesses: int) -> HitCurve:
     counts.pop(FIRST_USE, None)
-    return HitCurve(accesses, [0, *accumulate(counts.get(distance, 0) for distance in range(max(counts, default=-1) + 1))])
+    return HitCurve(
+        accesses, [0, *accumulate(counts.get(distance, 0) for distance in range(max(counts, default=-1) + 1))]
+    )

@@ -27,7 +27,7 @@ _MOST_HOT: Final = 1 << 14
 _COUNTED_PER_REQUEST: Final = 16
 """Blocks after the hot part that are counted: a long prompt that many share becomes hot in steps of this."""
 _COUNTED: Final = 1 << 14
-_SURELY_HOT_REQUESTS: Final = 400
+_SURELY_HOT_REQUESTS: Final = 800
 """Before so many requests nothing is hot: a few uses would be enough."""
 _COOL_EVERY: Final = 1000
 _RESCALE_AT: Final = 1e12

@@ -44,7 +44,8 @@ def simulate_tiered(
     Args:
         arrivals: requests in order.
         policy: of both tiers, by name.
-        dram_blocks, ssd_blocks: blocks that may be in each.
+        dram_blocks: blocks that may be in DRAM.
+        ssd_blocks: blocks that may be on the SSD.
         progress: is told every few hundred requests how many are done, and at the end.
 
     Raises:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -30,7 +30,8 @@ def tune(
         Path, typer.Argument(help="A trace: Mooncake or Bailian jsonl, or what the daemon recorded.", metavar="TRACE")
     ],
     policies: Annotated[
-        str | None, typer.Option(help="Eviction policies, between commas; opt is the clairvoyant bound.", metavar="LIST")
+        str | None,
+        typer.Option(help="Eviction policies between commas; opt is the clairvoyant bound.", metavar="LIST"),
     ] = None,
     capacities: Annotated[
         str | None,
@@ -114,7 +115,7 @@ def _one(capacities: list[Capacity]) -> Capacity:
     return capacities[0]
 
 
-def _sizes(trace: Trace, model: str | None, block_bytes: str | None, codecs: list[str]) -> BlockSizes:
+def _sizes(trace: Trace, model: str | None, block_bytes: str | None, codecs: Sequence[str]) -> BlockSizes:
     from kvstore.cli.tune.recommend import WHAT_IF_CODEC
     from kvstore.cli.tune.sizes import given_sizes, model_sizes
 

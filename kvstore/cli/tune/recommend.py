@@ -56,13 +56,15 @@ class Question:
 
 
 def starting_bytes(grid: Grid, curve: LruCurve) -> int:
-    """The smallest DRAM of the grid of which twice as much gains little with LRU; the largest where there is none."""
-    sizes = sorted({tiers.dram_bytes for tiers in grid.tiers})
+    """The smallest DRAM of the grid from which on twice as much gains little with LRU; the largest if there is none."""
+    sizes = sorted({tiers.dram_bytes for tiers in grid.tiers}, reverse=True)
+    found = sizes[0]
     for size in sizes:
         now, twice = (curve.hit_rates(grid.tiers_of(RAW, many, 0).dram_blocks).whole for many in (size, 2 * size))
-        if twice - now < _FLAT:
-            return size
-    return sizes[-1]
+        if twice - now >= _FLAT:
+            break
+        found = size
+    return found
 
 
 def recommended(question: Question) -> Recommendation:
@@ -108,7 +110,7 @@ def _reasons(question: Question, here: Sequence[TuneRow], chosen: TuneRow) -> It
     )
     if not question.given:
         yield (
-            "This is the smallest of the capacities asked for at which twice the DRAM gains less than "
+            "It is the smallest of the capacities asked for from which on twice as much gains less than "
             f"{_FLAT * 100:g} points, or the largest; --have says what you have."
         )
     yield from _of_policies(plain, lru, bound)
@@ -182,7 +184,7 @@ def _of_ssds(question: Question, here: Sequence[TuneRow]) -> Iterator[str]:
 
 def _settings(chosen: TuneRow) -> Iterator[str]:
     yield "[dram]"
-    yield f"capacity_bytes = {_setting(chosen.capacity_bytes)}"
+    yield f"capacity_bytes = {_setting(chosen.capacity_bytes)} # {render.count(chosen.capacity_blocks)} blocks"
     if chosen.ssd_bytes:
         yield "[ssd]"
         yield f"capacity_bytes = {_setting(chosen.ssd_bytes)}"
@@ -193,7 +195,7 @@ def _settings(chosen: TuneRow) -> Iterator[str]:
 
 
 def _setting(size_bytes: int) -> str:
-    for unit, name in ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+    for unit, name in ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB")):
         if size_bytes % unit == 0:
             return f'"{size_bytes // unit}{name}"'
     return str(size_bytes)

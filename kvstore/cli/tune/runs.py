@@ -58,7 +58,7 @@ class Rates(NamedTuple):
     ssd: HitRates
 
 
-class _Stopped(Exception):  # noqa: N818 - it is no error
+class _Stopped(Exception):
     """Nobody waits for the result any more."""
 
 
@@ -78,7 +78,7 @@ def sampling_rate(workload: Workload, capacity_blocks: int, *, exact: bool) -> f
 def planned(
     workload: Workload, policies: Iterable[str], tiers: Iterable[tuple[int, int]], *, exact: bool
 ) -> dict[tuple[str, int, int], Run]:
-    """The runs that policies take, by policy and blocks in DRAM and on the SSD; none where the curve or a count will do.
+    """The runs that policies take, by policy and blocks in DRAM and on the SSD; none where a count will do.
 
     The clairvoyant bound knows no tiers: it has a run for DRAM, and one for all blocks together.
     """
@@ -105,14 +105,16 @@ def carry_out(
     Raises:
         KVStoreError: a process ended before it was done.
     """
-    runs = sorted(runs, key=lambda run: (run.policy == CLAIRVOYANT, -run.rate, not run.ssd_blocks, run.policy != "adaptive"))
+    runs = sorted(
+        runs, key=lambda run: (run.policy == CLAIRVOYANT, -run.rate, not run.ssd_blocks, run.policy != "adaptive")
+    )
     workers = min(len(os.sched_getaffinity(0)), len(runs))
     if workers < 2 or sum(workload.asked.whole * run.rate for run in runs) < _ALONE_BELOW:
         return _alone(workload, runs, on_requests)
     # Spawned, not forked: this process may have threads.
     context: SpawnContext = get_context("spawn")
     done, stop = context.Value("q", 0), context.Value("b", 0)
-    arrivals = [tuple(arrival) for arrival in workload.arrivals]
+    arrivals = list(workload.arrivals)
     pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(arrivals, done, stop))
     try:
         futures: dict[Future[Rates], Run] = {pool.submit(_carry_out_here, run): run for run in runs}
@@ -137,7 +139,11 @@ def _alone(workload: Workload, runs: Sequence[Run], on_requests: Callable[[int],
     results = {}
     for number, run in enumerate(runs):
         before = number * len(workload.arrivals)
-        results[run] = worker.carry_out(run, lambda done, before=before: on_requests(before + done))
+
+        def progress(done: int, before: int = before) -> None:
+            on_requests(before + done)
+
+        results[run] = worker.carry_out(run, progress)
     return results
 
 
@@ -180,11 +186,11 @@ _done: Any = None
 _stop: Any = None
 
 
-def _begin(arrivals: list[tuple[int, tuple[int, ...]]], done: Any, stop: Any) -> None:
+def _begin(arrivals: list[Arrival], done: Any, stop: Any) -> None:
     """In a new process: what all runs share."""
     global _worker, _done, _stop
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    _worker = _Worker(Workload([Arrival(*arrival) for arrival in arrivals]))
+    _worker = _Worker(Workload(arrivals))
     _done, _stop = done, stop
 
 

@@ -122,7 +122,7 @@ def _meanings(report: TuneReport) -> Table:
         rates.append(f"SSD {assumed.ssd_gb_per_s:g} GB/s")
     rates += [f"{codec} decodes to {rate:g} GB/s" for codec, rate in assumed.decode_gb_per_s.items()]
     sampled = sorted({row.rate for row in report.rows if row.rate < 1})
-    how = "every block simulated" if not sampled else f"samples of {', '.join(f'{rate:.3g}' for rate in sampled)} of the blocks"
+    how = f"samples of {', '.join(f'{rate:.3g}' for rate in sampled)} of the blocks" if sampled else "every block"
     meanings = [
         ("hit rate", "percent of the blocks asked for, all requests, from an empty cache on"),
         ("first token", f"{assumed.prefill_tokens_per_s:,.0f} tokens/s of prefill, {', '.join(rates)}; no overlap"),

@@ -16,6 +16,7 @@ from kvstore.cli.tune.report import Assumptions, Point, TraceFacts, TuneReport
 from kvstore.cli.tune.runs import carry_out, lru_rate, planned
 from kvstore.cli.tune.sizes import BlockSizes
 from kvstore.errors import InvalidArgument
+from kvstore.simulator.clairvoyant import CLAIRVOYANT
 from kvstore.simulator.lru_curve import LruCurve
 from kvstore.simulator.requests import Trace
 from kvstore.simulator.sampling import Workload
@@ -57,7 +58,9 @@ class Asked:
     decode_gb_per_s: dict[str, float]
 
 
-def tuned(trace: Trace, sizes: BlockSizes, asked: Asked, on_progress: Progress = lambda what, done, of: None) -> TuneReport:
+def tuned(
+    trace: Trace, sizes: BlockSizes, asked: Asked, on_progress: Progress = lambda what, done, of: None
+) -> TuneReport:
     """Simulate a trace and recommend a configuration.
 
     Args:
@@ -67,7 +70,7 @@ def tuned(trace: Trace, sizes: BlockSizes, asked: Asked, on_progress: Progress =
         on_progress: is told how far it is.
 
     Raises:
-        InvalidArgument: the trace asks for no full block, or a capacity holds none.
+        InvalidArgument: the trace asks for no full block, a capacity holds none, or there is no policy but the bound.
         KVStoreError: a process ended before it was done.
     """
     started = perf_counter()
@@ -76,6 +79,8 @@ def tuned(trace: Trace, sizes: BlockSizes, asked: Asked, on_progress: Progress =
     if not workload.asked.whole:
         raise InvalidArgument(f"no request of {trace.name!r} has a full block of {trace.block_tokens} tokens")
     policies = asked.policies or DEFAULT_POLICIES
+    if set(policies) == {CLAIRVOYANT}:
+        raise InvalidArgument(f"--policies: {CLAIRVOYANT} is a bound that no daemon can run; name a policy beside it")
     capacities = [*(asked.capacities or default_capacities(workload.distinct_blocks))]
     if asked.have is not None and asked.have not in capacities:
         capacities.append(asked.have)
