@@ -22,6 +22,7 @@ from kvstore.cli.replay import replay
 from kvstore.cli.serve import serve
 from kvstore.cli.stats import StatsCommand, stats
 from kvstore.cli.tune.command import tune
+from kvstore.cli.top.command import top
 from kvstore.cli.verify import verify
 from kvstore.errors import InvalidArgument, KVStoreError, SettingsError
 
@@ -64,6 +65,7 @@ def _version() -> None:
 
 app.command("serve")(serve)
 app.command("stats", cls=StatsCommand)(stats)
+app.command("top")(top)
 app.command("verify")(verify)
 app.command("replay")(replay)
 app.command("tune")(tune)

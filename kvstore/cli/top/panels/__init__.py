@@ -1,0 +1,1 @@
+"""The panels of ``kvstore top``, one a file."""

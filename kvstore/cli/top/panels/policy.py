@@ -1,0 +1,36 @@
+"""Policy: what chooses the blocks that leave, and what it does at the moment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from textual.content import Content
+
+from kvstore.cli import render
+from kvstore.cli.top.frame import Frame
+from kvstore.cli.top.panel import Panel
+from kvstore.cli.top.text import line, per_s, plain, throughput
+
+__all__ = ["POLICY"]
+
+_NAME_CELLS: Final = 10
+
+
+def _fact(name: str, *parts: str | tuple[str, str]) -> Content:
+    return line((f"{name:<{_NAME_CELLS}}", "$faint"), *parts)
+
+
+def _draw(frame: Frame, width: int, rows: int) -> Sequence[Content]:
+    eviction = frame.stats.eviction
+    return [
+        _fact("policy", (plain(eviction.policy), "$accent bold")),
+        _fact("evicts", (per_s(frame.now, "evicted_blocks"), "bold"), f"  {throughput(frame.now, 'evicted_bytes')}"),
+        _fact("evicted", f"{render.count(eviction.evicted_blocks)} blocks, {render.size(eviction.evicted_bytes)}"),
+        _fact("removed", f"{render.count(eviction.removed_blocks)} blocks, by clients"),
+        _fact("moved", f"{render.count(eviction.moved_records)} records, to empty slabs"),
+        _fact("corrupt", f"{render.count(eviction.corrupt_records)} records, turned into misses"),
+    ]
+
+
+POLICY: Final = Panel("policy", "Policy", _draw, least=3, wanted=lambda frame: 6)

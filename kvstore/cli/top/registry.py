@@ -1,0 +1,21 @@
+"""All panels: those that are always above, and those below in the order of their numbers."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from kvstore.cli.top.panel import Panel
+from kvstore.cli.top.panels.clients import CLIENTS
+from kvstore.cli.top.panels.hits import HITS
+from kvstore.cli.top.panels.namespaces import NAMESPACES
+from kvstore.cli.top.panels.policy import POLICY
+from kvstore.cli.top.panels.slots import SLOTS
+from kvstore.cli.top.panels.ssd import SSD
+from kvstore.cli.top.panels.tiers import TIERS
+from kvstore.cli.top.panels.traffic import TRAFFIC
+
+__all__ = ["ABOVE", "DECK", "PANELS"]
+
+ABOVE: Final = (HITS, TRAFFIC, TIERS)
+DECK: Final = (POLICY, CLIENTS, NAMESPACES, SSD, SLOTS)
+PANELS: Final[dict[str, Panel]] = {panel.name: panel for panel in (*ABOVE, *DECK)}
