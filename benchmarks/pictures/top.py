@@ -1,7 +1,7 @@
 """Pictures of ``kvstore top`` for the documents: a daemon under a load of chat sessions, seen for a while.
 
 Usage: ``python benchmarks/pictures/top.py DIRECTORY [--seconds 90] [--sizes 120x40,80x24] [--themes dark,light]``;
-writes ``top-WIDTHxHEIGHT-THEME.svg`` into it.
+writes ``top-WIDTHxHEIGHT-THEME.png`` into it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
+
+from terminal_png import terminal_png
 
 from kvstore.cli.private_daemon import PrivateDaemon
 from kvstore.cli.top.app import TopApp
@@ -38,12 +40,12 @@ async def look(
                 app.theme = theme
                 await asyncio.sleep(1.5)
                 name = f"top-{width}x{height}-{theme}"
-                (out / f"{name}.svg").write_text(app.export_screenshot(title="kvstore top"))
+                terminal_png(app, out / f"{name}.png")
                 for keys in panels:
                     for key in keys.split("+"):
                         await pilot.press(key)
                     await asyncio.sleep(0.5)
-                    (out / f"{name}-{keys}.svg").write_text(app.export_screenshot(title="kvstore top"))
+                    terminal_png(app, out / f"{name}-{keys}.png")
 
 
 def main() -> None:

@@ -47,8 +47,8 @@ def _chart(frame: Frame, width: int, rows: int) -> list[Content]:
     cells = max(width - _SCALE_CELLS, 1)
     bucket_s = nice_bucket_s(cells, _LEAST_SPAN_S, frame.interval_s)
     series = frame.history.series(cells, bucket_s)
-    dram = [_share(rates and rates.dram_rate, rates) for rates in series]
-    ssd = [_share(rates and rates.ssd_rate, rates) for rates in series]
+    dram = [None if rates is None else _share(rates.dram_rate) for rates in series]
+    ssd = [None if rates is None else _share(rates.ssd_rate) for rates in series]
     lines = stacked(dram, ssd, rows, lower_style="$dram", upper_style="$ssd")
     scale = {0: "100 %", rows - 1: "  0 %"}
     if rows % 2 and rows > 2:
@@ -56,9 +56,9 @@ def _chart(frame: Frame, width: int, rows: int) -> list[Content]:
     return [one + Content.styled(f" {scale.get(at, ''):>5}", "$faint") for at, one in enumerate(lines)]
 
 
-def _share(rate: float | None, rates: Rates | None) -> float | None:
+def _share(rate: float | None) -> float:
     """For the chart: NaN where nothing was asked."""
-    return math.nan if rates is not None and rate is None else rate
+    return math.nan if rate is None else rate
 
 
 def _legend(frame: Frame, width: int) -> Content:
@@ -70,6 +70,7 @@ def _legend(frame: Frame, width: int) -> Content:
     cells = max(width - _SCALE_CELLS, 1)
     span_s = cells * nice_bucket_s(cells, _LEAST_SPAN_S, frame.interval_s)
     span = Content.styled(render.duration(round(span_s)), "$faint")
+    made = Content("")
     for gap, unit in ((3, " %"), (2, " %"), (1, "")):
         parts = [
             line(

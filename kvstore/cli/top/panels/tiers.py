@@ -12,7 +12,7 @@ from kvstore.cli.top.charts import Segment, bar
 from kvstore.cli.top.frame import Frame
 from kvstore.cli.top.panel import Panel
 from kvstore.cli.top.panels.slots import slot_lines
-from kvstore.cli.top.text import ends, line, plain, spread
+from kvstore.cli.top.text import ends, line, plain
 from kvstore.protocol.statistics import DaemonStats, SsdStats
 
 __all__ = ["TIERS"]
@@ -37,7 +37,7 @@ def _dram(stats: DaemonStats) -> list[_Kind]:
     if ssd is not None:
         kinds.append(_Kind("retired", retired, "▓", "$retired"))
     kinds.append(_Kind("granted", dram.granted_bytes, "▒", "$put"))
-    kinds.append(_Kind("limbo", dram.limbo_bytes, "×", "$warn"))
+    kinds.append(_Kind("limbo", dram.limbo_bytes, "╳", "$warn"))
     return kinds
 
 
@@ -45,7 +45,7 @@ def _ssd(ssd: SsdStats) -> list[_Kind]:
     return [
         _Kind("stored", ssd.resident_bytes, "█", "$ssd"),
         _Kind("writing", ssd.writing_bytes, "▒", "$put"),
-        _Kind("leaving", ssd.leaving_bytes, "×", "$warn"),
+        _Kind("leaving", ssd.leaving_bytes, "╳", "$warn"),
         _Kind("log", ssd.log_bytes, "≡", "$faint"),
     ]
 
@@ -68,6 +68,7 @@ def _legend(kinds: Sequence[_Kind], free_bytes: int, width: int) -> Content:
     """What the bar's glyphs mean; where there is little room, only of what there is."""
     every = [*kinds, _Kind("free", free_bytes, "░", "$faint")]
     some = [kind for kind in every if kind.size_bytes]
+    made = Content("")
     for shown, gap, figures in ((every, 2, every), (some, 2, some), (some, 1, some), (some, 1, some[1:])):
         parts = [
             line(
