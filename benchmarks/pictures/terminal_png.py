@@ -97,6 +97,9 @@ def _draw_glyph(
         draw.rectangle((x, y, right, bottom), fill=_mixed(front, back, _SHADES[glyph]))
     elif glyph == "─":
         draw.line((x, middle_y, right, middle_y), fill=front, width=2)
+    elif glyph in "━╸":
+        end = right if glyph == "━" else x + width // 2
+        draw.rectangle((x, middle_y - 3, end, middle_y + 3), fill=front)
     elif glyph == "│":
         draw.line((middle_x, y, middle_x, bottom), fill=front, width=2)
     elif glyph in _ARCS:

@@ -107,7 +107,7 @@ class TopApp(App[None]):
         self._needle = ""
         self._filtering = False
         self._orders: dict[str, Order] = {}
-        self._selected = DECK[0].name
+        self._selected = self._below = DECK[0].name
         self._zoomed = False
         self._arrangement = Arrangement()
         self._message = ""
@@ -190,6 +190,8 @@ class TopApp(App[None]):
         if self._selected not in names:
             self._selected = deck[0].name
             self._zoomed = False
+        if any(self._selected == panel.name for panel in deck):
+            self._below = self._selected
         size = self.query_one(Body).size
         if not size.width or not size.height:
             return
@@ -199,8 +201,8 @@ class TopApp(App[None]):
             size.height,
             above={panel.name: needs[panel.name] for panel in ABOVE},
             deck=[needs[panel.name] for panel in deck],
-            selected=self._selected,
-            zoomed=self._zoomed,
+            page_of=self._below,
+            zoomed=self._selected if self._zoomed else "",
         )
         for widget in self._panels():
             widget.place(self._arrangement.boxes.get(widget.panel.name), zoomed=self._zoomed)
@@ -220,7 +222,7 @@ class TopApp(App[None]):
         numbers = {panel.name: number for number, panel in enumerate((*ABOVE, *DECK), 1)}
         pages = [[(numbers[name], name, PANELS[name].title) for name in page] for page in self._arrangement.pages]
         tabs.styles.offset = (0, y)
-        tabs.show([bars.tabs(pages, self._selected, self.size.width)])
+        tabs.show([bars.tabs(pages, self._selected, self._below, self.size.width)])
 
     def _draw_edges(self) -> None:
         if not self.is_running:

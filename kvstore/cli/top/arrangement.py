@@ -15,6 +15,8 @@ _SIDE_BY_SIDE_CELLS: Final = 76
 _ALL_ABOVE_CELLS: Final = 170
 _BORDER: Final = 2
 _LEAST_DECK_ROWS: Final = 5
+_MOST_ABOVE: Final = 40
+"""Most of the height that charts take, in percent."""
 
 
 class Box(NamedTuple):
@@ -50,41 +52,42 @@ class Arrangement:
 
 
 def arrange(
-    width: int,
-    height: int,
-    *,
-    above: Mapping[str, Need],
-    deck: Sequence[Need],
-    selected: str,
-    zoomed: bool,
+    width: int, height: int, *, above: Mapping[str, Need], deck: Sequence[Need], page_of: str, zoomed: str = ""
 ) -> Arrangement:
     """Places for panels in ``width`` x ``height`` cells, of which nothing is left over.
 
-    Hit rate, traffic and tiers are always ``above``. Below them is the page of the deck that ``selected`` is on, or its
-    first page; panels stand in as many columns as are readable. ``zoomed`` gives everything to ``selected``.
+    Args:
+        width: cells.
+        height: cells.
+        above: hit rate, traffic and tiers, which are always there.
+        deck: the panels below them, in as many columns as are readable, and on as many pages as that takes.
+        page_of: the page with this panel is shown; the first one where there is none.
+        zoomed: this panel has all of it.
     """
     if zoomed:
-        return Arrangement({selected: Box(0, 0, width, height)}, pages=_pages(deck, 1, height))
-    boxes, top = _above(width, height, above)
-    rows = height - top
-    if rows < _LEAST_DECK_ROWS or not deck:
-        return Arrangement(_stretched(boxes, height), pages=_pages(deck, 1, max(rows, _LEAST_DECK_ROWS)))
-    count = max(1, width // _COLUMN_CELLS)
-    pages = _pages(deck, count, rows)
-    tabs_y = None
-    if len(pages) > 1:
-        tabs_y, top, rows = top, top + 1, rows - 1
-        pages = _pages(deck, count, rows)
-    shown = next((page for page in pages if selected in page), pages[0])
-    needs = {need.name: need for need in deck}
-    columns = _balanced([needs[name] for name in shown], min(count, len(shown)), rows)
-    boxes |= _placed(columns, width, top, rows)
-    return Arrangement(boxes, tabs_y, pages)
-
-
-def _above(width: int, height: int, above: Mapping[str, Need]) -> tuple[dict[str, Box], int]:
-    hits, traffic, tiers = above["hits"], above["traffic"], above["tiers"]
+        return Arrangement({zoomed: Box(0, 0, width, height)}, pages=_pages(deck, 1, height))
     tall = height // 4
+    boxes, top = _above(width, tall, above)
+    if height - top < _LEAST_DECK_ROWS or not deck:
+        return Arrangement(_stretched(boxes, height), pages=_pages(deck, 1, _LEAST_DECK_ROWS))
+    count = max(1, width // _COLUMN_CELLS)
+    pages = _pages(deck, count, height - top)
+    tab_rows = int(len(pages) > 1)
+    if tab_rows:
+        pages = _pages(deck, count, height - top - tab_rows)
+    shown = next((page for page in pages if page_of in page), pages[0])
+    needs = {need.name: need for need in deck}
+    columns = _balanced([needs[name] for name in shown], min(count, len(shown)), height - top - tab_rows)
+    spare = height - top - tab_rows - max(sum(need.wanted + _BORDER for need in column) for column in columns)
+    if spare > 0:
+        # Rows that no panel below wants make the charts above higher.
+        boxes, top = _above(width, min(tall + spare, max(tall, height * _MOST_ABOVE // 100)), above)
+    boxes |= _placed(columns, width, top + tab_rows, height - top - tab_rows)
+    return Arrangement(boxes, top if tab_rows else None, pages)
+
+
+def _above(width: int, tall: int, above: Mapping[str, Need]) -> tuple[dict[str, Box], int]:
+    hits, traffic, tiers = above["hits"], above["traffic"], above["tiers"]
     charts = min(max(tall, hits.least + _BORDER), hits.wanted + _BORDER)
     below = tiers.wanted + _BORDER
     if width >= _ALL_ABOVE_CELLS:

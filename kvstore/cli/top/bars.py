@@ -60,7 +60,7 @@ def header(frame: Frame | None, endpoint: str, *, state: str, interval_s: float,
         facts.pop()
     room = width - right.cell_length - 2 - name.cell_length
     left = name + spread(facts, room)
-    room = width - left.cell_length - right.cell_length - 5
+    room = width - left.cell_length - right.cell_length - 7
     if room >= _LEAST_ENDPOINT_CELLS:
         left = left + line(("   " + cut(plain(stats.endpoint), room, keep="end"), "$faint"))
     return ends(left, right + Content(" "), width)
@@ -85,15 +85,16 @@ def lost_banner(reason: str, for_s: float, width: int) -> Content:
     return line((cut(text, width).ljust(width), "bold"))
 
 
-def tabs(pages: Sequence[Sequence[tuple[int, str, str]]], selected: str, width: int) -> Content:
+def tabs(pages: Sequence[Sequence[tuple[int, str, str]]], selected: str, page_of: str, width: int) -> Content:
     """The panels below: those of the page that is shown bright, that which has the focus marked.
 
     Args:
         pages: number, name and title of each panel, by page.
         selected: name of the panel with the focus.
+        page_of: name of a panel of the page that is shown.
         width: cells.
     """
-    shown = next((page for page in pages if any(name == selected for _, name, _ in page)), pages[0])
+    shown = next((page for page in pages if any(name == page_of for _, name, _ in page)), pages[0])
     parts = []
     for page in pages:
         for number, name, title in page:

@@ -9,7 +9,7 @@ from typing import Final, NamedTuple
 
 from textual.content import Content
 
-__all__ = ["Segment", "bar", "columns", "nice_bucket_s", "plot", "segment_cells", "sparkline", "stacked"]
+__all__ = ["Segment", "bar", "columns", "nice_bucket_s", "plot", "segment_cells", "slim", "sparkline", "stacked"]
 
 _EIGHTHS: Final = " ▁▂▃▄▅▆▇█"
 _NONE: Final = "·"
@@ -32,17 +32,15 @@ def segment_cells(shares: Sequence[float], width: int) -> list[int]:
     exact = [max(share, 0.0) * width if math.isfinite(share) else 0.0 for share in shares]
     cells = [int(value) for value in exact]
     total = min(round(sum(exact)), width)
-    if sum(exact) < width - 1e-9 and total == width:
-        total = width - 1
     for at in sorted(range(len(exact)), key=lambda at: cells[at] - exact[at]):
         if sum(cells) < total:
             cells[at] += 1
     for at, value in enumerate(exact):
         if value > 0 and cells[at] == 0:
             cells[at] = 1
-    while sum(cells) > width:
-        largest = max(range(len(cells)), key=cells.__getitem__)
-        cells[largest] -= 1
+    most = width if sum(exact) >= width - 1e-9 else width - 1
+    while sum(cells) > most and max(cells) > 1:
+        cells[cells.index(max(cells))] -= 1
     return cells
 
 
@@ -56,9 +54,21 @@ def bar(segments: Sequence[Segment], width: int, *, rest: str = "░", rest_styl
     return Content.assemble(*parts)
 
 
+def slim(share: float, width: int, style: str) -> Content:
+    """A thin bar for rows of a table: ``share`` of the whole, 0 to 1, in steps of half a cell."""
+    halves = round(min(max(share, 0.0), 1.0) * width * 2) if math.isfinite(share) else 0
+    if share > 0 and halves == 0:
+        halves = 1
+    if share < 1 and halves == width * 2:
+        halves -= 1
+    full, half = divmod(halves, 2)
+    return Content.assemble(("━" * full + "╸" * half, style), ("─" * (width - full - half), "$track"))
+
+
 def sparkline(values: Sequence[float | None], *, style: str, top: float | None = None) -> Content:
-    """One row of columns, a value each; the largest one is full unless ``top`` is given."""
-    return columns(values, 1, style=style, top=top)[0]
+    """One row of columns, a value each; the largest one, or ``top``, leaves a gap to the row above."""
+    highest = max((value for value in values if value is not None), default=0.0) if top is None else top
+    return columns(values, 1, style=style, top=highest * 8 / 7)[0]
 
 
 def columns(values: Sequence[float | None], rows: int, *, style: str, top: float | None = None) -> list[Content]:

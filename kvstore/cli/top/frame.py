@@ -36,6 +36,7 @@ class Frame:
         own_pid: this process, which is left out of the clients.
         needle: what rows of tables must contain, in lower case; "" for all rows.
         orders: by panel, where somebody chose one.
+        charts: whether there is a past to draw.
     """
 
     stats: DaemonStats
@@ -45,6 +46,7 @@ class Frame:
     own_pid: int = 0
     needle: str = ""
     orders: Mapping[str, Order] = field(default_factory=dict)
+    charts: bool = True
 
     @cached_property
     def now(self) -> Rates | None:

@@ -33,7 +33,7 @@ _MEANINGS: Final = (
     ("█", "$ssd", "SSD: stored blocks, and hits that came up from there"),
     ("▓", "$retired", "retired: may leave DRAM, still readable"),
     ("▒", "$put", "granted: lent to clients for writing; on the SSD being written"),
-    ("╳", "$warn", "limbo: left, perhaps still read"),
+    ("▪", "$warn", "limbo: left, perhaps still read"),
     ("░", "$track", "free; in the chart of hits, misses"),
     ("·", "$track", "nothing was asked"),
 )

@@ -34,7 +34,7 @@ def print_once(endpoint: str | None, interval_s: float, timeout_s: float) -> Non
         stats = client.stats()
         now_s = time.monotonic()
     history.add(stats, now_s)
-    frame = Frame(stats, history, interval_s=interval_s, took_s=now_s - asked_s, own_pid=os.getpid())
+    frame = Frame(stats, history, interval_s=interval_s, took_s=now_s - asked_s, own_pid=os.getpid(), charts=False)
     width = max(shutil.get_terminal_size((_USUAL_WIDTH, 24)).columns, _LEAST_WIDTH)
     print(frame_text(frame, width))
 

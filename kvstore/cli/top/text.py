@@ -10,7 +10,7 @@ from textual.content import Content
 from kvstore.cli import render
 from kvstore.cli.top.rates import Rates
 
-__all__ = ["Part", "cut", "ends", "hit_rate", "line", "per_s", "plain", "spread", "throughput"]
+__all__ = ["Part", "cut", "ends", "flow", "hit_rate", "line", "per_s", "plain", "spread", "throughput"]
 
 Part = str | tuple[str, str] | Content
 
@@ -53,6 +53,17 @@ def spread(parts: Sequence[Content], width: int, *, gap: int = 3) -> Content:
             break
         made = made + wanted
     return made
+
+
+def flow(parts: Sequence[Content], width: int, *, gap: int = 2, indent: int = 0) -> list[Content]:
+    """Parts beside each other, and on the next line where there is no more room."""
+    lines: list[Content] = []
+    for part in parts:
+        if lines and lines[-1].cell_length + gap + part.cell_length <= width:
+            lines[-1] = lines[-1] + Content(" " * gap) + part
+        else:
+            lines.append(Content(" " * indent) + part)
+    return lines
 
 
 def hit_rate(rate: float | None) -> str:

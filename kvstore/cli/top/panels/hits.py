@@ -69,12 +69,14 @@ def _legend(frame: Frame, width: int) -> Content:
     shares.append(("░", "$faint", "miss", None if rates is None or rates.hit_rate is None else 1 - rates.hit_rate))
     cells = max(width - _SCALE_CELLS, 1)
     span_s = cells * nice_bucket_s(cells, _LEAST_SPAN_S, frame.interval_s)
-    span = Content.styled(render.duration(round(span_s)), "$faint")
+    span = Content("") if not frame.charts else Content.styled(render.duration(round(span_s)), "$faint")
     made = Content("")
     for gap, unit in ((3, " %"), (2, " %"), (1, "")):
         parts = [
             line(
-                (f"{glyph} ", style), f"{name} ", (hit_rate(share).removesuffix(" %") + (unit if share else ""), "bold")
+                (f"{glyph} ", style),
+                f"{name} ",
+                (hit_rate(share).removesuffix(" %") + ("" if share is None else unit), "bold"),
             )
             for glyph, style, name, share in shares
         ]
@@ -90,6 +92,8 @@ def _steady(frame: Frame) -> Rates | None:
 
 
 def _draw(frame: Frame, width: int, rows: int) -> Sequence[Content]:
+    if not frame.charts:
+        return [_figures(frame, width), _legend(frame, width)]
     chart = max(rows - 2, 1)
     return [_figures(frame, width), *_chart(frame, width, chart), _legend(frame, width)]
 
@@ -127,4 +131,4 @@ def _details(frame: Frame, width: int, rows: int) -> Sequence[Content]:
     return lines
 
 
-HITS: Final = Panel("hits", "Hit rate", _draw, least=5, wanted=lambda frame: 12, details=_details)
+HITS: Final = Panel("hits", "Hit rate", _draw, least=5, wanted=lambda frame: 22, details=_details)

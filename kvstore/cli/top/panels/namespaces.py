@@ -9,7 +9,7 @@ from typing import Final, NamedTuple
 from textual.content import Content
 
 from kvstore.cli import render
-from kvstore.cli.top.charts import Segment, bar
+from kvstore.cli.top.charts import slim
 from kvstore.cli.top.frame import Frame, Order
 from kvstore.cli.top.panel import Panel
 from kvstore.cli.top.table import Column, Table, matching
@@ -32,7 +32,7 @@ _TABLE: Final[Table[_Namespace]] = Table(
         Column("namespace", lambda one: one.label, lambda one: one.label, left=True, ascending=True, style="bold"),
         Column("blocks", lambda one: render.count(one.stats.blocks), lambda one: one.stats.blocks, rank=3),
         Column("bytes", lambda one: render.size(one.stats.slot_bytes), lambda one: one.stats.slot_bytes),
-        Column("", lambda one: bar([Segment(one.share, "█", "$dram")], _BAR_CELLS), rank=2),
+        Column("", lambda one: slim(one.share, _BAR_CELLS, "$dram"), rank=2),
         Column("share", lambda one: render.percent(one.share), lambda one: one.share),
         Column(
             "codec",

@@ -8,7 +8,7 @@ from typing import Final
 from textual.content import Content
 
 from kvstore.cli import render
-from kvstore.cli.top.charts import Segment, bar
+from kvstore.cli.top.charts import slim
 from kvstore.cli.top.frame import Frame, Order
 from kvstore.cli.top.panel import Panel
 from kvstore.cli.top.table import Column, Table
@@ -30,7 +30,7 @@ _TABLE: Final[Table[SlotClassStats]] = Table(
         Column("slabs", lambda one: render.count(one.slabs), lambda one: one.slabs, rank=1),
         Column("used", lambda one: render.count(one.used_slots), lambda one: one.used_slots),
         Column("free", lambda one: render.count(one.free_slots), lambda one: one.free_slots),
-        Column("", lambda one: bar([Segment(_use(one), "█", "$dram")], _BAR_CELLS), rank=2),
+        Column("", lambda one: slim(_use(one), _BAR_CELLS, "$dram"), rank=2),
         Column("in use", lambda one: render.ratio(one.used_slots, one.used_slots + one.free_slots), _use),
     ],
     Order("slot"),

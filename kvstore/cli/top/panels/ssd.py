@@ -11,7 +11,7 @@ from kvstore.cli import render
 from kvstore.cli.top.charts import nice_bucket_s, sparkline
 from kvstore.cli.top.frame import Frame
 from kvstore.cli.top.panel import Panel
-from kvstore.cli.top.text import cut, line, per_s, plain, spread, throughput
+from kvstore.cli.top.text import cut, flow, line, per_s, plain, spread, throughput
 from kvstore.protocol.statistics import SsdStats
 
 __all__ = ["SSD"]
@@ -35,7 +35,7 @@ def _flow(frame: Frame, name: str, count: str, count_bytes: str, style: str, wid
         (f"{per_s(frame.now, count):>{_VALUE_CELLS}}", ""),
     )
     room = width - made.cell_length - 1
-    if room < _LEAST_CHART_CELLS:
+    if not frame.charts or room < _LEAST_CHART_CELLS:
         return made.truncate(width)
     bucket_s = nice_bucket_s(room, _LEAST_SPAN_S, frame.interval_s)
     values = [None if rates is None else rates.per_s(count_bytes) for rates in frame.history.series(room, bucket_s)]
@@ -46,16 +46,16 @@ def _estimate(bytes_per_s: float) -> str:
     return render.throughput(bytes_per_s, 1.0) if bytes_per_s else "unknown"
 
 
-def _wrong(ssd: SsdStats) -> str:
+def _wrong(ssd: SsdStats) -> list[Content]:
     numbers = {
         "damaged records": ssd.corrupt_records,
         "read errors": ssd.read_errors,
         "write errors": ssd.write_errors,
         "blocks dropped": ssd.dropped_blocks,
-        "loads refused as slower than computing": ssd.refused_loads,
+        "loads refused as too slow": ssd.refused_loads,
         "blocks not admitted": ssd.not_admitted_blocks,
     }
-    return ", ".join(f"{render.count(number)} {what}" for what, number in numbers.items() if number)
+    return [line((f"{render.count(number)} {what}", "$warn")) for what, number in numbers.items() if number]
 
 
 def _draw(frame: Frame, width: int, rows: int) -> Sequence[Content]:
@@ -85,7 +85,8 @@ def _draw(frame: Frame, width: int, rows: int) -> Sequence[Content]:
     ]
     wrong = _wrong(ssd)
     if wrong:
-        lines.append(line((f"{'trouble':<{_NAME_CELLS}}", "$faint"), (wrong, "$warn")))
+        first, *others = flow(wrong, width, indent=_NAME_CELLS)
+        lines += [line((f"{'trouble':<{_NAME_CELLS}}", "$faint"), first[_NAME_CELLS:]), *others]
     for name, value in (
         ("served", f"{render.count(ssd.hits)} blocks"),
         ("commits", f"{render.count(ssd.groups)} groups, {render.count(ssd.checkpoints)} checkpoints"),

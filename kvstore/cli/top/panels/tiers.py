@@ -12,7 +12,7 @@ from kvstore.cli.top.charts import Segment, bar
 from kvstore.cli.top.frame import Frame
 from kvstore.cli.top.panel import Panel
 from kvstore.cli.top.panels.slots import slot_lines
-from kvstore.cli.top.text import ends, line, plain
+from kvstore.cli.top.text import ends, flow, line, plain
 from kvstore.protocol.statistics import DaemonStats, SsdStats
 
 __all__ = ["TIERS"]
@@ -37,7 +37,7 @@ def _dram(stats: DaemonStats) -> list[_Kind]:
     if ssd is not None:
         kinds.append(_Kind("retired", retired, "▓", "$retired"))
     kinds.append(_Kind("granted", dram.granted_bytes, "▒", "$put"))
-    kinds.append(_Kind("limbo", dram.limbo_bytes, "╳", "$warn"))
+    kinds.append(_Kind("limbo", dram.limbo_bytes, "▪", "$warn"))
     return kinds
 
 
@@ -45,7 +45,7 @@ def _ssd(ssd: SsdStats) -> list[_Kind]:
     return [
         _Kind("stored", ssd.resident_bytes, "█", "$ssd"),
         _Kind("writing", ssd.writing_bytes, "▒", "$put"),
-        _Kind("leaving", ssd.leaving_bytes, "╳", "$warn"),
+        _Kind("leaving", ssd.leaving_bytes, "▪", "$warn"),
         _Kind("log", ssd.log_bytes, "≡", "$faint"),
     ]
 
@@ -64,24 +64,31 @@ def _row(name: str, kinds: Sequence[_Kind], whole: int, used: int, capacity: int
     return left + bar(segments, max(cells, 1)) + Content.styled(right, style)
 
 
-def _legend(kinds: Sequence[_Kind], free_bytes: int, width: int) -> Content:
-    """What the bar's glyphs mean; where there is little room, only of what there is."""
+def _legend(kinds: Sequence[_Kind], free_bytes: int, width: int, rows: int) -> list[Content]:
+    """What the bar's glyphs mean, on as many lines as there are; where there is little room, only of what there is."""
     every = [*kinds, _Kind("free", free_bytes, "░", "$faint")]
     some = [kind for kind in every if kind.size_bytes]
-    made = Content("")
-    for shown, gap, figures in ((every, 2, every), (some, 2, some), (some, 1, some), (some, 1, some[1:])):
-        parts = [
-            line(
-                (f"{kind.glyph} ", kind.style),
-                kind.name,
-                (f" {render.size(kind.size_bytes)}" * (kind in figures), "$faint"),
-            )
-            for kind in shown
-        ]
-        made = Content(" " * _NAME_CELLS) + Content(" " * gap).join(parts)
-        if made.cell_length <= width:
+    lines = _flow(every, every, width, gap=2)
+    if len(lines) <= max(rows, 1):
+        return lines
+    for gap, figures in ((2, some), (1, some), (1, some[1:]), (1, some[1:-1])):
+        lines = _flow(some, figures, width, gap=gap)
+        if len(lines) <= 1:
             break
-    return made.truncate(width, ellipsis=True)
+    return lines[:1]
+
+
+def _flow(kinds: Sequence[_Kind], figures: Sequence[_Kind], width: int, *, gap: int) -> list[Content]:
+    """Glyphs and names, and sizes of those in ``figures``."""
+    parts = [
+        line(
+            (f"{kind.glyph} ", kind.style),
+            kind.name,
+            (f" {render.size(kind.size_bytes)}" * (kind in figures), "$faint"),
+        )
+        for kind in kinds
+    ]
+    return flow(parts, width, gap=gap, indent=_NAME_CELLS)
 
 
 def _draw(frame: Frame, width: int, rows: int) -> Sequence[Content]:
@@ -90,9 +97,10 @@ def _draw(frame: Frame, width: int, rows: int) -> Sequence[Content]:
     kinds = _dram(stats)
     # Grants and limbo have room beyond the capacity, so the bar is the whole arena.
     whole = max(dram.arena_bytes, sum(kind.size_bytes for kind in kinds))
+    legend_rows = 1 + max(rows - _wanted(frame), 0) // (1 if ssd is None else 2)
     lines = [
         _row("DRAM", kinds, whole, dram.resident_bytes, dram.capacity_bytes, dram.blocks, width),
-        _legend(kinds, whole - sum(kind.size_bytes for kind in kinds), width),
+        *_legend(kinds, whole - sum(kind.size_bytes for kind in kinds), width, legend_rows),
     ]
     if dram.problem:
         lines.append(line((f"{'':<{_NAME_CELLS}}{plain(dram.problem)}", "$bad bold")))
@@ -100,11 +108,16 @@ def _draw(frame: Frame, width: int, rows: int) -> Sequence[Content]:
         below = _ssd(ssd)
         taken = sum(kind.size_bytes for kind in below)
         whole = max(ssd.capacity_bytes, taken)
+        if rows > _wanted(frame):
+            lines.append(Content(""))
         lines.append(_row("SSD", below, whole, taken, ssd.capacity_bytes, ssd.blocks, width))
-        lines.append(_legend(below, whole - taken, width))
+        lines += _legend(below, whole - taken, width, legend_rows)
         if ssd.state != "ok" or ssd.problem:
             problem = f"{ssd.state}: {plain(ssd.problem) or 'see the log of the daemon'}"
             lines.append(line((f"{'':<{_NAME_CELLS}}{problem}", "$bad bold")))
+    slots = slot_lines(frame, width)
+    if len(slots) > 1 and len(lines) + 1 + len(slots) <= rows:
+        lines += [Content(""), *slots]
     return lines
 
 
@@ -117,7 +130,7 @@ def _wanted(frame: Frame) -> int:
 def _details(frame: Frame, width: int, rows: int) -> Sequence[Content]:
     dram = frame.stats.dram
     populated = render.ratio(dram.populated_bytes, dram.arena_bytes)
-    lines = [*_draw(frame, width, rows), Content("")]
+    lines = [*_draw(frame, width, _wanted(frame) + 1), Content("")]
     for name, value in (
         ("arena", f"{render.size(dram.arena_bytes)}, {populated} populated"),
         (

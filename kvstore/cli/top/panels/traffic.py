@@ -75,7 +75,7 @@ def _draw(frame: Frame, width: int, rows: int) -> Sequence[Content]:
     history = frame.history.series(max(room, 1), bucket_s)
     for name, value, style, chosen in list(_series(frame))[: max(rows - 1, 1)]:
         made = line((f"{name:<{_NAME_CELLS}}", "$faint"), (f"{cut(value, _VALUE_CELLS):>{_VALUE_CELLS}}", "bold"))
-        if room >= _LEAST_CHART_CELLS:
+        if frame.charts and room >= _LEAST_CHART_CELLS:
             values = [None if rates is None else chosen(rates) for rates in history]
             made = made + Content(" ") + sparkline(values, style=style)
         lines.append(made)
