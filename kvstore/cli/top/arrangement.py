@@ -100,7 +100,7 @@ def _above(width: int, tall: int, above: Mapping[str, Need]) -> tuple[dict[str, 
         }
         return boxes, rows
     if width >= _SIDE_BY_SIDE_CELLS:
-        left = width - width // 2
+        left = width * 52 // 100
         boxes = {
             "hits": Box(0, 0, left, charts),
             "traffic": Box(left, 0, width - left, charts),

@@ -65,16 +65,20 @@ def slim(share: float, width: int, style: str) -> Content:
     return Content.assemble(("━" * full + "╸" * half, style), ("─" * (width - full - half), "$track"))
 
 
-def sparkline(values: Sequence[float | None], *, style: str, top: float | None = None) -> Content:
-    """One row of columns, a value each; the largest one, or ``top``, leaves a gap to the row above."""
-    highest = max((value for value in values if value is not None), default=0.0) if top is None else top
-    return columns(values, 1, style=style, top=highest * 8 / 7)[0]
+def sparkline(values: Sequence[float | None], *, style: str) -> Content:
+    """One row of columns, a value each, with a gap to the row above."""
+    return columns(values, 1, style=style, gap=True)[0]
 
 
-def columns(values: Sequence[float | None], rows: int, *, style: str, top: float | None = None) -> list[Content]:
-    """Rows of a column chart, the upper one first. A value above 0 shows; None, nothing known, is blank."""
-    highest = max((value for value in values if value is not None), default=0.0) if top is None else top
-    eighths = [_eighths(value, highest, rows) for value in values]
+def columns(values: Sequence[float | None], rows: int, *, style: str, gap: bool = False) -> list[Content]:
+    """Rows of a column chart, the upper one first.
+
+    The largest value reaches the top, or with ``gap`` stays an eighth of a row below it. A value above 0 shows; None,
+    nothing known, is blank.
+    """
+    highest = max((value for value in values if value is not None), default=0.0)
+    top = highest * 8 * rows / (8 * rows - gap)
+    eighths = [_eighths(value, top, rows) for value in values]
     lines = []
     for row in reversed(range(rows)):
         parts: list[tuple[str, str]] = []
@@ -120,6 +124,8 @@ def stacked(
             elif both - low >= 8 - both and both > low:
                 # The cell has both: the upper one is what lies behind the lower one.
                 parts.append((_EIGHTHS[low], f"{lower_style} on {upper_style}"))
+            elif both - low >= low:
+                parts.append((_EIGHTHS[both], upper_style))
             else:
                 parts.append((_EIGHTHS[low], lower_style))
         lines.append(_joined(parts))

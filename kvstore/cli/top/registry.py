@@ -10,7 +10,6 @@ from kvstore.cli.top.panels.hits import HITS
 from kvstore.cli.top.panels.namespaces import NAMESPACES
 from kvstore.cli.top.panels.policy import POLICY
 from kvstore.cli.top.panels.retention import RETENTION
-from kvstore.cli.top.panels.slots import SLOTS
 from kvstore.cli.top.panels.ssd import SSD
 from kvstore.cli.top.panels.tiers import TIERS
 from kvstore.cli.top.panels.traffic import TRAFFIC
@@ -18,5 +17,5 @@ from kvstore.cli.top.panels.traffic import TRAFFIC
 __all__ = ["ABOVE", "DECK", "PANELS"]
 
 ABOVE: Final = (HITS, TRAFFIC, TIERS)
-DECK: Final = (POLICY, CLIENTS, NAMESPACES, SSD, RETENTION, SLOTS)
+DECK: Final = (POLICY, CLIENTS, NAMESPACES, SSD, RETENTION)
 PANELS: Final[dict[str, Panel]] = {panel.name: panel for panel in (*ABOVE, *DECK)}

@@ -197,13 +197,12 @@ def test_old_daemon_shows_what_it_has_and_leaves_out_the_rest() -> None:
         "policy",
         "clients",
         "namespaces",
-        "slots",
     ]
 
 
 def test_frame_as_text_has_every_panel_and_no_wide_line() -> None:
     drawn = frame_text(replace(busy(), charts=False), 100)
-    for title in ("Hit rate", "Traffic", "Tiers", "Clients", "Namespaces", "SSD", "Slots"):
+    for title in ("Hit rate", "Traffic", "Tiers", "Clients", "Namespaces", "SSD"):
         assert f"\n\n{title}" in drawn
     assert max(map(len, drawn.splitlines())) <= 100
     assert "\x1b" not in drawn

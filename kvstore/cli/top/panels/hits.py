@@ -20,6 +20,7 @@ __all__ = ["HITS"]
 _SCALE_CELLS: Final = 6
 _LEAST_SPAN_S: Final = 120.0
 _DETAIL_ROWS: Final = 4
+_WIDE_CELLS: Final = 40
 
 
 def _now(frame: Frame) -> Content:
@@ -40,7 +41,7 @@ def _figures(frame: Frame, width: int) -> Content:
         (lookups.match_keys, lookups.match_hits) if lookups.match_keys else (lookups.get_keys, lookups.get_hits)
     )
     parts.append(line((render.ratio(hits, asked), ""), (" since start", "$faint")))
-    return spread(parts, width)
+    return spread(parts, width, gap=3 if width >= _WIDE_CELLS else 2)
 
 
 def _chart(frame: Frame, width: int, rows: int) -> list[Content]:

@@ -10,7 +10,6 @@ from textual.content import Content
 from kvstore.cli import render
 from kvstore.cli.top.charts import slim
 from kvstore.cli.top.frame import Frame, Order
-from kvstore.cli.top.panel import Panel
 from kvstore.cli.top.table import Column, Table
 from kvstore.protocol.statistics import SlotClassStats
 
@@ -24,7 +23,7 @@ def _use(one: SlotClassStats) -> float:
     return one.used_slots / slots if slots else 0.0
 
 
-_TABLE: Final[Table[SlotClassStats]] = Table(
+SLOTS: Final[Table[SlotClassStats]] = Table(
     [
         Column("slot", lambda one: render.size(one.slot_bytes), lambda one: one.slot_bytes, ascending=True),
         Column("slabs", lambda one: render.count(one.slabs), lambda one: one.slabs, rank=1),
@@ -35,25 +34,9 @@ _TABLE: Final[Table[SlotClassStats]] = Table(
     ],
     Order("slot"),
 )
+"""The table of slot sizes."""
 
 
 def slot_lines(frame: Frame, width: int) -> list[Content]:
     """The table, its heading first."""
-    return _TABLE.lines(frame.stats.dram.classes, width, frame.orders.get("slots"))
-
-
-def _draw(frame: Frame, width: int, rows: int) -> Sequence[Content]:
-    return slot_lines(frame, width)
-
-
-SLOTS: Final = Panel(
-    "slots",
-    "Slots",
-    _draw,
-    least=3,
-    wanted=lambda frame: len(frame.stats.dram.classes) + 1,
-    there=lambda frame: bool(frame.stats.dram.classes),
-    pinned=1,
-    sorts=tuple(_TABLE.sortable),
-    order=_TABLE.order,
-)
+    return SLOTS.lines(frame.stats.dram.classes, width, frame.orders.get("tiers"))

@@ -11,7 +11,7 @@ from kvstore.cli import render
 from kvstore.cli.top.charts import Segment, bar
 from kvstore.cli.top.frame import Frame
 from kvstore.cli.top.panel import Panel
-from kvstore.cli.top.panels.slots import slot_lines
+from kvstore.cli.top.panels.slots import SLOTS, slot_lines
 from kvstore.cli.top.text import ends, flow, line, plain
 from kvstore.protocol.statistics import DaemonStats, SsdStats
 
@@ -150,4 +150,6 @@ def _details(frame: Frame, width: int, rows: int) -> Sequence[Content]:
     return lines
 
 
-TIERS: Final = Panel("tiers", "Tiers", _draw, least=2, wanted=_wanted, details=_details)
+TIERS: Final = Panel(
+    "tiers", "Tiers", _draw, least=2, wanted=_wanted, details=_details, sorts=tuple(SLOTS.sortable), order=SLOTS.order
+)

@@ -8,7 +8,7 @@ from typing import Final
 from textual.content import Content
 
 from kvstore.cli import render
-from kvstore.cli.top.charts import nice_bucket_s, sparkline
+from kvstore.cli.top.charts import columns, nice_bucket_s
 from kvstore.cli.top.frame import Frame
 from kvstore.cli.top.panel import Panel
 from kvstore.cli.top.rates import Rates
@@ -69,17 +69,20 @@ def _puts(frame: Frame, width: int) -> Content:
 
 
 def _draw(frame: Frame, width: int, rows: int) -> Sequence[Content]:
-    room = width - _NAME_CELLS - _VALUE_CELLS - 1
-    lines = []
-    bucket_s = nice_bucket_s(max(room, 1), _LEAST_SPAN_S, frame.interval_s)
-    history = frame.history.series(max(room, 1), bucket_s)
-    for name, value, style, chosen in list(_series(frame))[: max(rows - 1, 1)]:
-        made = line((f"{name:<{_NAME_CELLS}}", "$faint"), (f"{cut(value, _VALUE_CELLS):>{_VALUE_CELLS}}", "bold"))
-        if frame.charts and room >= _LEAST_CHART_CELLS:
-            values = [None if rates is None else chosen(rates) for rates in history]
-            made = made + Content(" ") + sparkline(values, style=style)
-        lines.append(made)
-    lines.insert(min(3, len(lines)), _puts(frame, width))
+    series = list(_series(frame))[: max(rows - 1, 1)]
+    room = max(width - _NAME_CELLS - _VALUE_CELLS - 1, 1)
+    bucket_s = nice_bucket_s(room, _LEAST_SPAN_S, frame.interval_s)
+    history = frame.history.series(room, bucket_s) if frame.charts and room >= _LEAST_CHART_CELLS else []
+    chart_rows = max((rows - 1) // len(series), 1) if history else 1
+    lines: list[Content] = []
+    for name, value, style, chosen in series:
+        made = line((f"{name:<{_NAME_CELLS}}", "$faint"), (f"{cut(value, _VALUE_CELLS):>{_VALUE_CELLS}} ", "bold"))
+        above = [Content(" " * made.cell_length)] * (chart_rows - 1)
+        chart = columns(
+            [None if rates is None else chosen(rates) for rates in history], chart_rows, style=style, gap=True
+        )
+        lines += [before + drawn for before, drawn in zip([*above, made], chart, strict=True)]
+    lines.insert(min(3 * chart_rows, len(lines)), _puts(frame, width))
     return lines[:rows]
 
 
@@ -109,5 +112,5 @@ def _refused(reasons: dict[str, int]) -> str:
 
 
 TRAFFIC: Final = Panel(
-    "traffic", "Traffic", _draw, least=5, wanted=lambda frame: len(list(_series(frame))) + 1, details=_details
+    "traffic", "Traffic", _draw, least=5, wanted=lambda frame: 2 * len(list(_series(frame))) + 1, details=_details
 )
