@@ -21,8 +21,8 @@ from kvstore.cli.quality.command import quality
 from kvstore.cli.replay import replay
 from kvstore.cli.serve import serve
 from kvstore.cli.stats import StatsCommand, stats
-from kvstore.cli.tune.command import tune
 from kvstore.cli.top.command import top
+from kvstore.cli.tune.command import tune
 from kvstore.cli.verify import verify
 from kvstore.errors import InvalidArgument, KVStoreError, SettingsError
 
