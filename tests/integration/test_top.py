@@ -85,9 +85,9 @@ async def test_first_frame_shows_what_the_daemon_holds(watched: DaemonProcess) -
 async def test_load_shows_as_rates(watched: DaemonProcess) -> None:
     async with top(watched.endpoint) as pilot:
         await until(pilot, lambda: "0 MB/s" in lines(pilot, "traffic"))
-        assert "▇" not in lines(pilot, "traffic").splitlines()[2]
+        assert "█" not in lines(pilot, "hits").splitlines()[-2], "a chart of nothing"
         await asyncio.to_thread(put_some, watched.endpoint)
-        await until(pilot, lambda: "▇" in lines(pilot, "traffic").splitlines()[2])
+        await until(pilot, lambda: "█" in lines(pilot, "hits").splitlines()[-2])
         assert "100.0 %" in lines(pilot, "hits")
 
 
@@ -193,6 +193,13 @@ async def test_without_a_daemon_it_waits_and_says_for_whom() -> None:
 
 
 # ------------------------------------------------------------------ the command
+
+
+def test_other_commands_do_not_load_it() -> None:
+    program = "import kvstore.cli.main, sys; print(sorted({name.partition('.')[0] for name in sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=child_environment())
+    assert "typer" in done.stdout
+    assert "textual" not in done.stdout
 
 
 def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:

@@ -22,7 +22,6 @@ KEYS: Final = (
     ("d", "details"),
     ("s", "sort"),
     ("/", "filter"),
-    ("e", "policy"),
     ("+/-", "interval"),
     ("t", "theme"),
     ("?", "help"),

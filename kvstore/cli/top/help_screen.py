@@ -24,7 +24,6 @@ _KEYS: Final = (
     ("esc", "back; clears the filter"),
     ("s, S", "sort by the next column; the other way round"),
     ("/", "filter clients, namespaces and tenants"),
-    ("e", "another eviction policy, at once"),
     ("+ -", "poll less often; more often"),
     ("t", "dark or light"),
 )
