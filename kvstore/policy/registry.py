@@ -6,22 +6,40 @@ from collections.abc import Callable
 from typing import Final
 
 from kvstore.errors import InvalidArgument
+from kvstore.policy.arc import Arc
 from kvstore.policy.base import EvictionPolicy, PolicyContext
 from kvstore.policy.clock import Clock
 from kvstore.policy.fifo import Fifo
+from kvstore.policy.gdsf import Gdsf, GdsfKept
+from kvstore.policy.length_aware import LengthAware
+from kvstore.policy.lfu import Lfu, LfuKept
+from kvstore.policy.lrfu import Lrfu
 from kvstore.policy.lru import Lru
+from kvstore.policy.s3fifo import S3Fifo
+from kvstore.policy.sieve import Sieve
+from kvstore.policy.wtinylfu import WTinyLfu
 
 Factory = Callable[[PolicyContext], EvictionPolicy]
 
 POLICIES: Final[dict[str, Factory]] = {
     "lru": Lru,
     "clock": Clock,
+    "sieve": Sieve,
+    "s3fifo": S3Fifo,
+    "arc": Arc,
 }
 """Those that a daemon may run."""
 
 SIMULATED: Final[dict[str, Factory]] = {
     **POLICIES,
     "fifo": Fifo,
+    "lfu": Lfu,
+    "lfu-kept": LfuKept,
+    "lrfu-300": Lrfu,
+    "gdsf": Gdsf,
+    "gdsf-kept": GdsfKept,
+    "w-tinylfu": WTinyLfu,
+    "length-aware": LengthAware,
 }
 """Those that the simulator knows."""
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import gc
 import random
-import time
+import sys
 import tracemalloc
 from collections.abc import Callable
 from functools import partial
+from types import FrameType
 
 import pytest
 from fakes.prefix_tree import FakeBlock, PrefixTree
@@ -140,7 +141,7 @@ def test_policy_random_use_gives_leaves_without_leases_only(make: Make):
         pass
 
     Suite.make = staticmethod(make)
-    run_state_machine_as_test(Suite, settings=settings(max_examples=300, stateful_step_count=40, deadline=None))
+    run_state_machine_as_test(Suite, settings=settings(max_examples=60, stateful_step_count=40, deadline=None))
 
 
 @every_policy
@@ -224,14 +225,14 @@ def test_policy_hot_block_touched_often_takes_no_more_memory(make: Make):
         policy.touch(chain[-1], 64, access)
     gc.collect()
     tracemalloc.start()
-    for index in range(20_000):
+    for index in range(5_000):
         access += 1
-        policy.touch(chain[-1 - index % 3], 8, access)
+        policy.touch(chain[-1 - index % 3], 4, access)
         if not index % 20:
             policy.touch(others[index // 20 % 64], 1, access)
     grown_bytes, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert grown_bytes < 100_000, f"{grown_bytes} bytes more after 20,000 touches of {policy.held()} blocks"
+    assert grown_bytes < 40_000, f"{grown_bytes} bytes more after 5,000 touches of {policy.held()} blocks"
 
 
 @every_policy
@@ -281,26 +282,35 @@ def _growing_chain_among_others(tree: PrefixTree, length: int, step: int) -> Non
             tree.remove(victim)
 
 
+def _lines_run(action: Callable[[], None]) -> int:
+    """Lines of Python that run for it: what it costs, whatever else the machine does."""
+    lines = 0
+
+    def trace(frame: FrameType, event: str, argument: object) -> Callable[..., object]:
+        nonlocal lines
+        lines += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        action()
+    finally:
+        sys.settrace(before)
+    return lines
+
+
 @every_policy
-@pytest.mark.parametrize("step", [1, 2, 3, 10])
+@pytest.mark.parametrize("step", [1, 3, 10])
 @pytest.mark.parametrize(
     "use",
     [_chain_used_in_steps, _leaves_under_a_leased_chain, _growing_chain_among_others],
     ids=lambda use: use.__name__,
 )
 def test_policy_long_chains_cost_in_proportion_to_their_length(make: Make, use: Callable[..., None], step: int):
-    def seconds(length: int) -> float:
-        best = float("inf")
-        for _ in range(3):
-            begin = time.perf_counter()
-            use(PrefixTree(make()), length, step)
-            best = min(best, time.perf_counter() - begin)
-        return best
-
-    seconds(200)
-    # Eight times the length: linear work takes 8 times as long, quadratic work 64 times.
-    small, large = seconds(500), seconds(4000)
-    assert large < 24 * small + 0.02, f"{large / small:.1f} times as long for 8 times the chain"
+    # Eight times the length: linear work takes 8 times as many steps, quadratic work 64 times.
+    small, large = (_lines_run(partial(use, PrefixTree(make()), length, step)) for length in (50, 400))
+    assert large < 16 * small, f"{large / small:.1f} times as many steps for 8 times the chain"
 
 
 def test_make_policy_unknown_name_is_refused_with_those_there_are():
