@@ -232,7 +232,7 @@ def test_policy_hot_block_touched_often_takes_no_more_memory(make: Make):
             policy.touch(others[index // 20 % 64], 1, access)
     grown_bytes, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert grown_bytes < 40_000, f"{grown_bytes} bytes more after 5,000 touches of {policy.held()} blocks"
+    assert grown_bytes < 100_000, f"{grown_bytes} bytes more after 5,000 touches of {policy.held()} blocks"
 
 
 @every_policy
