@@ -67,7 +67,7 @@ class Demoting(StoreState):
             if block is None:
                 break
             access = self.policy.used(block)
-            self.policy.discard(block)
+            self.policy.discard(block, evicted=True)
             # Nobody can reach an orphan: it is not worth writing.
             missing = self.missing_below(block) if block.depth < ORPHAN_DEPTH else []
             if missing and not self.admission.admits(block, self._access, scarce=self.ssd.scarce):

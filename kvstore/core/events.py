@@ -117,6 +117,7 @@ class Accessed(msgspec.Struct, frozen=True):
         runs: the hits as runs of parents and children: each run's deepest block and its length.
         asked: how many keys were asked for.
         missing: the first keys that were not there, bounded by the sender; the rest is only counted.
+        namespace_id: where it was asked.
     """
 
     session: int
@@ -124,6 +125,7 @@ class Accessed(msgspec.Struct, frozen=True):
     runs: list[tuple[Block, int]] | list[tuple[Block | SsdBlock, int]]
     asked: int
     missing: tuple[bytes, ...] = ()
+    namespace_id: int = 0
 
 
 class LeaseWanted(msgspec.Struct, frozen=True):

@@ -9,6 +9,7 @@ from kvstore.core.block import Block
 from kvstore.core.ssd_record import SsdBlock, SsdNamespace
 from kvstore.core.tree import ORPHAN_DEPTH, PrefixTree
 from kvstore.errors import InvalidArgument
+from kvstore.protocol.keys import ROOT_KEY
 from kvstore.protocol.namespace import Namespace, namespace_digest
 
 MAX_NAMESPACE_ID: Final = (1 << 16) - 1
@@ -126,6 +127,14 @@ class NamespaceState(PrefixTree[Block]):
         """Depth of a block on the SSD, that of an orphan's parent where there is none."""
         block = None if self.ssd is None else self.ssd.tree.blocks.get(key)
         return ORPHAN_DEPTH - 1 if block is None else block.depth
+
+    def reaches(self, parent_key: bytes) -> bool:
+        """Whether a block behind this parent can be reached from the beginning of its prefix, in DRAM or below."""
+        if parent_key == ROOT_KEY:
+            return True
+        parent = self.blocks.get(parent_key)
+        depth = self.depth_below(parent_key) if parent is None else parent.depth
+        return depth + 1 < ORPHAN_DEPTH
 
     def adopt(self, block: Block) -> None:
         """Insert a block; one whose parent is on the SSD is no orphan, and those there that waited for it no more."""

@@ -75,19 +75,24 @@ class Placing(Demoting):
             statuses.append(status)
             reasons.append(reason)
             if event.separate:
+                if placing.orphans:
+                    self._condemn_orphans(placing)
                 if self._over_capacity() and record is not None:
                     # What leaves for a later one was stored all the same.
                     left += self._fit_capacity(placing, [record])
                     self._answer_for_evicted(event, len(statuses) - 1, statuses, reasons)
                 placing.orphans.clear()
         self._touch_placed(placing)
+        if placing.orphans:
+            self._condemn_orphans(placing)
         instructions: list[Instruction] = []
         placed = placing.placed
         if self._over_capacity():
             left += self._fit_capacity(placing, placed)
-            if None in [record.block for record in placed] or not all(block.parts for block, _ in placing.touched):
-                self._answer_for_evicted(event, 0, statuses, reasons)
         if left:
+            here = None not in [record.block for record in placed] and all(block.parts for block, _ in placing.touched)
+            if not here and not event.separate:
+                self._answer_for_evicted(event, 0, statuses, reasons)
             instructions.append(Withdraw(left))
             placed = [record for record in placed if record.state is RecordState.RESIDENT]
         if placing.worse or placing.gone:
@@ -141,31 +146,78 @@ class Placing(Demoting):
             if namespace.closes_circle(commit.key, commit.parent_key):
                 return PutStatus.REJECTED, Reason.BAD_PARENT
             block = Block(namespace, commit.key, commit.parent_key)
+            if self._short_of(record.slot_bytes, 1):
+                left += self._make_way(block, record.slot_bytes, access, placing)
             namespace.adopt(block)
             if self.ssd is not None:
                 self.retired.adopted(block)
                 self._note_born(block, access)
-            self.policy.insert(block, access)
-            if block.depth >= ORPHAN_DEPTH and not placing.promoted:
-                # Nobody can reach it: it may have room that is free, and nothing leaves for it.
-                self.policy.condemn([block])
-                placing.orphans.append(block)
-            elif block.children:
-                for below in descendants(block):
-                    self.policy.touch(below, 1, access)
             self.block_count += 1
-        else:
-            placing.touched.append((block, access))
+            self._settle(record, block, commit)
+            self._attach(record)
+            self._admit(block, access, placing)
+            return PutStatus.STORED, Reason.NONE
+        placing.touched.append((block, access))
+        held_bytes = block.slot_bytes
+        self._settle(record, block, commit)
+        if before is not None:
+            self._displace(before, record, placing)
+        self._attach(record)
+        self.policy.resized(block, held_bytes)
+        return PutStatus.STORED, Reason.NONE
+
+    def _settle(self, record: Record, block: Block, commit: CommittedRecord) -> None:
+        """A granted record is its block's from now on."""
         record.block, record.part, record.session = block, commit.part, 0
         record.record_bytes, record.checksum = commit.record_bytes, commit.checksum
         record.codec, record.fidelity = commit.codec, commit.fidelity
         self._change(record, RecordState.RESIDENT, commit.key, "committed")
         self.granted_bytes -= record.slot_bytes
         self.granted_count -= 1
-        if before is not None:
-            self._displace(before, record, placing)
-        self._attach(record)
-        return PutStatus.STORED, Reason.NONE
+
+    def _make_way(self, block: Block, slot_bytes: int, access: int, placing: _Placing) -> list[int]:
+        """Have others leave for a new block that is in no tree yet; their slots.
+
+        Nothing leaves for one that nobody can reach, and neither its parent nor what was used later.
+        """
+        namespace, parent_key = block.namespace, block.parent_key
+        parent = namespace.blocks.get(parent_key)
+        if not placing.promoted and not namespace.reaches(parent_key):
+            return []
+        self._touch_placed(placing)
+        if parent is not None:
+            # Until it has this child.
+            parent.leases += 1
+        slots: list[int] = []
+        records = 1
+        for orphan in placing.orphans:
+            if orphan.depth >= ORPHAN_DEPTH:
+                # Nothing leaves for those either that nobody can reach yet.
+                slot_bytes -= orphan.slot_bytes
+                records -= len(orphan.parts)
+        while self._short_of(slot_bytes, records):
+            victim = self.retired.first() if self.ssd is not None else None
+            if victim is None:
+                victim = self._next_victim(access)
+            if victim is None:
+                break
+            slots += self._evict(victim)
+        if parent is not None:
+            parent.leases -= 1
+            if not parent.leases:
+                self.policy.released(parent)
+        return slots
+
+    def _admit(self, block: Block, access: int, placing: _Placing) -> None:
+        """Tell of a new block, which has its record and its place in the tree."""
+        self.policy.insert(block, access)
+        if block.depth >= ORPHAN_DEPTH and not placing.promoted:
+            placing.orphans.append(block)
+        elif block.children:
+            for below in descendants(block):
+                self.policy.touch(below, 1, access)
+        for watcher in self.watchers:
+            watcher.stored(block, access, promoted=placing.promoted)
 
     def _displace(self, before: Record, record: Record, placing: _Placing) -> None:
         """Take a worse record's place away."""
@@ -221,16 +273,24 @@ class Placing(Demoting):
                 # What was there has its place back where that helps.
                 if before.slot_bytes < record.slot_bytes and self.resident_bytes > self.limits.capacity_bytes:
                     del placing.worse[record]
+                    held_bytes = block.slot_bytes
                     self._detach(record)
                     self._attach(before)
+                    self.policy.resized(block, held_bytes)
                     slots.append(self._to_limbo(record, "no room", counted=False))
             elif len(block.parts) == 1:
                 slots += self._evict(block)
             else:
                 # Its other parts may be leased, and were there before.
+                held_bytes = block.slot_bytes
                 self._detach(record)
+                self.policy.resized(block, held_bytes)
                 slots.append(self._to_limbo(record, "no room", counted=False))
         return slots
+
+    def _condemn_orphans(self, placing: _Placing) -> None:
+        """What nobody can reach may have room that is free, and nothing leaves for it."""
+        self.policy.condemn([block for block in placing.orphans if block.parts and block.depth >= ORPHAN_DEPTH])
 
     def _placed_orphan(self, placing: _Placing) -> Block | None:
         """The last new block that nobody can reach: nothing leaves for it, not even others of its kind."""

@@ -170,15 +170,23 @@ class SsdStore(SsdRoom, SsdRestoring):
             self._leave(record)
             return
         self._change(record, SsdState.STORED)
+        new = block is None
         if block is None:
             block = SsdBlock(namespace, key, record.parent_key)
-            self._insert(block, record.access, record.depth)
+            block.used = record.access
+            namespace.tree.insert(block, record.depth)
+            self.block_count += 1
+        held_bytes = block.slot_bytes
         before = block.parts.get(record.part)
         if before is not None:
             self._detach(block, before)
             self._leave(before)
         block.parts[record.part] = record
         self._count(block, record, 1)
+        if new:
+            self.policy.insert(block, record.access)
+        else:
+            self.policy.resized(block, held_bytes)
         self._writing_over(record)
         self.counters.stored_records += 1
         self.counters.stored_bytes += record.record_bytes
@@ -216,10 +224,13 @@ class SsdStore(SsdRoom, SsdRestoring):
             return
         self.counters.corrupt_records += 1
         block = record.namespace.tree.blocks[record.key]
+        if len(block.parts) == 1:
+            self._unlink(block)
+            return
+        held_bytes = block.slot_bytes
         self._detach(block, record)
         self._leave(record)
-        if not block.parts:
-            self._drop(block)
+        self.policy.resized(block, held_bytes)
 
     def restored_namespaces(self, most: int) -> list[SsdNamespace]:
         """At most so many namespaces, those that were used last; all others are over."""

@@ -90,30 +90,21 @@ class SsdBook:
     def _block_of(self, record: SsdRecord) -> SsdBlock:
         return record.namespace.tree.blocks[record.key]
 
-    def _insert(self, block: SsdBlock, access: int, orphan_depth: int) -> None:
-        block.used = access
-        block.namespace.tree.insert(block, orphan_depth)
-        self.policy.insert(block, access)
-        self.block_count += 1
-
-    def _unlink(self, block: SsdBlock) -> None:
+    def _unlink(self, block: SsdBlock, *, evicted: bool = False) -> None:
+        """A block leaves the policy and the tree, with all its records."""
+        self.policy.discard(block, evicted=evicted)
         self._let_all_leave(block)
-        self._drop(block)
-
-    def _let_all_leave(self, block: SsdBlock) -> None:
-        for record in list(block.parts.values()):
-            self._detach(block, record)
-            self._leave(record)
-
-    def _drop(self, block: SsdBlock) -> None:
-        """A block without records leaves the tree."""
-        self.policy.discard(block)
         namespace = block.namespace
         namespace.tree.remove(block)
         if not namespace.writing and not namespace.tree.blocks:
             self._emptied[namespace] = None
         self._touched.pop(block, None)
         self.block_count -= 1
+
+    def _let_all_leave(self, block: SsdBlock) -> None:
+        for record in list(block.parts.values()):
+            self._detach(block, record)
+            self._leave(record)
 
     def _detach(self, block: SsdBlock, record: SsdRecord) -> None:
         del block.parts[record.part]

@@ -79,9 +79,10 @@ class SsdRestoring(SsdBook):
             for block in namespace.tree.fill(list(blocks.values())):
                 del blocks[block.key]
                 self._let_all_leave(block)
-            for block in blocks.values():
-                self.policy.insert(block, block.used)
             self.block_count += len(blocks)
+        stored = [block for blocks in found.values() for block in blocks.values()]
+        for block in sorted(stored, key=lambda block: (block.used, block.depth)):
+            self.policy.insert(block, block.used)
         for number in latest.values():
             namespace = known[number]
             if namespace.tree.blocks or namespace.generation:

@@ -87,7 +87,7 @@ class SsdRoom(SsdBook):
         self.counters.evicted_blocks += 1
         self.counters.evicted_bytes += block.slot_bytes
         self.on_evicted(block.key, block.used)
-        self._unlink(block)
+        self._unlink(block, evicted=True)
 
     def _keep_ahead(self, slot_bytes: int) -> None:
         """Evict as much as is needed for the next slots of a size, so that writers need not wait for groups."""

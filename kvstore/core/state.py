@@ -20,6 +20,7 @@ from kvstore.core.slabs import SlabAllocator
 from kvstore.core.ssd import SsdStore
 from kvstore.core.ssd_record import SsdBlock
 from kvstore.core.story import Story
+from kvstore.core.watching import Cause, Watcher
 from kvstore.errors import InvalidTransition
 from kvstore.format.constants import FIDELITY_EXACT, PAGE_BYTES
 from kvstore.policy.admission import Admission, AdmitAll
@@ -105,6 +106,7 @@ class StoreState:
         self.journal = journal
         self.ssd = ssd
         self.admission = admission or AdmitAll()
+        self.watchers: list[Watcher] = []
         self.retired = Retired()
         self.demotes = False
         """Whether what leaves is written below first."""
@@ -232,6 +234,13 @@ class StoreState:
         self.resident_record_bytes += by * record.record_bytes
         self.record_count += by
 
+    def _short_of(self, slot_bytes: int, records: int) -> bool:
+        """Whether something must leave before so much more fits."""
+        limits = self.limits
+        if self.resident_bytes + slot_bytes > limits.capacity_bytes:
+            return True
+        return self.record_count + records > limits.max_records
+
     def _over_capacity(self) -> bool:
         return self.resident_bytes > self.limits.capacity_bytes or self.record_count > self.limits.max_records
 
@@ -245,28 +254,30 @@ class StoreState:
         self.counters.evicted_blocks += 1
         self.counters.evicted_bytes += block.slot_bytes
         if self.ssd is None:
-            return self._unlink(block, "evicted")
+            return self._unlink(block, Cause.EVICTED)
         on_its_way = block.retired and not self.retired.is_clean(block)
         if not on_its_way and self.missing_below(block):
             self.counters.dropped_blocks += 1
-        slots = self._unlink(block, "evicted")
+        slots = self._unlink(block, Cause.EVICTED)
         # What is being written goes on to be.
         block.retired = on_its_way
         return slots
 
-    def _withdraw_all(self, blocks: list[Block]) -> list[Instruction]:
-        slots = [slot for block in blocks for slot in self._unlink(block, "cleared")]
+    def _withdraw_all(self, blocks: list[Block], cause: Cause) -> list[Instruction]:
+        slots = [slot for block in blocks for slot in self._unlink(block, cause)]
         self.counters.removed_blocks += len(blocks)
         if self.journal is not None and not self.block_count:
             self.journal.emptied()
         return [Withdraw(slots)] if slots else []
 
-    def _unlink(self, block: Block, cause: str) -> list[int]:
-        """Take a block out of the tree and the policy, its records into limbo; their slots."""
+    def _unlink(self, block: Block, cause: Cause, why: str = "") -> list[int]:
+        """Take a block out of the tree and the policy, its records into limbo; their slots. ``why``: more of it."""
+        for watcher in self.watchers:
+            watcher.left(block, cause)
         if block.retired:
             self.retired.take(block)
         else:
-            self.policy.discard(block)
+            self.policy.discard(block, evicted=cause is Cause.EVICTED)
         if self.ssd is not None:
             self.retired.part_from(block)
         namespace = block.namespace
@@ -277,7 +288,8 @@ class StoreState:
         self.block_count -= 1
         if namespace.lossy_records:
             namespace.lossy_records -= sum(record.fidelity < FIDELITY_EXACT for record in block.parts.values())
-        slots = [self._to_limbo(record, cause) for record in block.parts.values()]
+        told = why or cause.value
+        slots = [self._to_limbo(record, told) for record in block.parts.values()]
         block.parts = {}
         block.slot_bytes = 0
         if self.journal is not None:

@@ -53,6 +53,7 @@ from kvstore.core.ssd import SsdStore
 from kvstore.core.ssd_record import SsdBlock
 from kvstore.core.state import SessionState, StoreLimits
 from kvstore.core.tree import descendants
+from kvstore.core.watching import Cause
 from kvstore.policy.admission import Admission
 from kvstore.policy.base import EvictionPolicy
 from kvstore.protocol.messages import PutStatus, Reason
@@ -178,7 +179,7 @@ class Store(Granting, Placing):
     def _advance(self, namespace: NamespaceState, generation: int, session: int) -> list[Instruction]:
         # First what may fail for want of ids: the blocks are not lost for nothing then.
         successor = self.namespaces.advance(namespace, generation)
-        withdrawn = self._withdraw_all(list(namespace.blocks.values()))
+        withdrawn = self._withdraw_all(list(namespace.blocks.values()), Cause.INVALIDATED)
         if successor.ssd is not None and self.ssd is not None:
             self.ssd.advance(successor.ssd, generation)
             successor.ssd.state = successor.id
@@ -190,6 +191,8 @@ class Store(Granting, Placing):
         number = self._access_number(event.session, event.access)
         if event.missing:
             self.admission.used(event.missing, number)
+        for watcher in self.watchers:
+            watcher.accessed(event.namespace_id, number, event.runs, event.asked, event.missing)
         for deepest, hits in event.runs:
             if isinstance(deepest, SsdBlock):
                 if deepest.parts and self.ssd is not None:
@@ -227,7 +230,7 @@ class Store(Granting, Placing):
             block = namespace.blocks.get(key)
             if block is not None:
                 orphaned += block.children or ()
-                slots += self._unlink(block, "removed")
+                slots += self._unlink(block, Cause.REMOVED)
             elif below:
                 orphaned += namespace.orphans.get(key, ())
             removed += block is not None or below
@@ -247,14 +250,14 @@ class Store(Granting, Placing):
         if namespace is not None and namespace.ssd is not None and self.ssd is not None:
             below = sum(key not in namespace.blocks for key in namespace.ssd.tree.blocks)
             self.ssd.empty(namespace.ssd)
-        return [*self._withdraw_all(blocks), Count(len(blocks) + below)]
+        return [*self._withdraw_all(blocks, Cause.CLEARED), Count(len(blocks) + below)]
 
     def _found_corrupt(self, event: FoundCorrupt) -> list[Instruction]:
         record = self.records.get(event.slot)
         if record is None or record.state is not RecordState.RESIDENT or record.block is None:
             return []
         self.counters.corrupt_records += 1
-        return [Withdraw(self._unlink(record.block, f"corrupt: {event.why}"))]
+        return [Withdraw(self._unlink(record.block, Cause.CORRUPT, f"corrupt: {event.why}"))]
 
     def _quiesced(self, event: Quiesced) -> list[Instruction]:
         for slot in event.slots:

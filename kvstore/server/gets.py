@@ -82,7 +82,7 @@ class Reads:
         counters.get_hits += len(payloads)
         counters.get_throttled += statuses.count(GetStatus.THROTTLED)
         counters.bytes_out += total - RECORD_HEADER_BYTES * len(payloads)
-        report = Accessed(session.id, request.access, runs_of(blocks), len(keys), tuple(missing[:16]))
+        report = Accessed(session.id, request.access, runs_of(blocks), len(keys), tuple(missing), request.namespace_id)
         return GetReply(request.id, incarnation, bytes(statuses)), payloads, slots, total, report
 
     def _waits_below(self, request: Get, key: bytes) -> bool:

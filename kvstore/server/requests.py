@@ -26,7 +26,7 @@ from kvstore.core.instructions import Count, Leased, Namespaced, Refuse
 from kvstore.core.ssd_record import SsdBlock
 from kvstore.errors import ErrorCode, InvalidArgument
 from kvstore.format.constants import MAX_RECORD_BYTES, RECORD_HEADER_BYTES
-from kvstore.mapped.client_file import LANE_COUNT, MAX_MISSING
+from kvstore.mapped.client_file import LANE_COUNT
 from kvstore.observability.logs import Log, RepeatedLog
 from kvstore.protocol.framing import decode_request, encode, request_id
 from kvstore.protocol.keys import KEY_BYTES
@@ -346,7 +346,7 @@ class Requests:
         # The client waits for the answer, not for the policy's bookkeeping.
         # A match asks for a chain: its deepest hit was used, and with it all above, as mapped clients report it.
         runs = deepest_of(blocks)
-        report = Accessed(session.id, request.access, runs, len(keys), tuple(keys[hits : hits + MAX_MISSING]))
+        report = Accessed(session.id, request.access, runs, len(keys), tuple(keys[hits:]), request.namespace_id)
         self._executor.apply(report)
         counters = self._counters
         counters.matches += 1

@@ -256,7 +256,9 @@ class Rings:
             counters.get_hits += report.hits
             counters.bytes_out += max(report.payload_bytes, 0)
         counters.mapped_reads += report.requests
-        self._executor.apply(Accessed(client.session.id, report.access, report.runs, report.asked, report.missing))
+        self._executor.apply(
+            Accessed(client.session.id, report.access, report.runs, report.asked, report.missing, report.namespace)
+        )
 
     def _suspect(self, client: MappedClient, slot: int, sequence: int) -> None:
         record = self._record_at(slot, sequence)

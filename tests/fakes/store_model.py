@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from kvstore.core.events import CommittedRecord
@@ -106,9 +106,7 @@ class StoreModel:
         for child in space.blocks.values():
             if child.parent_key == key and child is not block:
                 self._link(child, block)
-        if block.depth >= ORPHAN_DEPTH:
-            block.number = 0
-        else:
+        if block.depth < ORPHAN_DEPTH:
             for below in block.descendants():
                 below.number = max(below.number, number)
         return block
@@ -148,6 +146,15 @@ class StoreModel:
     def is_orphan(self, block: ModelBlock) -> bool:
         """Whether a block is there that nobody can reach, and may leave."""
         return bool(block.parts) and block.depth >= ORPHAN_DEPTH and not block.children and not block.leases
+
+    def reaches(self, namespace_id: int, parent_key: bytes) -> bool:
+        """Whether a block behind this parent can be reached."""
+        parent = self.namespaces[namespace_id].blocks.get(parent_key)
+        return parent_key == ROOT_KEY or (parent is not None and parent.depth < ORPHAN_DEPTH)
+
+    def unreached(self, blocks: Sequence[ModelBlock]) -> list[ModelBlock]:
+        """Those of these blocks that are there and that nobody can reach."""
+        return [block for block in blocks if block.parts and block.depth >= ORPHAN_DEPTH]
 
     def begin_commit(self) -> None:
         self.replaced.clear()
@@ -202,9 +209,15 @@ class StoreModel:
                 block.number = max(block.number, number)
 
     def place(
-        self, namespace_id: int, record: CommittedRecord, slot_bytes: int, number: int, content: Identity
+        self,
+        namespace_id: int,
+        record: CommittedRecord,
+        slot_bytes: int,
+        number: int,
+        content: Identity,
+        make_way: Callable[[], None],
     ) -> tuple[PutStatus, Reason, ModelBlock | None]:
-        """What a commit of a granted slot does before anything is evicted."""
+        """What a commit of a granted slot does; ``make_way``: what leaves before a new block comes."""
         space = self.namespaces.get(namespace_id)
         if space is None or not space.current:
             return PutStatus.REJECTED, Reason.STALE_NAMESPACE, None
@@ -220,6 +233,7 @@ class StoreModel:
         if block is None:
             if space.closes_circle(record.key, record.parent_key):
                 return PutStatus.REJECTED, Reason.BAD_PARENT, None
+            make_way()
             block = self.insert(space, record.key, record.parent_key, number)
         elif block.fidelities.get(record.part, -1) >= record.fidelity:
             return PutStatus.EXISTS, Reason.NONE, block

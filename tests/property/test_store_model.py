@@ -8,6 +8,7 @@ that is published too early, twice, or for a namespace that is over, and in some
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 from fakes.memory_executor import MemoryExecutor, spread
@@ -206,6 +207,12 @@ class StoreMachine(RuleBasedStateMachine):
                 assert too_much or len(self.model.slots) + len(left) > self.limits.max_records
                 left = []
         assert displaced is None, f"{displaced} was not answered"
+
+    def _short(self, slot_bytes: int, records: int) -> bool:
+        held_bytes = sum(map(self.slot_bytes.__getitem__, self.model.slots))
+        if held_bytes + slot_bytes > self.limits.capacity_bytes:
+            return True
+        return len(self.model.slots) + records > self.limits.max_records
 
     def _evicted(
         self, slot: int, namespace_id: int, block: ModelBlock, placed: list[ModelBlock] | None, before: int | None
@@ -604,6 +611,33 @@ class StoreMachine(RuleBasedStateMachine):
         self.model.begin_commit()
         answer = self.apply(Committed(session, namespace_id, tuple(records), access))
         assert isinstance(answer, Answer)
+        told = 0
+        leaving = iter([slot for left in self.executor.last if isinstance(left, Withdraw) for slot in left.slots])
+
+        def make_way(record: CommittedRecord, slot_bytes: int) -> None:
+            """What leaves before a new block comes."""
+            nonlocal told
+            if not self._short(slot_bytes, 1) or not self.model.reaches(namespace_id, record.parent_key):
+                return
+            self.model.put_again(used[told:], number)
+            told = len(used)
+            unreached = self.model.unreached(self.orphans)
+            slots = [slot for slot, (_, block, _) in self.model.slots.items() if block in unreached]
+            slot_bytes -= sum(map(self.slot_bytes.__getitem__, slots))
+            parent = self.model.namespaces[namespace_id].blocks.get(record.parent_key)
+            while self._short(slot_bytes, 1 - len(slots)):
+                if parent is not None:
+                    parent.leases += 1
+                legal = self.model.victims(number)
+                if parent is not None:
+                    parent.leases -= 1
+                if not legal:
+                    return
+                slot = next(slot for slot in leaving if slot in self.model.slots)
+                victim_namespace, block, _ = self.model.slots[slot]
+                assert any(block is victim for victim in legal), f"{block} left, expected was one of {legal}"
+                self.model.leave(victim_namespace, block)
+
         for record in records:
             slot_bytes = held.pop(record.slot, None)
             if slot_bytes is None:
@@ -611,14 +645,17 @@ class StoreMachine(RuleBasedStateMachine):
                 continue
             space = self.model.namespaces.get(namespace_id)
             known = space is not None and record.key in space.blocks
-            placing = self.model.place(namespace_id, record, slot_bytes, number, contents[record.slot])
+            way = partial(make_way, record, slot_bytes)
+            placing = self.model.place(namespace_id, record, slot_bytes, number, contents[record.slot], way)
             expected.append(placing)
             # Also another part of a block that is there uses it.
             if placing[2] is not None and known:
                 used.append(placing[2])
             elif placing[2] is not None:
                 self.orphans.append(placing[2])
-        self.model.put_again(used, number)
+        self.model.put_again(used[told:], number)
+        for block in self.model.unreached(self.orphans):
+            block.number = 0
         self.evictions([block for status, _, block in expected if status is PutStatus.STORED and block is not None])
         withdrawn = {slot for told in self.executor.last if isinstance(told, Withdraw) for slot in told.slots}
         for record, got, (status, reason, block) in zip(
