@@ -364,7 +364,10 @@ class EvictionSettings(_Section):
     """What leaves a full tier first."""
 
     policy: Annotated[str, Field(min_length=1)] = "lru"
-    """Name of the policy."""
+    """Name of the policy of DRAM; see ``kvstore.policy.registry``."""
+
+    ssd_policy: Annotated[str, Field(min_length=1)] = "lru"
+    """Name of the policy of the SSD."""
 
 
 Quotas = Annotated[dict[str, int], BeforeValidator(_parse_quotas)]

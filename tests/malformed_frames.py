@@ -13,6 +13,8 @@ from kvstore.protocol.messages import (
     Attached,
     Bye,
     Clear,
+    Configure,
+    Configured,
     CountReply,
     Done,
     ErrorReply,
@@ -61,6 +63,7 @@ REQUESTS = [
     Prefetch(*HEAD, KEYS, TierId.DRAM, True),
     Persist(*HEAD, KEYS),
     Hint(*HEAD, KEYS, False),
+    Configure(*HEAD, "adaptive", "lru", "all"),
     Release(*HEAD, 99),
     Stats(*HEAD),
     Verify(*HEAD),
@@ -81,6 +84,7 @@ REPLIES = [
     Done(7, 5),
     Reserved(7, 5, 69_632, 60),
     Persisted(7, 5, b"\1\4", b"\0\x10"),
+    Configured(7, 5, "adaptive", "lru", "all"),
     VerifyReply(7, 5, 10, 4096, 0.25, ["slot 3: wrong checksum"]),
 ]
 LEAD_BYTES = bytes([0x00, 0x7F, 0x80, 0x90, 0x9F, 0xA0, 0xC0, 0xC1, *range(0xC2, 0xE0), 0xE0, 0xFF])

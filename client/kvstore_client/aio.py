@@ -15,7 +15,7 @@ import zmq
 from kvstore.errors import ConnectionLost, DeadlineExceeded, KVStoreError
 from kvstore.format.record import RecordHeader
 from kvstore.protocol.framing import decode_reply, encode
-from kvstore.protocol.messages import Bye, PutStatus, TierName, VerifyReply
+from kvstore.protocol.messages import Bye, Configured, PutStatus, TierName, VerifyReply
 from kvstore.protocol.statistics import DaemonStats
 from kvstore.protocol.version import MAX_OUTSTANDING_REQUESTS
 from kvstore_client.arguments import check_durable, check_read
@@ -263,6 +263,10 @@ class AsyncClient(BaseClient):
     async def stats(self) -> DaemonStats:
         """See ``Client.stats``."""
         return await self._run(self._operations.stats())
+
+    async def configure(self, *, policy: str = "", ssd_policy: str = "", admission: str = "") -> Configured:
+        """See ``Client.configure``."""
+        return await self._run(self._operations.configure(policy, ssd_policy, admission))
 
     async def verify(self, *, timeout: float = VERIFY_TIMEOUT_S) -> VerifyReply:
         """See ``Client.verify``."""

@@ -15,7 +15,7 @@ import zmq
 from kvstore.errors import ConnectionLost, DeadlineExceeded, KVStoreError
 from kvstore.format.record import RecordHeader
 from kvstore.protocol.framing import decode_reply, encode
-from kvstore.protocol.messages import Bye, PutStatus, TierName, VerifyReply
+from kvstore.protocol.messages import Bye, Configured, PutStatus, TierName, VerifyReply
 from kvstore.protocol.statistics import DaemonStats
 from kvstore_client.arguments import check_durable, check_read
 from kvstore_client.base import (
@@ -310,6 +310,25 @@ class Client(BaseClient):
     def stats(self) -> DaemonStats:
         """The daemon's statistics."""
         return self._run(self._operations.stats())
+
+    def configure(self, *, policy: str = "", ssd_policy: str = "", admission: str = "") -> Configured:
+        """Change the policies of the running daemon, for all its clients; no block is lost.
+
+        Its settings stay as they are, so it lasts until the daemon ends. An empty name changes nothing.
+
+        Args:
+            policy: eviction policy of DRAM; docs/eviction.md has those there are.
+            ssd_policy: eviction policy of the SSD.
+            admission: what is written to the SSD when it leaves DRAM: "all" or "predicted".
+
+        Returns:
+            The names of what the daemon has now.
+
+        Raises:
+            InvalidArgument: a name is unknown, or there is no SSD tier; nothing was changed.
+            ProtocolMismatch: the daemon is too old for this.
+        """
+        return self._run(self._operations.configure(policy, ssd_policy, admission))
 
     def verify(self, *, timeout: float = VERIFY_TIMEOUT_S) -> VerifyReply:
         """Have the daemon check its invariants and the checksum of every record; corrupt ones leave the store."""

@@ -17,6 +17,8 @@ from kvstore.protocol.keys import join_keys
 from kvstore.protocol.messages import (
     Attached,
     Clear,
+    Configure,
+    Configured,
     CountReply,
     Done,
     Exists,
@@ -309,6 +311,10 @@ class Operations(PutOperations):
         for some in batches(keys):
             known += expect((yield Ask(Hint, (some, bool(soon)))), CountReply).count
         return known
+
+    def configure(self, policy: str, ssd_policy: str, admission: str) -> Steps[Configured]:
+        """Change what the running daemon does; what it does now."""
+        return expect((yield Ask(Configure, (policy, ssd_policy, admission))), Configured)
 
     def clear(self) -> Steps[int]:
         """Remove all blocks of the namespace; how many there were."""

@@ -15,6 +15,7 @@ import typer
 import kvstore
 from kvstore.cli.bench import app as bench
 from kvstore.cli.codecs import codecs
+from kvstore.cli.configure import configure
 from kvstore.cli.demo import demo
 from kvstore.cli.layout import layout
 from kvstore.cli.quality.command import quality
@@ -66,6 +67,7 @@ def _version() -> None:
 app.command("serve")(serve)
 app.command("stats", cls=StatsCommand)(stats)
 app.command("top")(top)
+app.command("configure")(configure)
 app.command("verify")(verify)
 app.command("replay")(replay)
 app.command("tune")(tune)

@@ -105,14 +105,14 @@ class Demoting(StoreState):
         if self.ssd is None or below is None or not below.tree.blocks:
             return
         block: Block | None = deepest
-        for _ in range(hits):
+        for above in range(hits):
             assert block is not None
             copy = below.tree.blocks.get(block.key)
             if copy is None and block.parent is None:
                 copy = below.tree.blocks.get(block.parent_key)
                 block = None
             if copy is not None:
-                self.ssd.touch(copy, number)
+                self.ssd.touch(copy, number, hits - above)
                 return
             if block is None:
                 return

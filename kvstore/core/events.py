@@ -8,6 +8,8 @@ import msgspec
 
 from kvstore.core.block import Block
 from kvstore.core.ssd_record import SsdBlock, SsdRecord
+from kvstore.policy.admission import Admission
+from kvstore.policy.base import EvictionPolicy
 from kvstore.protocol.namespace import Namespace
 
 
@@ -203,6 +205,19 @@ class PersistWanted(msgspec.Struct, frozen=True):
     keys: list[bytes]
 
 
+class PolicyChanged(msgspec.Struct, frozen=True):
+    """Another policy, which holds nothing yet, chooses from now on what leaves; ``ssd``: the SSD, else DRAM."""
+
+    policy: EvictionPolicy
+    ssd: bool = False
+
+
+class AdmissionChanged(msgspec.Struct, frozen=True):
+    """Another admission policy decides from now on what is written below."""
+
+    admission: Admission
+
+
 class Ticked(msgspec.Struct, frozen=True):
     """Time passed; leases may have expired."""
 
@@ -230,4 +245,6 @@ Event = (
     | Demoted
     | SsdChanged
     | PersistWanted
+    | PolicyChanged
+    | AdmissionChanged
 )

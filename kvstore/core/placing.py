@@ -146,7 +146,7 @@ class Placing(Demoting):
             if namespace.closes_circle(commit.key, commit.parent_key):
                 return PutStatus.REJECTED, Reason.BAD_PARENT
             block = Block(namespace, commit.key, commit.parent_key)
-            if self._short_of(record.slot_bytes, 1):
+            if self._short_of(record.slot_bytes, 1) and (placing.promoted or namespace.reaches(commit.parent_key)):
                 left += self._make_way(block, record.slot_bytes, access, placing)
             namespace.adopt(block)
             if self.ssd is not None:
@@ -176,15 +176,15 @@ class Placing(Demoting):
         self.granted_count -= 1
 
     def _make_way(self, block: Block, slot_bytes: int, access: int, placing: _Placing) -> list[int]:
-        """Have others leave for a new block that is in no tree yet; their slots.
+        """Have others leave for a new block that is in no tree yet, but neither its parent nor what was used later.
 
-        Nothing leaves for one that nobody can reach, and neither its parent nor what was used later.
+        Their slots. Nothing leaves for one that nobody can reach.
         """
-        namespace, parent_key = block.namespace, block.parent_key
-        parent = namespace.blocks.get(parent_key)
-        if not placing.promoted and not namespace.reaches(parent_key):
-            return []
-        self._touch_placed(placing)
+        if len(placing.touched) > placing.told:
+            self._touch_placed(placing)
+        parent = block.namespace.blocks.get(block.parent_key)
+        if parent is not None and parent.children:
+            parent = None
         if parent is not None:
             # Until it has this child.
             parent.leases += 1

@@ -191,14 +191,14 @@ class SsdStore(SsdRoom, SsdRestoring):
         self.counters.stored_records += 1
         self.counters.stored_bytes += record.record_bytes
 
-    def touch(self, block: SsdBlock, access: int) -> None:
-        """A block, and so its ancestors, was used, here or in DRAM."""
+    def touch(self, block: SsdBlock, access: int, hits: int = 1) -> None:
+        """A block, and so the ``hits - 1`` ancestors next above it, were used, here or in DRAM."""
         if access > self.access:
             self.access = access
         if access <= block.used:
             return
         block.used = access
-        self.policy.touch(block, 1, access)
+        self.policy.touch(block, hits, access)
         if len(self._touched) < MOST_TOUCHES or block in self._touched:
             self._touched[block] = access
 

@@ -67,6 +67,7 @@ class StoreCounters:
     moved_records: int = 0
     replaced_records: int = 0
     corrupt_records: int = 0
+    switched_policies: int = 0
 
 
 @dataclass(slots=True)

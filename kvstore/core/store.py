@@ -12,6 +12,7 @@ from typing import Any
 from kvstore.core.block import Block, RecordState
 from kvstore.core.events import (
     Accessed,
+    AdmissionChanged,
     ClearWanted,
     Committed,
     Demoted,
@@ -25,6 +26,7 @@ from kvstore.core.events import (
     LeasesEnded,
     LeaseWanted,
     PersistWanted,
+    PolicyChanged,
     PopulationEnded,
     Quiesced,
     RemoveWanted,
@@ -56,6 +58,7 @@ from kvstore.core.tree import descendants
 from kvstore.core.watching import Cause
 from kvstore.policy.admission import Admission
 from kvstore.policy.base import EvictionPolicy
+from kvstore.policy.handover import hand_over
 from kvstore.protocol.messages import PutStatus, Reason
 
 
@@ -95,6 +98,8 @@ class Store(Granting, Placing):
             Demoted: self._demoted,
             SsdChanged: self._ssd_changed,
             PersistWanted: self._persist_wanted,
+            PolicyChanged: self._policy_changed,
+            AdmissionChanged: self._admission_changed,
         }
 
     def handle(self, event: Event, now_ns: int) -> list[Instruction]:
@@ -196,7 +201,7 @@ class Store(Granting, Placing):
         for deepest, hits in event.runs:
             if isinstance(deepest, SsdBlock):
                 if deepest.parts and self.ssd is not None:
-                    self.ssd.touch(deepest, number)
+                    self.ssd.touch(deepest, number, hits)
             elif deepest.parts:
                 self._touch(deepest, hits, number)
                 self._touch_below(deepest, hits, number)
@@ -267,6 +272,23 @@ class Store(Granting, Placing):
             del self._limbo_since_ns[record.slot_bytes][slot]
             del self.records[slot]
             self.slabs.free(slot)
+        return []
+
+    def _policy_changed(self, event: PolicyChanged) -> list[Instruction]:
+        """All blocks are handed over, in the order in which they were used; O(n log n)."""
+        if event.ssd:
+            if self.ssd is not None:
+                hand_over(self.ssd.policy, event.policy, self.ssd.blocks())
+                self.ssd.policy = event.policy
+        else:
+            held = [block for state in self.namespaces.by_id.values() for block in state.blocks.values()]
+            hand_over(self.policy, event.policy, [block for block in held if not block.retired])
+            self.policy = event.policy
+        self.counters.switched_policies += 1
+        return []
+
+    def _admission_changed(self, event: AdmissionChanged) -> list[Instruction]:
+        self.admission = event.admission
         return []
 
     def _ticked(self, event: Ticked) -> list[Instruction]:

@@ -271,6 +271,20 @@ class Hint(Request, tag=19):
     soon: bool = True
 
 
+class Configure(Request, tag=20):
+    """Changes what the running daemon does, until it ends. An empty name leaves things as they are.
+
+    Attributes:
+        policy: eviction policy of DRAM.
+        ssd_policy: eviction policy of the SSD.
+        admission: what is written when it leaves DRAM.
+    """
+
+    policy: Ident = ""
+    ssd_policy: Ident = ""
+    admission: Ident = ""
+
+
 class Ping(Request, tag=15):
     """Asks for nothing."""
 
@@ -299,6 +313,7 @@ AnyRequest = (
     | Reserve
     | Persist
     | Hint
+    | Configure
 )
 
 # ------------------------------------------------------------------ replies
@@ -424,6 +439,14 @@ class Persisted(Reply, tag=113):
     reasons: bytes
 
 
+class Configured(Reply, tag=114):
+    """What the daemon does now; "" for a tier that there is not."""
+
+    policy: str
+    ssd_policy: str = ""
+    admission: str = ""
+
+
 class StatsReply(Reply, tag=110):
     """Statistics at one moment."""
 
@@ -453,6 +476,7 @@ AnyReply = (
     | VerifyReply
     | Reserved
     | Persisted
+    | Configured
 )
 
 TierName = Literal["hbm", "dram", "ssd", "remote"]

@@ -189,8 +189,15 @@ class PutStats(msgspec.Struct, kw_only=True):
     replaced: Unsigned = 0
 
 
-class EvictionStats(msgspec.Struct, kw_only=True):
-    """Blocks that left the tier since the start."""
+class EvictionStats(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """Blocks that left the tier since the start.
+
+    Attributes:
+        policy, ssd_policy: of DRAM and of the SSD, "" without one.
+        admission: what is written below, "" without an SSD.
+        ghost_bytes: memory that the policies take for what they remember of blocks that left.
+        switched: how often a policy was changed.
+    """
 
     policy: str
     evicted_blocks: Unsigned
@@ -198,6 +205,10 @@ class EvictionStats(msgspec.Struct, kw_only=True):
     removed_blocks: Unsigned
     moved_records: Unsigned
     corrupt_records: Unsigned
+    ssd_policy: str = ""
+    admission: str = ""
+    ghost_bytes: Unsigned = 0
+    switched: Unsigned = 0
 
 
 class SessionStats(msgspec.Struct, kw_only=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-PROTOCOL_VERSION: Final = 4
+PROTOCOL_VERSION: Final = 5
 """The newest version this code speaks."""
 
 PROTOCOL_OLDEST: Final = 1
@@ -12,6 +12,9 @@ PROTOCOL_OLDEST: Final = 1
 
 TIERS_SINCE: Final = 4
 """Version from which clients know of tiers below DRAM; older ones are served from DRAM alone."""
+
+POLICIES_SINCE: Final = 5
+"""Version from which clients may ask why a key is missing, retain blocks, record, and change policies."""
 
 MAX_KEYS_PER_REQUEST: Final = 65_536
 MAX_HEADER_FRAME_BYTES: Final = 4 << 20

@@ -262,11 +262,11 @@ class Daemon:
             **_told_of(tier),
         )
 
-    def _policy(self, capacity_bytes: int) -> EvictionPolicy:
+    def _policy(self, setting: str, name: str, capacity_bytes: int) -> EvictionPolicy:
         try:
-            return make_policy(self.settings.eviction.policy, PolicyContext(capacity_bytes, self._clock))
+            return make_policy(name, PolicyContext(capacity_bytes, self._clock))
         except InvalidArgument as error:
-            raise SettingsError(f"eviction.policy: {error}") from None
+            raise SettingsError(f"eviction.{setting}: {error}") from None
 
     def _slab_bytes(self) -> int:
         dram = self.settings.dram
@@ -280,7 +280,7 @@ class Daemon:
         return await SsdTier.open(
             settings.ssd,
             largest // PAGE_BYTES * PAGE_BYTES,
-            self._policy(settings.ssd.capacity_bytes or 0),
+            self._policy("ssd_policy", settings.eviction.ssd_policy, settings.ssd.capacity_bytes or 0),
             self._clock,
             self._log,
         )
@@ -290,7 +290,7 @@ class Daemon:
     ) -> tuple[Store, Arena, Index | None]:
         settings = self.settings
         dram, limits = settings.dram, settings.limits
-        policy = self._policy(dram.capacity_bytes)
+        policy = self._policy("policy", settings.eviction.policy, dram.capacity_bytes)
         slab_bytes = self._slab_bytes()
         slabs = slab_count(dram.capacity_bytes, dram.grant_bytes, slab_bytes)
         header = ArenaHeader(incarnation, slab_bytes, slabs, os.getpid())

@@ -37,6 +37,7 @@ from kvstore.protocol.messages import (
     Attached,
     Bye,
     Clear,
+    Configure,
     CountReply,
     Done,
     ErrorReply,
@@ -82,6 +83,7 @@ from kvstore.server.lower_requests import LowerRequests
 from kvstore.server.mapping import Mapping
 from kvstore.server.outbound import Outbound
 from kvstore.server.overload import Overload
+from kvstore.server.policy_requests import PolicyRequests
 from kvstore.server.puts import Puts, refused
 from kvstore.server.refusal import Refused, keys_of
 from kvstore.server.sessions import Session, Sessions, TooManySessions
@@ -159,6 +161,9 @@ class Requests:
             Release: self._release,
             Reserve: self._reserve,
             Stats: self._stats,
+            Configure: PolicyRequests(
+                executor, 0 if below is None else below.tier.settings.capacity_bytes or 0, clock, incarnation, log
+            ).configure,
         }
 
     # -------------------------------------------------------------- dispatch

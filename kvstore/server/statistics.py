@@ -136,7 +136,7 @@ class Statistics:
         )
 
     def _eviction(self) -> EvictionStats:
-        counters = self.store.counters
+        counters, ssd = self.store.counters, self.store.ssd
         return EvictionStats(
             policy=self.store.policy.name,
             evicted_blocks=counters.evicted_blocks,
@@ -144,6 +144,10 @@ class Statistics:
             removed_blocks=counters.removed_blocks,
             moved_records=counters.moved_records,
             corrupt_records=counters.corrupt_records,
+            ssd_policy="" if ssd is None else ssd.policy.name,
+            admission="" if ssd is None else self.store.admission.name,
+            ghost_bytes=self.store.policy.ghost_bytes() + (0 if ssd is None else ssd.policy.ghost_bytes()),
+            switched=counters.switched_policies,
         )
 
     def _server(self) -> ServerStats:

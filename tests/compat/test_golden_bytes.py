@@ -25,6 +25,8 @@ from kvstore.protocol.messages import (
     Attached,
     Bye,
     Clear,
+    Configure,
+    Configured,
     CountReply,
     Done,
     ErrorReply,
@@ -277,6 +279,12 @@ REPLIES_3: dict[str, AnyReply] = {
 }
 
 # What changed in version 4, or is new there: a tier below DRAM, which outlives the daemon.
+REQUESTS_5: dict[str, AnyRequest] = {
+    "configure": Configure(*request(20), "adaptive", "lru", "predicted"),
+}
+REPLIES_5: dict[str, AnyReply] = {
+    "configured": Configured(*reply(20), "adaptive", "lru", "predicted"),
+}
 REQUESTS_4: dict[str, AnyRequest] = {
     "match": Match(*request(4, access=2), FIRST + SECOND + bytes([7] * 32), 1500, True),
     "prefetch": Prefetch(*request(7), FIRST + SECOND, TierId.DRAM, True),
@@ -356,6 +364,7 @@ ALL = {
     "protocol-2": REQUESTS_2 | REPLIES_2,
     "protocol-3": REQUESTS_3 | REPLIES_3,
     "protocol-4": REQUESTS_4 | REPLIES_4,
+    "protocol-5": REQUESTS_5 | REPLIES_5,
 }
 NOW = {name: f"{folder}/{name}" for folder, messages in ALL.items() for name in messages}
 """The golden file of each message as it is sent today: the last one."""
@@ -436,8 +445,12 @@ def test_golden_files_every_message_type_has_one_and_each_is_tested():
         "protocol-2/stats-reply",
     }
     assert golden_names("record-1") == {f"record-1/{name}" for name in RECORDS}
-    assert {type(message) for message in (REQUESTS | REQUESTS_2 | REQUESTS_4).values()} == set(get_args(AnyRequest))
-    assert {type(message) for message in (REPLIES | REPLIES_2 | REPLIES_4).values()} == set(get_args(AnyReply))
+    assert {type(message) for message in (REQUESTS | REQUESTS_2 | REQUESTS_4 | REQUESTS_5).values()} == set(
+        get_args(AnyRequest)
+    )
+    assert {type(message) for message in (REPLIES | REPLIES_2 | REPLIES_4 | REPLIES_5).values()} == set(
+        get_args(AnyReply)
+    )
 
 
 def test_parse_hex_frames_are_parted_by_blank_lines_only():

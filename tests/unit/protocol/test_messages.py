@@ -58,6 +58,7 @@ RELEASED = {
     17: ("Reserve", f"{REQUEST_FIELDS} record_bytes lane parent"),
     18: ("Persist", f"{REQUEST_FIELDS} keys"),
     19: ("Hint", f"{REQUEST_FIELDS} keys soon"),
+    20: ("Configure", f"{REQUEST_FIELDS} policy ssd_policy admission"),
     101: ("ErrorReply", f"{REPLY_FIELDS} code message"),
     102: (
         "Welcome",
@@ -75,6 +76,7 @@ RELEASED = {
     111: ("VerifyReply", f"{REPLY_FIELDS} records bytes seconds problems"),
     112: ("Reserved", f"{REPLY_FIELDS} slot_bytes slots reason"),
     113: ("Persisted", f"{REPLY_FIELDS} statuses reasons"),
+    114: ("Configured", f"{REPLY_FIELDS} policy ssd_policy admission"),
 }
 
 RELEASED_ENUMS = {
@@ -164,7 +166,8 @@ ENVELOPE = [1, 2, 3, 4, 5, 6, 7]
         *[([15, *ENVELOPE[:at], bad, *ENVELOPE[at + 1 :]], f"`$[{at + 1}]`")
           for at in range(7) for bad in (None, True, 1.0, "1", b"1", [1], {})],
         ([0, *ENVELOPE], "`$[0]`"),
-        ([20, *ENVELOPE], "`$[0]`"),
+        ([99, *ENVELOPE], "`$[0]`"),
+        ([20, *ENVELOPE, "n" * (MAX_IDENT_CHARACTERS + 1)], "`$[8]`"),
         ([101, *ENVELOPE], "`$[0]`"),
         (["15", *ENVELOPE], "`$[0]`"),
         ([15, *ENVELOPE[:6]], "length 8, got 7"),
@@ -249,7 +252,8 @@ def test_reason_of_a_later_version_is_told_as_one_that_the_peer_knows(version, t
         (2, 9, PROTOCOL_VERSION),
         (3, 3, 3),
         (4, 9, PROTOCOL_VERSION),
-        (5, 9, None),
+        (5, 9, PROTOCOL_VERSION),
+        (6, 9, None),
         (0, 0, None),
         (0, 5, PROTOCOL_VERSION),
         (5, 1, None),
