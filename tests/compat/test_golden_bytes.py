@@ -282,9 +282,6 @@ REPLIES_3: dict[str, AnyReply] = {
 REQUESTS_5: dict[str, AnyRequest] = {
     "configure": Configure(*request(20), "adaptive", "lru", "predicted"),
 }
-REPLIES_5: dict[str, AnyReply] = {
-    "configured": Configured(*reply(20), "adaptive", "lru", "predicted"),
-}
 REQUESTS_4: dict[str, AnyRequest] = {
     "match": Match(*request(4, access=2), FIRST + SECOND + bytes([7] * 32), 1500, True),
     "prefetch": Prefetch(*request(7), FIRST + SECOND, TierId.DRAM, True),
@@ -344,6 +341,20 @@ REPLIES_4: dict[str, AnyReply] = {
     "stats-reply": StatsReply(*reply(13), msgspec.structs.replace(STATS_3.stats, ssd=SSD_STATS)),
     "count-reply": CountReply(*reply(9), 1, 2),
 }
+STATS_4 = REPLIES_4["stats-reply"]
+assert isinstance(STATS_4, StatsReply)
+REPLIES_5: dict[str, AnyReply] = {
+    "configured": Configured(*reply(20), "adaptive", "lru", "predicted"),
+    "stats-reply": StatsReply(
+        *reply(13),
+        msgspec.structs.replace(
+            STATS_4.stats,
+            eviction=msgspec.structs.replace(
+                STATS_4.stats.eviction, ssd_policy="lru", admission="all", ghost_bytes=1 << 20, switched=2
+            ),
+        ),
+    ),
+}
 PAYLOAD_FRAMES = {
     "put": [encode_header(HEADERS[0]), PAYLOADS[0], encode_header(HEADERS[1]), PAYLOADS[1]],
     "get-reply": [encode_header(HEADERS[0]) + PAYLOADS[0], encode_header(HEADERS[1]) + PAYLOADS[1]],
@@ -370,8 +381,8 @@ NOW = {name: f"{folder}/{name}" for folder, messages in ALL.items() for name in 
 """The golden file of each message as it is sent today: the last one."""
 
 CURRENT = {f"{folder}/{name}": told for folder, messages in ALL.items() for name, told in messages.items()}
-SAME = {"protocol-3/stats-reply"}
-"""Files of messages that got a field which is left out where there is nothing to say: their bytes are today's still."""
+SAME = {"protocol-3/stats-reply", "protocol-4/stats-reply"}
+"""Files of messages that got fields that are left out where there is nothing to say: what they say is today's still."""
 
 GROWN = {file: CURRENT.pop(file) for file in list(CURRENT) if file not in {*NOW.values(), *SAME}}
 """Files of messages whose fields grew since."""
@@ -382,7 +393,11 @@ def test_message_golden_bytes_decode_and_encode_identically(file: str, message: 
     frame, *payloads = golden(file)
     decoded = decode(frame, message)
     assert decoded == message
-    assert encode(decoded) == encode(message) == frame
+    assert encode(decoded) == encode(message)
+    if file in SAME:
+        assert msgspec.msgpack.decode(encode(message)) == msgspec.msgpack.decode(frame)
+    else:
+        assert encode(message) == frame
     assert payloads == PAYLOAD_FRAMES.get(file.partition("/")[2], [])
 
 
