@@ -22,6 +22,7 @@ from textual.pilot import Pilot
 from kvstore.cli.top.app import TopApp
 from kvstore.cli.top.lines_widget import LinesWidget
 from kvstore.cli.top.panel_widget import PanelWidget
+from kvstore.policy.registry import POLICIES
 from kvstore_client import Client
 
 QUICK_S = 0.1
@@ -40,6 +41,11 @@ def put_some(endpoint: str, blocks: int = 32) -> None:
     with Client(endpoint, namespace="watched", mapped=False) as client:
         client.put_many(keys, [bytes(4096)] * blocks)
         assert len(client.match(keys)) == blocks
+
+
+def configure(endpoint: str, policy: str) -> None:
+    with Client(endpoint, mapped=False) as client:
+        client.configure(policy=policy)
 
 
 @asynccontextmanager
@@ -152,6 +158,25 @@ async def test_keys_move_sort_filter_zoom_pause_and_slow_down(watched: DaemonPro
         await until(pilot, lambda: "dark or light" not in screen(pilot))
         await pilot.press("q")
         await until(pilot, lambda: not pilot.app.is_running)
+
+
+async def test_policy_is_switched_while_the_daemon_runs(watched: DaemonProcess) -> None:
+    async with top(watched.endpoint) as pilot:
+        await until(pilot, lambda: "lru" in lines(pilot, "policy"))
+        await pilot.press("e")
+        await until(pilot, lambda: "● lru" in screen(pilot) and "clock" in screen(pilot))
+        await pilot.press("escape")
+        await until(pilot, lambda: "● lru" not in screen(pilot))
+        await pilot.press("e")
+        await until(pilot, lambda: "● lru" in screen(pilot))
+        names = sorted(POLICIES)
+        steps = names.index("clock") - names.index("lru")
+        await pilot.press(*["down" if steps > 0 else "up"] * abs(steps), "enter")
+        await until(pilot, lambda: "policy clock" in lines(pilot, "header"))
+        assert "DRAM: clock from now on" in lines(pilot, "footer")
+        assert "clock" in lines(pilot, "policy")
+        await asyncio.to_thread(configure, watched.endpoint, "lru")
+        await until(pilot, lambda: "policy lru" in lines(pilot, "header"))
 
 
 async def test_daemon_that_dies_leaves_a_banner_and_one_that_comes_back_is_followed() -> None:

@@ -22,15 +22,20 @@ from kvstore.cli.top.history import History
 from kvstore.cli.top.lines_widget import LinesWidget
 from kvstore.cli.top.panel import Panel
 from kvstore.cli.top.panel_widget import PanelWidget
+from kvstore.cli.top.policy_screen import Choice, PolicyScreen
 from kvstore.cli.top.poller import Lost, Poller, Seen
 from kvstore.cli.top.registry import ABOVE, DECK, PANELS
 from kvstore.cli.top.themes import THEMES, usual_theme
+from kvstore.errors import KVStoreError
 
 __all__ = ["INTERVALS_S", "TopApp"]
 
 INTERVALS_S: Final = (0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 _TICK_S: Final = 1.0
 _MESSAGE_S: Final = 4.0
+_LATE_S: Final = 1.0
+"""How much later than it was due an answer is before the header says so."""
+
 _CLOCK: Final = "%H:%M:%S"
 _LONGEST_NEEDLE: Final = 64
 
@@ -83,6 +88,7 @@ class TopApp(App[None]):
         Binding("slash", "filter", show=False),
         Binding("plus,equals_sign", "interval(1)", show=False),
         Binding("minus", "interval(-1)", show=False),
+        Binding("e", "policy", show=False),
         Binding("t", "other_theme", show=False),
         Binding("question_mark,f1", "help", show=False),
         *(Binding(str(number % 10), f"panel({number})", show=False) for number in range(1, 11)),
@@ -95,13 +101,14 @@ class TopApp(App[None]):
         self.animation_level = "none"
         for one in THEMES.values():
             self.register_theme(one)
-        self.theme = theme or usual_theme()
+        self._wear(theme or usual_theme())
         self.title = "kvstore top"
         self._poller = Poller(endpoint, interval_s=interval_s, timeout_s=timeout_s, tell=self._told)
         self._history = History()
         self._frame: Frame | None = None
         self._lost: Lost | None = None
         self._lost_since_s = 0.0
+        self._seen_s = 0.0
         self._paused = False
         self._waiting_frame: Frame | None = None
         self._needle = ""
@@ -112,6 +119,9 @@ class TopApp(App[None]):
         self._arrangement = Arrangement()
         self._message = ""
         self._message_until_s = 0.0
+
+    def _wear(self, theme: str) -> None:
+        self.theme = f"{theme}-grey" if self.no_color else theme
 
     # -------------------------------------------------------------- life
 
@@ -142,11 +152,12 @@ class TopApp(App[None]):
     def _told(self, news: Seen | Lost) -> None:
         if isinstance(news, Lost):
             if self._lost is None:
-                self._lost_since_s = news.at_s
+                self._lost_since_s = self._seen_s if self._frame is not None else news.at_s
             self._lost = news
             self._draw_edges()
             return
         self._lost = None
+        self._seen_s = time.monotonic()
         self._history.add(news.stats, news.at_s)
         frame = Frame(
             news.stats,
@@ -229,7 +240,8 @@ class TopApp(App[None]):
             return
         width = self.size.width
         lost = self._lost
-        state = "lost" if lost is not None else "paused" if self._paused else "live"
+        late = self._frame is not None and time.monotonic() - self._seen_s > self._poller.interval_s + _LATE_S
+        state = "lost" if lost is not None else "paused" if self._paused else "late" if late else "live"
         self.query_one("#header", LinesWidget).show(
             [
                 bars.header(
@@ -352,9 +364,31 @@ class TopApp(App[None]):
         self._poller.interval_s = min(others) if step > 0 else max(others)
         self._draw_edges()
 
+    def action_policy(self) -> None:
+        """Choose another policy."""
+        if self._frame is None:
+            return
+        if self._lost is not None:
+            self.say("the daemon does not answer")
+            return
+        self.push_screen(PolicyScreen(self._frame.stats.eviction), self._switch)
+
+    def _switch(self, choice: Choice | None) -> None:
+        if choice is not None:
+            self._configure(choice)
+
+    @work(exclusive=True, group="switch")
+    async def _configure(self, choice: Choice) -> None:
+        try:
+            await self._poller.configure(**{choice.argument: choice.name})
+        except KVStoreError as error:
+            self.say(f"not switched: {error}")
+        else:
+            self.say(f"{choice.what}: {choice.name} from now on")
+
     def action_other_theme(self) -> None:
         """Dark or light."""
-        self.theme = "light" if self.theme == "dark" else "dark"
+        self._wear("light" if self.current_theme.dark else "dark")
         self._redraw()
 
     def action_help(self) -> None:

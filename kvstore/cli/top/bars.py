@@ -22,6 +22,7 @@ KEYS: Final = (
     ("d", "details"),
     ("s", "sort"),
     ("/", "filter"),
+    ("e", "policy"),
     ("+/-", "interval"),
     ("t", "theme"),
     ("?", "help"),
@@ -34,12 +35,14 @@ def header(frame: Frame | None, endpoint: str, *, state: str, interval_s: float,
     Args:
         frame: None before the first one.
         endpoint: where the daemon is asked.
-        state: "live", "paused" or "lost".
+        state: "live", "late" (an answer is overdue), "paused" or "lost".
         interval_s: between polls.
         clock: the time of day.
         width: cells.
     """
-    mark, style = {"live": ("●", "$good"), "paused": ("▌▌", "$warn"), "lost": ("✗", "$bad")}[state]
+    mark, style = {"live": ("●", "$good"), "late": ("○", "$warn"), "paused": ("▌▌", "$warn"), "lost": ("✗", "$bad")}[
+        state
+    ]
     right = line((f"{mark} {state}", f"{style} bold"), (f"  {interval_s:g} s", "$faint"))
     if width >= 100 and frame is not None and state == "live":
         right = right + line((f"  answer {render.latency(frame.took_s)}", "$faint"))
@@ -103,12 +106,12 @@ def tabs(pages: Sequence[Sequence[tuple[int, str, str]]], selected: str, page_of
 
 
 def footer(message: str, needle: str, width: int) -> Content:
-    """Keys, and on the left what was just done, if anything."""
+    """What was just done, if anything; otherwise keys, and the filter."""
+    if message:
+        return line((f" {cut(message, max(width - 2, 1))} ", "bold reverse"))
     parts = [line((f" {key} ", "$accent bold"), (what, "$faint")) for key, what in KEYS]
     if needle:
         parts.insert(0, line((f" filter: {needle} ", "$warn bold"), ("esc clears", "$faint")))
-    if message:
-        parts.insert(0, line((f" {message} ", "bold reverse")))
     help_key = parts.pop()
     return spread([*parts], width - help_key.cell_length - 1, gap=1) + Content(" ") + help_key
 

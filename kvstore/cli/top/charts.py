@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Final, NamedTuple
 
 from textual.content import Content
 
-__all__ = ["Segment", "bar", "columns", "nice_bucket_s", "plot", "segment_cells", "slim", "sparkline", "stacked"]
+__all__ = ["Segment", "bar", "columns", "nice_bucket_s", "segment_cells", "slim", "sparkline", "stacked"]
 
 _EIGHTHS: Final = " ▁▂▃▄▅▆▇█"
 _NONE: Final = "·"
@@ -136,50 +135,6 @@ def nice_bucket_s(width: int, least_span_s: float, interval_s: float) -> float:
     """Seconds for each column of a chart ``width`` wide: it spans enough, and no column lies between two polls."""
     wanted = max(least_span_s / max(width, 1), interval_s)
     return next((bucket for bucket in _BUCKETS_S if bucket >= wanted - 1e-9), _BUCKETS_S[-1])
-
-
-_DOTS: Final = ((0x40, 0x04, 0x02, 0x01), (0x80, 0x20, 0x10, 0x08))
-"""Bits of a braille character: by column, then by row from below."""
-
-
-def plot(
-    points: Sequence[tuple[float, float]], width: int, rows: int, *, low: float, high: float, right: float
-) -> list[str]:
-    """A line through points as braille, the upper row first.
-
-    Args:
-        points: x from 0 to ``right``, ascending, and y from ``low`` to ``high``; between them lines are straight.
-        width: cells, 2 dots wide each.
-        rows: cells, 4 dots high each.
-        low: y of the lowest dot.
-        high: y of the highest dot.
-        right: x of the right border.
-    """
-    cells = [[0] * width for _ in range(rows)]
-    if len(points) < 2 or right <= 0 or high <= low:
-        return ["".join(chr(0x2800) for _ in row) for row in cells]
-    dots = rows * 4
-    previous: int | None = None
-    for column in range(width * 2):
-        y = _at(points, right * column / (width * 2 - 1))
-        if y is None:
-            previous = None
-            continue
-        dot = min(max(round((y - low) / (high - low) * (dots - 1)), 0), dots - 1)
-        start = dot if previous is None else min(max(previous, dot - dots), dot + dots)
-        for filled in range(min(start, dot), max(start, dot) + 1):
-            if filled == start and start != dot:
-                continue  # belongs to the column before
-            cells[rows - 1 - filled // 4][column // 2] |= _DOTS[column % 2][filled % 4]
-        previous = dot
-    return ["".join(chr(0x2800 + bits) for bits in row) for row in cells]
-
-
-def _at(points: Sequence[tuple[float, float]], x: float) -> float | None:
-    for (left, low), (right, high) in pairwise(points):
-        if left <= x <= right:
-            return low if right == left else low + (high - low) * (x - left) / (right - left)
-    return None
 
 
 def _eighths(value: float | None, top: float, rows: int) -> int | None:

@@ -24,6 +24,7 @@ _KEYS: Final = (
     ("esc", "back; clears the filter"),
     ("s, S", "sort by the next column; the other way round"),
     ("/", "filter clients, namespaces and tenants"),
+    ("e", "another policy for the running daemon"),
     ("+ -", "poll less often; more often"),
     ("t", "dark or light"),
 )

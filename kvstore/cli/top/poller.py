@@ -83,6 +83,16 @@ class Poller:
         # Nothing is read but statistics: no memory is mapped, and nothing has to be compiled.
         return AsyncClient(endpoint, mapped=False, timeout=timeout_s)
 
+    async def configure(self, **names: str) -> None:
+        """Change policies of the daemon, as ``Client.configure`` does, and look at it at once.
+
+        Raises:
+            KVStoreError: nothing was changed.
+        """
+        async with self._client(self.endpoint, self._timeout_s) as client:
+            await client.configure(**names)
+        self._changed.set()
+
     async def run(self) -> None:
         """Ask until cancelled."""
         while True:

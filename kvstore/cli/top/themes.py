@@ -75,7 +75,52 @@ THEMES: Final = {
             "alarm": "#ffd6da",
         },
     ),
+    "dark-grey": _theme(
+        "dark-grey",
+        dark=True,
+        colours={
+            "ground": "#101010",
+            "raised": "#1e1e1e",
+            "text": "#dcdcdc",
+            "faint": "#909090",
+            "track": "#343434",
+            "frame": "#3c3c3c",
+            "accent": "#ffffff",
+            "dram": "#d0d0d0",
+            "retired": "#a0a0a0",
+            "ssd": "#7c7c7c",
+            "put": "#b8b8b8",
+            "miss": "#a8a8a8",
+            "good": "#dcdcdc",
+            "warn": "#ffffff",
+            "bad": "#ffffff",
+            "alarm": "#5a5a5a",
+        },
+    ),
+    "light-grey": _theme(
+        "light-grey",
+        dark=False,
+        colours={
+            "ground": "#fbfbfb",
+            "raised": "#eeeeee",
+            "text": "#202020",
+            "faint": "#6a6a6a",
+            "track": "#d8d8d8",
+            "frame": "#c6c6c6",
+            "accent": "#000000",
+            "dram": "#3c3c3c",
+            "retired": "#6c6c6c",
+            "ssd": "#949494",
+            "put": "#505050",
+            "miss": "#606060",
+            "good": "#202020",
+            "warn": "#000000",
+            "bad": "#000000",
+            "alarm": "#c8c8c8",
+        },
+    ),
 }
+"""By name. The grey ones are for ``NO_COLOR``: tones far enough apart where hues were."""
 
 
 def usual_theme() -> str:

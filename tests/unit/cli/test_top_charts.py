@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore.cli.top.arrangement import Need, arrange
-from kvstore.cli.top.charts import Segment, bar, columns, nice_bucket_s, plot, segment_cells, slim, sparkline, stacked
+from kvstore.cli.top.charts import Segment, bar, columns, nice_bucket_s, segment_cells, slim, sparkline, stacked
 from kvstore.cli.top.frame import Order
 from kvstore.cli.top.table import Column, Table
 from kvstore.cli.top.text import cut, plain
@@ -68,15 +68,6 @@ def test_buckets_are_no_shorter_than_the_interval() -> None:
     assert nice_bucket_s(40, 120, 1.0) == 3.0
     assert nice_bucket_s(40, 120, 10.0) == 10.0
     assert nice_bucket_s(0, 120, 1.0) >= 1.0
-
-
-def test_plot_of_a_line_goes_from_corner_to_corner() -> None:
-    drawn = plot([(0.0, 0.0), (10.0, 1.0)], 4, 2, low=0.0, high=1.0, right=10.0)
-    assert [len(row) for row in drawn] == [4, 4]
-    assert ord(drawn[1][0]) > 0x2800
-    assert ord(drawn[0][-1]) > 0x2800
-    assert drawn[0][0] == chr(0x2800)
-    assert plot([], 3, 1, low=0.0, high=1.0, right=1.0) == [chr(0x2800) * 3]
 
 
 # ------------------------------------------------------------------ tables

@@ -23,14 +23,32 @@ def _fact(name: str, *parts: str | tuple[str, str]) -> Content:
 
 def _draw(frame: Frame, width: int, rows: int) -> Sequence[Content]:
     eviction = frame.stats.eviction
-    return [
-        _fact("policy", (plain(eviction.policy), "$accent bold")),
-        _fact("evicts", (per_s(frame.now, "evicted_blocks"), "bold"), f"  {throughput(frame.now, 'evicted_bytes')}"),
-        _fact("evicted", f"{render.count(eviction.evicted_blocks)} blocks, {render.size(eviction.evicted_bytes)}"),
+    lines = [_fact("DRAM", (plain(eviction.policy), "$accent bold"), ("   e switches", "$faint"))]
+    if eviction.ssd_policy:
+        lines.append(
+            _fact(
+                "SSD",
+                (plain(eviction.ssd_policy), "$accent bold"),
+                ("   admits ", "$faint"),
+                (plain(eviction.admission), "bold"),
+            )
+        )
+    lines.append(
+        _fact("evicts", (per_s(frame.now, "evicted_blocks"), "bold"), f"  {throughput(frame.now, 'evicted_bytes')}")
+    )
+    lines.append(
+        _fact("evicted", f"{render.count(eviction.evicted_blocks)} blocks, {render.size(eviction.evicted_bytes)}")
+    )
+    if eviction.ghost_bytes:
+        lines.append(_fact("ghosts", f"{render.size(eviction.ghost_bytes)} of memory, for what left"))
+    if eviction.switched:
+        lines.append(_fact("switched", f"{render.count(eviction.switched)} times"))
+    lines += [
         _fact("removed", f"{render.count(eviction.removed_blocks)} blocks, by clients"),
         _fact("moved", f"{render.count(eviction.moved_records)} records, to empty slabs"),
         _fact("corrupt", f"{render.count(eviction.corrupt_records)} records, turned into misses"),
     ]
+    return lines
 
 
-POLICY: Final = Panel("policy", "Policy", _draw, least=3, wanted=lambda frame: 6)
+POLICY: Final = Panel("policy", "Policy", _draw, least=3, wanted=lambda frame: len(_draw(frame, 80, 0)))

@@ -45,7 +45,7 @@ def _use(name: str, used: int, limit: int, width: int) -> Content:
 
 def _limit(used: int, limit: int) -> Content:
     if not limit:
-        return Content.styled("no limit", "$faint")
+        return line(render.size(used), (", no limit", "$faint"))
     return line(render.size(used), (f" of {render.size(limit)}", "$faint"))
 
 
