@@ -227,10 +227,12 @@ def _words(reason: str) -> str:
 
 
 def _evictions(eviction: EvictionStats) -> Table:
+    below = f"; SSD: {eviction.ssd_policy}, written is {eviction.admission}" if eviction.ssd_policy else ""
+    changed = f"; changed {render.count(eviction.switched)} times" if eviction.switched else ""
     return render.facts(
         "Eviction",
         [
-            ("policy", eviction.policy),
+            ("policy", f"{eviction.policy}{below}{changed}"),
             ("evicted", f"{render.count(eviction.evicted_blocks)} blocks, {render.size(eviction.evicted_bytes)}"),
             ("removed", f"{render.count(eviction.removed_blocks)} blocks, by clients"),
             ("moved", f"{render.count(eviction.moved_records)} records, to empty slabs"),

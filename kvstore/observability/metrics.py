@@ -210,9 +210,17 @@ def _puts(puts: PutStats) -> Iterator[Metric]:
 
 
 def _evictions(eviction: EvictionStats) -> Iterator[Metric]:
-    blocks, size_bytes = {eviction.policy: eviction.evicted_blocks}, {eviction.policy: eviction.evicted_bytes}
-    yield _counters("kvstore_evicted_blocks", "Blocks that had to leave for others.", "policy", blocks)
-    yield _counters("kvstore_evicted_bytes", "Slot bytes of evicted blocks.", "policy", size_bytes)
+    # Not by policy: it may change while the daemon runs.
+    yield _counter("kvstore_evicted_blocks", "Blocks that had to leave DRAM for others.", eviction.evicted_blocks)
+    yield _counter("kvstore_evicted_bytes", "Slot bytes of evicted blocks.", eviction.evicted_bytes)
+    names = {"dram": eviction.policy, "ssd": eviction.ssd_policy}
+    policies = GaugeMetricFamily("kvstore_eviction_policy", "1 for the policy of a tier.", labels=("tier", "policy"))
+    for tier, policy in names.items():
+        if policy:
+            policies.add_metric((tier, policy), 1)
+    yield policies
+    yield _gauge("kvstore_policy_ghost_bytes", "Memory for what policies remember of others.", eviction.ghost_bytes)
+    yield _counter("kvstore_policy_changes", "Changes of policies while the daemon ran.", eviction.switched)
     yield _counter("kvstore_removed_blocks", "Blocks removed by clients.", eviction.removed_blocks)
     yield _counter("kvstore_moved_records", "Records moved to empty a slab.", eviction.moved_records)
     yield _counter("kvstore_corrupt_records", "Records whose checksum was wrong.", eviction.corrupt_records)

@@ -25,7 +25,8 @@ def test_metrics_of_a_busy_daemon_hold_its_numbers() -> None:
     assert samples["kvstore_lookup_hits_total", (("operation", "match"),)] == 32_000
     assert samples["kvstore_puts_total", (("status", "stored"),)] == 24_000
     assert samples["kvstore_put_refusals_total", (("reason", "too_large"),)] == 2
-    assert samples["kvstore_evicted_blocks_total", (("policy", "lru"),)] == 300
+    assert samples["kvstore_evicted_blocks_total", ()] == 300
+    assert samples["kvstore_eviction_policy", (("policy", "lru"), ("tier", "dram"))] == 1
     assert samples["kvstore_queue_delay_seconds", ()] == 0.00025
     assert samples["kvstore_namespace_blocks", (("namespace", "model-1"),)] == 2
     assert samples["kvstore_build_info", (("version", "0.1.0"),)] == 1
