@@ -227,18 +227,20 @@ def _words(reason: str) -> str:
 
 
 def _evictions(eviction: EvictionStats) -> Table:
-    below = f"; SSD: {eviction.ssd_policy}, written is {eviction.admission}" if eviction.ssd_policy else ""
-    changed = f"; changed {render.count(eviction.switched)} times" if eviction.switched else ""
-    return render.facts(
-        "Eviction",
-        [
-            ("policy", f"{eviction.policy}{below}{changed}"),
-            ("evicted", f"{render.count(eviction.evicted_blocks)} blocks, {render.size(eviction.evicted_bytes)}"),
-            ("removed", f"{render.count(eviction.removed_blocks)} blocks, by clients"),
-            ("moved", f"{render.count(eviction.moved_records)} records, to empty slabs"),
-            ("corrupt", f"{render.count(eviction.corrupt_records)} records, turned into misses"),
-        ],
-    )
+    facts = [("policy", eviction.policy)]
+    if eviction.ssd_policy:
+        facts.append(("of the SSD", f"{eviction.ssd_policy}, admits {eviction.admission}"))
+    facts += [
+        ("evicted", f"{render.count(eviction.evicted_blocks)} blocks, {render.size(eviction.evicted_bytes)}"),
+        ("removed", f"{render.count(eviction.removed_blocks)} blocks, by clients"),
+        ("moved", f"{render.count(eviction.moved_records)} records, to empty slabs"),
+        ("corrupt", f"{render.count(eviction.corrupt_records)} records, turned into misses"),
+    ]
+    if eviction.ghost_bytes:
+        facts.append(("ghosts", f"{render.size(eviction.ghost_bytes)} of memory, for blocks that left"))
+    if eviction.switched:
+        facts.append(("switched", f"{render.count(eviction.switched)} times, while running"))
+    return render.facts("Eviction", facts)
 
 
 def _ssd(ssd: SsdStats) -> tuple[RenderableType, ...]:

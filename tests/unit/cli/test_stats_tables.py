@@ -138,3 +138,14 @@ def test_stats_tell_namespaces_apart_that_nobody_named() -> None:
         ["qwen3", "int8", "cccccccc"],
     ]
     assert row(text, "default")[1:3] == ["0", "1"]
+
+
+def test_stats_name_the_policies_of_both_tiers() -> None:
+    stats = sample_stats(ssd=True)
+    stats.eviction.ssd_policy, stats.eviction.admission = "lru", "predicted"
+    stats.eviction.ghost_bytes, stats.eviction.switched = 3 << 20, 2
+    text = lines(stats_tables(stats))
+    (below,) = [line for line in text if line.startswith("of the SSD")]
+    assert "lru, admits predicted" in below
+    assert row(text, "ghosts")[1:3] == ["3.0", "MiB"]
+    assert row(text, "switched")[1] == "2"
