@@ -53,11 +53,15 @@ class PolicyScreen(ModalScreen[Choice | None]):
 
     DEFAULT_CSS = """
     PolicyScreen { align: center middle; background: $ground 60%; }
-    PolicyScreen OptionList {
+    PolicyScreen OptionList, PolicyScreen OptionList:focus {
         width: 44; height: auto; max-height: 90%;
-        border: round $accent; border-title-color: $accent; background: $ground; color: $text;
+        border: round $accent; border-title-color: $accent;
+        border-subtitle-color: $faint; background: $ground; color: $text;
     }
-    PolicyScreen OptionList > .option-list--option-highlighted { background: $accent; color: $ground; }
+    PolicyScreen OptionList > .option-list--option-highlighted,
+    PolicyScreen OptionList:focus > .option-list--option-highlighted {
+        background: $accent; color: $ground; text-style: bold;
+    }
     PolicyScreen OptionList > .option-list--separator { color: $track; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,e,q", "leave", show=False)]
