@@ -42,6 +42,7 @@ from kvstore.core.slabs import SlabAllocator
 from kvstore.core.state import StoreLimits
 from kvstore.core.store import Store
 from kvstore.policy.base import PolicyContext
+from kvstore.policy.curve import LiveCurve
 from kvstore.policy.registry import make_policy
 from kvstore.protocol.keys import ROOT_KEY
 from kvstore.protocol.namespace import Namespace
@@ -57,9 +58,9 @@ def _keys() -> Iterator[bytes]:
 
 
 class Harness:
-    """A full store of ``capacity_blocks`` and one client."""
+    """A full store of ``capacity_blocks`` and one client; ``curve``: the live curve looks on."""
 
-    def __init__(self, capacity_blocks: int, policy: str) -> None:
+    def __init__(self, capacity_blocks: int, policy: str, *, curve: bool = False) -> None:
         self.capacity_blocks = capacity_blocks
         slot_bytes = SLOT_PAGES * 4096
         slabs = -(-(capacity_blocks + 2048) // SLAB_SLOTS)
@@ -72,6 +73,8 @@ class Harness:
             SlabAllocator(slabs, SLAB_SLOTS * slot_bytes, 512),
             make_policy(policy, PolicyContext(limits.capacity_bytes, lambda: 0)),
         )
+        if curve:
+            self.store.watchers.append(LiveCurve(limits.capacity_bytes, time.monotonic_ns))
         for index in range(slabs):
             self.store.handle(SlabPopulated(index), 0)
         self.store.handle(PopulationEnded(), 0)
@@ -110,6 +113,55 @@ def _median_us(action: Callable[[], int], repeat: int) -> tuple[float, float]:
     return statistics.median(figures), min(figures)
 
 
+def _medians_us(actions: list[Callable[[], int]], repeat: int) -> list[tuple[float, float]]:
+    """As ``_median_us`` of each of several actions that take turns."""
+    figures: list[list[float]] = [[] for _ in actions]
+    for _ in range(repeat):
+        for action, told in zip(actions, figures, strict=True):
+            gc.collect()
+            begin = time.perf_counter_ns()
+            done = action()
+            told.append((time.perf_counter_ns() - begin) / 1000 / done)
+    return [(statistics.median(told), min(told)) for told in figures]
+
+
+def _putting(harness: Harness, keys: Iterator[bytes], batch: int, puts: int) -> Callable[[], int]:
+    """Puts of chains of so many blocks."""
+
+    def put() -> int:
+        rounds = max(puts // batch, 1)
+        for _ in range(rounds):
+            harness.put(list(islice(keys, batch)))
+        return rounds * batch
+
+    return put
+
+
+def _chained(capacity_blocks: int, policy: str, *, curve: bool) -> tuple[Harness, list[list[bytes]]]:
+    """A store that is full of chains."""
+    harness, keys = Harness(capacity_blocks, policy, curve=curve), _keys()
+    chains = []
+    while harness.store.block_count + CHAIN_BLOCKS <= capacity_blocks:
+        chains.append(list(islice(keys, CHAIN_BLOCKS)))
+        harness.put(chains[-1])
+    return harness, chains
+
+
+def _accessing(harness: Harness, chains: list[list[bytes]], blocks_each: int, puts: int) -> Callable[[], int]:
+    """Matches of the first blocks of chains."""
+    store, namespace = harness.store, harness.namespace
+
+    def run() -> int:
+        done = 0
+        for index in range(max(puts // blocks_each, 1)):
+            found = store.leading(namespace.id, chains[index % len(chains)][:blocks_each])
+            store.handle(Accessed(1, 0, runs_of(found), len(found), namespace_id=namespace.id), 0)
+            done += len(found)
+        return done
+
+    return run
+
+
 def _baseline(capacity_blocks: int, puts: int, repeat: int) -> tuple[float, float]:
     lru: OrderedDict[bytes, int] = OrderedDict()
     keys = _keys()
@@ -146,38 +198,23 @@ def measure(capacity_blocks: int, puts: int, repeat: int, policy: str) -> dict[s
 
     row("ordered_dict_put_and_evict", 1, (baseline_us, baseline_best_us))
     for batch in (1, 16, CHAIN_BLOCKS):
-        harness, keys = Harness(capacity_blocks, policy), _keys()
-        harness.fill(keys, 16)
+        plain, watched = ((Harness(capacity_blocks, policy, curve=curve), _keys()) for curve in (False, True))
+        for harness, keys in (plain, watched):
+            harness.fill(keys, 16)
+        # By turns: what else the machine does meanwhile disturbs both alike.
+        figures = _medians_us([_putting(*one, batch, puts) for one in (plain, watched)], repeat)
+        row("put_and_evict", batch, figures[0])
+        row("put_and_evict_with_curve", batch, figures[1])
+        for harness, _ in (plain, watched):
+            validate_state(harness.store)
 
-        def put(harness: Harness = harness, keys: Iterator[bytes] = keys, batch: int = batch) -> int:
-            rounds = max(puts // batch, 1)
-            for _ in range(rounds):
-                harness.put(list(islice(keys, batch)))
-            return rounds * batch
-
-        row("put_and_evict", batch, _median_us(put, repeat))
-        validate_state(harness.store)
-
-    harness, keys = Harness(capacity_blocks, policy), _keys()
-    chains = []
-    while harness.store.block_count + CHAIN_BLOCKS <= capacity_blocks:
-        chains.append(list(islice(keys, CHAIN_BLOCKS)))
-        harness.put(chains[-1])
-    store, namespace = harness.store, harness.namespace
-
-    def access(blocks_each: int) -> Callable[[], int]:
-        def run() -> int:
-            done = 0
-            for index in range(max(puts // blocks_each, 1)):
-                found = store.leading(namespace.id, chains[index % len(chains)][:blocks_each])
-                store.handle(Accessed(1, 0, runs_of(found), len(found)), 0)
-                done += len(found)
-            return done
-
-        return run
-
+    chained = [_chained(capacity_blocks, policy, curve=curve) for curve in (False, True)]
     for blocks_each in (1, 16, CHAIN_BLOCKS):
-        row("find_and_touch_block", blocks_each, _median_us(access(blocks_each), repeat))
+        figures = _medians_us([_accessing(*one, blocks_each, puts) for one in chained], repeat)
+        row("find_and_touch_block", blocks_each, figures[0])
+        row("find_and_touch_block_with_curve", blocks_each, figures[1])
+    harness, chains = chained[0]
+    store, namespace = harness.store, harness.namespace
 
     def lease() -> int:
         rounds = max(puts // CHAIN_BLOCKS, 1)

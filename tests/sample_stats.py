@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kvstore.protocol.statistics import (
+    CurveStats,
     DaemonStats,
     DramStats,
     EventStats,
@@ -27,6 +28,7 @@ def sample_stats(
     fresh: bool = False,
     events: bool = False,
     ssd: bool = False,
+    curve: bool = False,
 ) -> DaemonStats:
     """A busy daemon's statistics, or with ``fresh`` those of one that nobody has asked anything."""
     used = 0 if fresh else 1
@@ -130,6 +132,30 @@ def sample_stats(
         if events
         else None,
         ssd=sample_ssd() if ssd else None,
+        curve=sample_curve(ssd=ssd) if curve else None,
+    )
+
+
+def sample_curve(*, ssd: bool = False) -> CurveStats:
+    """A curve that gives ten points for each doubling, of 8 GiB."""
+    steps = range(-16, 25)
+    return CurveStats(
+        capacities_bytes=[int((8 << 30) * 2 ** (step / 8)) for step in steps],
+        hit_rates=[0.30 + 0.10 * step / 8 for step in steps],
+        capacity_bytes=8 << 30,
+        hit_rate=0.30,
+        ssd_bytes=108 << 30 if ssd else 0,
+        ssd_hit_rate=0.62 if ssd else 0.0,
+        reach_bytes=108 << 30 if ssd else 64 << 30,
+        accesses=120_000.4,
+        half_life_s=3600.0,
+        age_s=11_220.5,
+        sampling_rate=0.125,
+        sampled_blocks=8100,
+        hot_blocks=12,
+        hot_bytes=3 << 20,
+        hot_share=0.04,
+        memory_bytes=5 << 20,
     )
 
 

@@ -48,6 +48,9 @@ def stats(
         float | None, typer.Option(_WATCH, help="Show it again every SECONDS, by default 2.", metavar="[SECONDS]")
     ] = None,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for the daemon.", min=0.001, metavar="S")] = 5.0,
+    curve: Annotated[
+        bool, typer.Option("--curve", help="Show what hit rate the present load would have in more or less memory.")
+    ] = False,
 ) -> None:
     """Show what the daemon holds and does."""
     if watch is not None:
@@ -55,7 +58,7 @@ def stats(
             raise InvalidArgument("--watch and --json do not go together")
         if not _FASTEST_WATCH_S <= watch <= 86400:
             raise InvalidArgument(f"--watch must be {_FASTEST_WATCH_S:g} to 86400 seconds, got {watch:g}")
-        _watch(endpoint, watch, timeout)
+        _watch(endpoint, watch, timeout, curve=curve)
         return
 
     from kvstore_client import Client
@@ -65,23 +68,24 @@ def stats(
     if as_json:
         import msgspec
 
-        print(msgspec.json.encode(snapshot).decode())
+        print(msgspec.json.encode(snapshot.curve if curve else snapshot).decode())
         return
 
     from kvstore.cli import render
+    from kvstore.cli.curve import curve_view
     from kvstore.cli.stats_tables import stats_tables
 
-    render.console().print(stats_tables(snapshot))
+    render.console().print(curve_view(snapshot) if curve else stats_tables(snapshot))
 
 
-def _watch(endpoint: str | None, seconds: float, timeout: float) -> None:
+def _watch(endpoint: str | None, seconds: float, timeout: float, *, curve: bool) -> None:
     """Redraw until Ctrl+C; a daemon that is away or comes back is a line on the screen, not an end."""
     from rich.live import Live
 
     from kvstore.cli import render
 
     console = render.console()
-    views = _views(endpoint, seconds, timeout)
+    views = _views(endpoint, seconds, timeout, curve=curve)
     with contextlib.suppress(KeyboardInterrupt):
         if not console.is_terminal:
             for view in views:
@@ -92,7 +96,8 @@ def _watch(endpoint: str | None, seconds: float, timeout: float) -> None:
                 live.update(view, refresh=True)
 
 
-def _views(endpoint: str | None, seconds: float, timeout: float) -> Iterator[RenderableType]:
+def _views(endpoint: str | None, seconds: float, timeout: float, *, curve: bool) -> Iterator[RenderableType]:
+    from kvstore.cli.curve import curve_view
     from kvstore.cli.stats_tables import stats_tables, waiting
     from kvstore_client import Client
 
@@ -102,7 +107,7 @@ def _views(endpoint: str | None, seconds: float, timeout: float) -> Iterator[Ren
                 previous: DaemonStats | None = None
                 while True:
                     snapshot = client.stats()
-                    yield stats_tables(snapshot, since=previous)
+                    yield curve_view(snapshot) if curve else stats_tables(snapshot, since=previous)
                     previous = snapshot
                     time.sleep(seconds)
         except (DaemonUnavailable, ConnectionLost, DeadlineExceeded) as error:

@@ -15,6 +15,7 @@ from prometheus_client.registry import Collector
 
 from kvstore.protocol.messages import Reason
 from kvstore.protocol.statistics import (
+    CurveStats,
     DaemonStats,
     DramStats,
     EventStats,
@@ -30,6 +31,7 @@ __all__ = ["CONTENT_TYPE", "MAX_NAMESPACE_LABELS", "StatsCollector", "make_regis
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 MAX_NAMESPACE_LABELS: Final = 64
+_CURVE_FACTORS: Final = (0.25, 0.5, 1, 2, 4, 8)
 _SSD_STATES: Final = ("ok", "read-only", "off")
 OTHER: Final = "other"
 """Label of all namespaces but the first 64 seen; one that really has this name is counted with them."""
@@ -64,6 +66,8 @@ class StatsCollector(Collector):
         yield from _server(stats.server)
         if stats.events is not None:
             yield from _events(stats.events)
+        if stats.curve is not None:
+            yield from _curve(stats.curve)
         yield _gauge("kvstore_sessions", "Clients connected.", len(stats.sessions))
         yield _gauge("kvstore_leases", "Leases held by clients.", stats.leases)
         yield from self._namespaces(stats.namespaces)
@@ -246,3 +250,19 @@ def _events(events: EventStats) -> Iterator[Metric]:
     requests = {"replay": events.replays, "snapshot": events.snapshots}
     requests |= {"malformed": events.bad_requests, "dropped": events.dropped_requests}
     yield _counters("kvstore_event_requests", "Requests for missed KV events.", "kind", requests)
+
+
+def _curve(curve: CurveStats) -> Iterator[Metric]:
+    rates: dict[str, float] = {}
+    for factor in _CURVE_FACTORS:
+        # The curve's points are not always to the byte what is asked for.
+        wanted = factor * curve.capacity_bytes
+        nearest = min(range(len(curve.hit_rates)), key=lambda at: abs(curve.capacities_bytes[at] - wanted))
+        rates[f"{factor:g}"] = curve.hit_rates[nearest]
+    yield _gauges(
+        "kvstore_curve_hit_ratio", "Hit ratio that the load would have with so many times the DRAM.", "times", rates
+    )
+    yield _gauge("kvstore_curve_accesses", "Block accesses that the curve is about, faded.", curve.accesses)
+    yield _gauge("kvstore_curve_sampled_blocks", "Blocks in the sample.", curve.sampled_blocks)
+    if curve.ssd_bytes:
+        yield _gauge("kvstore_curve_ssd_hit_ratio", "The same with the SSD's capacity added.", curve.ssd_hit_rate)

@@ -320,6 +320,40 @@ class TenantStats(msgspec.Struct, kw_only=True):
     ssd_evicted_blocks: Unsigned = 0
 
 
+class CurveStats(msgspec.Struct, kw_only=True):
+    """The hit rate that the load of the last hour or two would have in an LRU of other capacities, from a sample.
+
+    Attributes:
+        capacities_bytes, hit_rates: the curve: capacities in slots, ascending, and the share of block accesses, 0 to 1.
+        capacity_bytes, hit_rate: at the DRAM tier's capacity.
+        ssd_bytes, ssd_hit_rate: with the SSD tier's capacity added, which the curve may not reach; 0 without one.
+        reach_bytes: largest capacity that the curve is known for.
+        accesses: block accesses that it is about, estimated; each counts half after ``half_life_s``.
+        age_s: how long the daemon has been watching.
+        sampling_rate, sampled_blocks: share of the blocks that is sampled, and how many that are now.
+        hot_blocks, hot_bytes, hot_share: blocks that one request in a hundred uses: how many, their slots, and their
+            share of the accesses.
+        memory_bytes: most memory that the estimate takes.
+    """
+
+    capacities_bytes: list[Unsigned]
+    hit_rates: list[float]
+    capacity_bytes: Unsigned
+    hit_rate: float
+    ssd_bytes: Unsigned
+    ssd_hit_rate: float
+    reach_bytes: Unsigned
+    accesses: float
+    half_life_s: float
+    age_s: float
+    sampling_rate: float
+    sampled_blocks: Unsigned
+    hot_blocks: Unsigned
+    hot_bytes: Unsigned
+    hot_share: float
+    memory_bytes: Unsigned
+
+
 class DaemonStats(msgspec.Struct, kw_only=True, omit_defaults=True):
     """Everything ``kvstore stats`` shows; ``events`` where they are published, ``ssd`` where there is that tier.
 
@@ -343,3 +377,4 @@ class DaemonStats(msgspec.Struct, kw_only=True, omit_defaults=True):
     ssd: SsdStats | None = None
     retention: RetentionStats | None = None
     tenants: list[TenantStats] = []
+    curve: CurveStats | None = None

@@ -30,6 +30,7 @@ from kvstore.mapped.index_file import IndexHeader, IndexState, bucket_count_for
 from kvstore.observability.logs import Log, RepeatedLog, configure_logs, get_log
 from kvstore.policy.admission import make_admission
 from kvstore.policy.base import EvictionPolicy, PolicyContext
+from kvstore.policy.curve import LiveCurve
 from kvstore.policy.registry import make_policy
 from kvstore.protocol.endpoint import default_arena_directory, default_directory, ipc_path
 from kvstore.server.below import Below
@@ -131,6 +132,10 @@ class Daemon:
         incarnation = secrets.randbits(62) | 1
         tier = await self._open_ssd()
         store, arena, index = self._make_store(directory, incarnation, mode, gid, tier)
+        below_bytes = 0 if tier is None else settings.ssd.capacity_bytes or 0
+        capacity_bytes = settings.dram.capacity_bytes
+        curve = LiveCurve(capacity_bytes, self._clock, larger_bytes=capacity_bytes + below_bytes)
+        store.watchers.append(curve)
         executor = Executor(store, arena, self._clock, index)
         executor.apply(SlabPopulated(0))
         publisher = None
@@ -229,6 +234,7 @@ class Daemon:
             index=index,
             events=publisher,
             ssd=tier,
+            curve=curve,
         )
         requests.transport, requests.statistics = transport, self._statistics
         self._requests, self._executor, self._sessions, self._mapping = requests, executor, sessions, mapping

@@ -9,7 +9,9 @@ from typing import Final
 import kvstore
 from kvstore.core.store import Store
 from kvstore.format.constants import PAGE_BYTES
+from kvstore.policy.curve import LiveCurve
 from kvstore.protocol.statistics import (
+    CurveStats,
     DaemonStats,
     DramStats,
     EvictionStats,
@@ -32,6 +34,9 @@ from kvstore.tiers.dram import Arena
 from kvstore.tiers.index import Index
 
 _MOST: Final = (1 << 63) - 1
+_CURVE_OCTAVES: Final = (-2, 3)
+_CURVE_STEPS: Final = 8
+"""Points of the curve for each doubling, from a quarter of the capacity to eight times as much."""
 
 
 @dataclass(slots=True)
@@ -53,6 +58,7 @@ class Statistics:
     events: EventPublisher | None = None
     ssd: SsdTier | None = None
     problem: str = ""
+    curve: LiveCurve | None = None
 
     def snapshot(self, now_ns: int) -> DaemonStats:
         """All statistics; costs microseconds and changes nothing."""
@@ -104,6 +110,32 @@ class Statistics:
             leases=len(self.store.leases),
             events=None if self.events is None else self.events.statistics(),
             ssd=None if self.ssd is None else self.ssd.statistics(),
+            curve=None if self.curve is None else self._curve(self.curve),
+        )
+
+    def _curve(self, curve: LiveCurve) -> CurveStats:
+        capacity_bytes = self.store.limits.capacity_bytes
+        first, last = (octave * _CURVE_STEPS for octave in _CURVE_OCTAVES)
+        capacities = [int(capacity_bytes * 2 ** (step / _CURVE_STEPS)) for step in range(first, last + 1)]
+        ssd_bytes = 0 if self.ssd is None else capacity_bytes + (self.ssd.settings.capacity_bytes or 0)
+        *rates, here, with_ssd = curve.hit_rates([*capacities, capacity_bytes, min(ssd_bytes, curve.reach_bytes)])
+        return CurveStats(
+            capacities_bytes=capacities,
+            hit_rates=rates,
+            capacity_bytes=capacity_bytes,
+            hit_rate=here,
+            ssd_bytes=ssd_bytes,
+            ssd_hit_rate=with_ssd,
+            reach_bytes=curve.reach_bytes,
+            accesses=curve.accesses,
+            half_life_s=curve.half_life_s,
+            age_s=curve.age_s,
+            sampling_rate=curve.sampling_rate,
+            sampled_blocks=curve.sampled_blocks,
+            hot_blocks=curve.hot_blocks,
+            hot_bytes=curve.hot_bytes,
+            hot_share=curve.hot_share,
+            memory_bytes=curve.memory_bytes,
         )
 
     def _dram(self) -> DramStats:

@@ -60,6 +60,14 @@ def test_metrics_of_an_ssd_tier_hold_each_of_its_numbers() -> None:
     assert sorted(value for value in told if value > 1) == [1_000_001 + at for at in range(len(numbers))]
 
 
+def test_metrics_of_the_curve_are_its_hit_ratios() -> None:
+    samples = scrape(sample_stats(curve=True, ssd=True))
+    for times, ratio in (("0.25", 0.1), ("1", 0.3), ("8", 0.6)):
+        assert samples["kvstore_curve_hit_ratio", (("times", times),)] == pytest.approx(ratio)
+    assert samples["kvstore_curve_ssd_hit_ratio", ()] == 0.62
+    assert not [name for name, _ in scrape(sample_stats()) if name.startswith("kvstore_curve")]
+
+
 def test_metrics_include_the_process() -> None:
     samples = scrape(sample_stats())
     assert samples["process_resident_memory_bytes", ()] > 0
@@ -77,7 +85,7 @@ def test_metrics_of_a_tier_with_a_problem_say_degraded() -> None:
 
 
 def test_metrics_names_carry_the_prefix_and_a_help_text() -> None:
-    text = render_metrics(make_registry(lambda: sample_stats(events=True, ssd=True))).decode()
+    text = render_metrics(make_registry(lambda: sample_stats(events=True, ssd=True, curve=True))).decode()
     names = re.findall(r"^# TYPE (\S+) (counter|gauge)$", text, re.MULTILINE)
     assert all(name.startswith(("kvstore_", "process_")) for name, _ in names)
     assert all(name.endswith("_total") for name, kind in names if kind == "counter")

@@ -1,0 +1,137 @@
+"""What ``kvstore stats --curve`` shows: the daemon's live hit-ratio curve as a plot and in words."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from kvstore.cli import render
+from kvstore.protocol.statistics import CurveStats, DaemonStats
+
+__all__ = ["curve_view", "hit_rate_at"]
+
+_LEVELS: Final = " ▁▂▃▄▅▆▇█"
+_ROWS: Final = 10
+_CELLS_PER_POINT: Final = 1.5
+_FOUR_BIT_FACTOR: Final = 3.5
+"""Blocks in 4 bits (``kivi4``) for one in 16 bits."""
+_UNCOMPRESSED: Final = ("", "raw")
+_FEWEST_SAMPLED: Final = 500
+"""Sampled accesses below which the curve is mostly noise."""
+_WORTH_SAYING: Final = 0.0005
+
+
+def hit_rate_at(curve: CurveStats, capacity_bytes: float) -> float:
+    """The curve at a capacity, between its points and not beyond its ends."""
+    capacities, rates = curve.capacities_bytes, curve.hit_rates
+    at = bisect_left(capacities, capacity_bytes)
+    if at == 0 or at == len(capacities):
+        return rates[0] if at == 0 else rates[-1]
+    below, above = capacities[at - 1], capacities[at]
+    share = math.log(capacity_bytes / below) / math.log(above / below)
+    return rates[at - 1] + share * (rates[at] - rates[at - 1])
+
+
+def curve_view(stats: DaemonStats) -> RenderableType:
+    """Plot and words, at most 80 columns wide."""
+    curve = stats.curve
+    if curve is None:
+        return Text("this daemon keeps no curve: it is older than kvstore stats --curve; upgrade it", style="yellow")
+    title = Text("Hit rate of the present load, by DRAM capacity", style="bold")
+    title.append(f"   1x = {render.size(curve.capacity_bytes)}", "not bold green")
+    if not curve.accesses:
+        return Group(title, Text("nothing was asked for yet", style="dim"))
+    parts: list[RenderableType] = [title, *_plot(curve), Text("")]
+    parts += [Text(sentence) for sentence in _sentences(stats, curve)]
+    return Group(*parts, Text(_basis(curve), style="dim"))
+
+
+def _plot(curve: CurveStats) -> Iterator[Text]:
+    rates = _columns(curve.hit_rates, round(len(curve.hit_rates) * _CELLS_PER_POINT))
+    top = _ceiling(max(max(rates), curve.ssd_hit_rate, 0.01))
+    here = _column_of(curve, curve.capacity_bytes, len(rates))
+    for row in reversed(range(_ROWS)):
+        label = f"{100 * top * (row + 1) / _ROWS:5.4g} %" if row % 3 == 0 or row == _ROWS - 1 else ""
+        line = Text(f"{label:>8} ┤" if label else "         │", style="dim")
+        for column, rate in enumerate(rates):
+            level = min(max(rate / top * _ROWS - row, 0.0), 1.0)
+            line.append(_LEVELS[round(level * (len(_LEVELS) - 1))], "bold green" if column == here else "cyan")
+        yield line
+    marks = [" "] * (len(rates) + 6)
+    names = [" "] * (len(rates) + 6)
+    for factor, name in ((0.25, "¼x"), (0.5, "½x"), (1, "1x"), (2, "2x"), (4, "4x"), (8, "8x")):
+        column = _column_of(curve, factor * curve.capacity_bytes, len(rates))
+        marks[column] = "┴"
+        names[column : column + 2] = name
+    yield Text("         └" + "".join(marks).rstrip().replace(" ", "─"), style="dim")
+    yield Text("          " + "".join(names).rstrip(), style="dim")
+
+
+def _columns(rates: Sequence[float], columns: int) -> list[float]:
+    """So many values along a curve, ends included."""
+    made: list[float] = []
+    for column in range(columns):
+        at = column * (len(rates) - 1) / (columns - 1)
+        whole = min(int(at), len(rates) - 2)
+        made.append(rates[whole] + (at - whole) * (rates[whole + 1] - rates[whole]))
+    return made
+
+
+def _column_of(curve: CurveStats, capacity_bytes: float, columns: int) -> int:
+    first, last = curve.capacities_bytes[0], curve.capacities_bytes[-1]
+    return round(math.log(max(capacity_bytes, first) / first) / math.log(last / first) * (columns - 1))
+
+
+def _ceiling(rate: float) -> float:
+    """The next round number."""
+    step: float = 10.0 ** math.floor(math.log10(rate))
+    return min(next(step * factor for factor in (1, 1.5, 2, 3, 4, 5, 6, 8, 10) if step * factor >= rate), 1.0)
+
+
+def _sentences(stats: DaemonStats, curve: CurveStats) -> Iterator[str]:
+    capacity_bytes, here = curve.capacity_bytes, curve.hit_rate
+    yield f"{render.size(capacity_bytes)} of DRAM with LRU would hit {render.percent(here)} of the blocks asked for."
+    wishes = [f"2x the DRAM would give {_points(hit_rate_at(curve, 2 * capacity_bytes) - here)}"]
+    factor = _four_bit_factor(stats)
+    if factor > 1.1:
+        gain = hit_rate_at(curve, factor * capacity_bytes) - here
+        wishes.append(f"4-bit blocks ({factor:.2g}x as many) {_points(gain)}")
+    wishes.append(f"8x {_points(hit_rate_at(curve, 8 * capacity_bytes) - here)}")
+    yield f"{', '.join(wishes)}; half the DRAM {_points(hit_rate_at(curve, capacity_bytes / 2) - here)}."
+    if curve.ssd_bytes:
+        reached = " at least" if curve.ssd_bytes > curve.reach_bytes else ""
+        yield (
+            f"DRAM and SSD together ({render.size(curve.ssd_bytes)}) hit{reached} "
+            f"{render.percent(curve.ssd_hit_rate)}: {_points(curve.ssd_hit_rate - here)} come from the SSD."
+        )
+    if curve.hot_share >= 0.01:
+        yield (
+            f"{render.percent(curve.hot_share)} of it is {render.count(curve.hot_blocks)} blocks that one request in a "
+            f"hundred or more uses ({render.size(curve.hot_bytes)})."
+        )
+
+
+def _points(change: float) -> str:
+    """Percentage points, with a sign."""
+    return f"{100 * change:+.1f} points" if abs(change) >= _WORTH_SAYING else "nothing"
+
+
+def _four_bit_factor(stats: DaemonStats) -> float:
+    """How many times as many blocks there would be, if those that are not compressed yet were."""
+    total = sum(one.slot_bytes for one in stats.namespaces)
+    plain = sum(one.slot_bytes for one in stats.namespaces if one.codec in _UNCOMPRESSED)
+    return total / (plain / _FOUR_BIT_FACTOR + total - plain) if total else 1.0
+
+
+def _basis(curve: CurveStats) -> str:
+    age = render.duration(min(curve.age_s, 2 * curve.half_life_s))
+    basis = (
+        f"from {render.count(curve.sampled_blocks)} sampled blocks ({render.percent(curve.sampling_rate)}) and about "
+        f"{render.count(round(curve.accesses))} accesses, mostly of the last {age}"
+    )
+    return basis + ("; too few to rely on" if curve.accesses * curve.sampling_rate < _FEWEST_SAMPLED else "")
