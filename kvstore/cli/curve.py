@@ -13,7 +13,7 @@ from rich.text import Text
 from kvstore.cli import render
 from kvstore.protocol.statistics import CurveStats, DaemonStats
 
-__all__ = ["curve_view", "hit_rate_at"]
+__all__ = ["ceiling", "curve_view", "four_bit_factor", "hit_rate_at", "points", "too_few"]
 
 _LEVELS: Final = " ▁▂▃▄▅▆▇█"
 _ROWS: Final = 10
@@ -53,7 +53,7 @@ def curve_view(stats: DaemonStats) -> RenderableType:
 
 def _plot(curve: CurveStats) -> Iterator[Text]:
     rates = _columns(curve.hit_rates, round(len(curve.hit_rates) * _CELLS_PER_POINT))
-    top = _ceiling(max(max(rates), curve.ssd_hit_rate, 0.01))
+    top = ceiling(max(max(rates), curve.ssd_hit_rate, 0.01))
     here = _column_of(curve, curve.capacity_bytes, len(rates))
     for row in reversed(range(_ROWS)):
         label = f"{100 * top * (row + 1) / _ROWS:5.4g} %" if row % 3 == 0 or row == _ROWS - 1 else ""
@@ -87,7 +87,7 @@ def _column_of(curve: CurveStats, capacity_bytes: float, columns: int) -> int:
     return round(math.log(max(capacity_bytes, first) / first) / math.log(last / first) * (columns - 1))
 
 
-def _ceiling(rate: float) -> float:
+def ceiling(rate: float) -> float:
     """The next round number."""
     step: float = 10.0 ** math.floor(math.log10(rate))
     return min(next(step * factor for factor in (1, 1.5, 2, 3, 4, 5, 6, 8, 10) if step * factor >= rate), 1.0)
@@ -96,18 +96,18 @@ def _ceiling(rate: float) -> float:
 def _sentences(stats: DaemonStats, curve: CurveStats) -> Iterator[str]:
     capacity_bytes, here = curve.capacity_bytes, curve.hit_rate
     yield f"{render.size(capacity_bytes)} of DRAM with LRU would hit {render.percent(here)} of the blocks asked for."
-    wishes = [f"2x the DRAM would give {_points(hit_rate_at(curve, 2 * capacity_bytes) - here)}"]
-    factor = _four_bit_factor(stats)
+    wishes = [f"2x the DRAM would give {points(hit_rate_at(curve, 2 * capacity_bytes) - here)}"]
+    factor = four_bit_factor(stats)
     if factor > 1.1:
         gain = hit_rate_at(curve, factor * capacity_bytes) - here
-        wishes.append(f"4-bit blocks ({factor:.2g}x as many) {_points(gain)}")
-    wishes.append(f"8x {_points(hit_rate_at(curve, 8 * capacity_bytes) - here)}")
-    yield f"{', '.join(wishes)}; half the DRAM {_points(hit_rate_at(curve, capacity_bytes / 2) - here)}."
+        wishes.append(f"4-bit blocks ({factor:.2g}x as many) {points(gain)}")
+    wishes.append(f"8x {points(hit_rate_at(curve, 8 * capacity_bytes) - here)}")
+    yield f"{', '.join(wishes)}; half the DRAM {points(hit_rate_at(curve, capacity_bytes / 2) - here)}."
     if curve.ssd_bytes:
         reached = " at least" if curve.ssd_bytes > curve.reach_bytes else ""
         yield (
             f"DRAM and SSD together ({render.size(curve.ssd_bytes)}) hit{reached} "
-            f"{render.percent(curve.ssd_hit_rate)}: {_points(curve.ssd_hit_rate - here)} come from the SSD."
+            f"{render.percent(curve.ssd_hit_rate)}: {points(curve.ssd_hit_rate - here)} come from the SSD."
         )
     if curve.hot_share >= 0.01:
         yield (
@@ -116,16 +116,21 @@ def _sentences(stats: DaemonStats, curve: CurveStats) -> Iterator[str]:
         )
 
 
-def _points(change: float) -> str:
+def points(change: float) -> str:
     """Percentage points, with a sign."""
     return f"{100 * change:+.1f} points" if abs(change) >= _WORTH_SAYING else "nothing"
 
 
-def _four_bit_factor(stats: DaemonStats) -> float:
+def four_bit_factor(stats: DaemonStats) -> float:
     """How many times as many blocks there would be, if those that are not compressed yet were."""
     total = sum(one.slot_bytes for one in stats.namespaces)
     plain = sum(one.slot_bytes for one in stats.namespaces if one.codec in _UNCOMPRESSED)
     return total / (plain / _FOUR_BIT_FACTOR + total - plain) if total else 1.0
+
+
+def too_few(curve: CurveStats) -> bool:
+    """Whether the curve is mostly noise yet."""
+    return curve.accesses * curve.sampling_rate < _FEWEST_SAMPLED
 
 
 def _basis(curve: CurveStats) -> str:
@@ -134,4 +139,4 @@ def _basis(curve: CurveStats) -> str:
         f"from {render.count(curve.sampled_blocks)} sampled blocks ({render.percent(curve.sampling_rate)}) and about "
         f"{render.count(round(curve.accesses))} accesses, mostly of the last {age}"
     )
-    return basis + ("; too few to rely on" if curve.accesses * curve.sampling_rate < _FEWEST_SAMPLED else "")
+    return basis + ("; too few to rely on" if too_few(curve) else "")

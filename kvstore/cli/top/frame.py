@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Final
 
 from kvstore.cli.top.history import History
 from kvstore.cli.top.rates import Rates
 from kvstore.protocol.statistics import DaemonStats, SessionStats
 
-__all__ = ["Frame", "Order"]
+__all__ = ["MINUTE_S", "TEN_S", "Frame", "Order"]
 
-TEN_S = 10.0
-MINUTE_S = 60.0
+TEN_S: Final = 10.0
+MINUTE_S: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True)

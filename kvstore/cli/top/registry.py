@@ -6,6 +6,7 @@ from typing import Final
 
 from kvstore.cli.top.panel import Panel
 from kvstore.cli.top.panels.clients import CLIENTS
+from kvstore.cli.top.panels.curve import CURVE
 from kvstore.cli.top.panels.hits import HITS
 from kvstore.cli.top.panels.namespaces import NAMESPACES
 from kvstore.cli.top.panels.policy import POLICY
@@ -17,5 +18,5 @@ from kvstore.cli.top.panels.traffic import TRAFFIC
 __all__ = ["ABOVE", "DECK", "PANELS"]
 
 ABOVE: Final = (HITS, TRAFFIC, TIERS)
-DECK: Final = (POLICY, CLIENTS, NAMESPACES, SSD, RETENTION)
+DECK: Final = (POLICY, CLIENTS, NAMESPACES, SSD, RETENTION, CURVE)
 PANELS: Final[dict[str, Panel]] = {panel.name: panel for panel in (*ABOVE, *DECK)}

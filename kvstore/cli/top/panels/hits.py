@@ -10,7 +10,7 @@ from textual.content import Content
 
 from kvstore.cli import render
 from kvstore.cli.top.charts import nice_bucket_s, stacked
-from kvstore.cli.top.frame import Frame
+from kvstore.cli.top.frame import MINUTE_S, TEN_S, Frame
 from kvstore.cli.top.panel import Panel
 from kvstore.cli.top.rates import Rates
 from kvstore.cli.top.text import ends, hit_rate, line, spread
@@ -34,8 +34,10 @@ def _now(frame: Frame) -> Content:
 
 def _figures(frame: Frame, width: int) -> Content:
     parts = [_now(frame)]
-    for name, rates in (("10 s", frame.ten), ("1 min", frame.minute)):
-        parts.append(line(hit_rate(rates.hit_rate if rates else None), (f" {name}", "$faint")))
+    for name, window_s, rates in (("10 s", TEN_S, frame.ten), ("1 min", MINUTE_S, frame.minute)):
+        # With a long interval one look may be more than the window.
+        over = name if rates is None or rates.seconds < 1.5 * window_s else render.duration(round(rates.seconds))
+        parts.append(line(hit_rate(rates.hit_rate if rates else None), (f" {over}", "$faint")))
     lookups = frame.stats.lookups
     asked, hits = (
         (lookups.match_keys, lookups.match_hits) if lookups.match_keys else (lookups.get_keys, lookups.get_hits)
