@@ -155,6 +155,28 @@ def test_retention_panel_shows_budget_and_quotas() -> None:
     assert "no limit" in drawn
 
 
+def test_curve_panel_marks_the_present_capacity_and_tells_gains() -> None:
+    drawn = text("curve", frame_of(sample_stats(curve=True, ssd=True)), width=66, rows=9)
+    rows = drawn.splitlines()
+    assert len(rows) == 9
+    assert "30.0 % with LRU in 8.0 GiB" in rows[0]
+    assert "62.0 % with the SSD" in rows[0]
+    assert "60.0 %" in rows[1]
+    axis = rows[-2]
+    assert axis.split() == ["¼x", "½x", "1x", "2x", "4x", "8x"]
+    assert rows[1][axis.index("1x")] == "┊", "where the tier is now"
+    assert rows[-1].split() == "½x -10.0 2x +10.0 4-bit blocks +18.1 4x +20.0 8x +30.0 points".split()
+
+
+def test_curve_panel_before_anything_was_asked_says_so() -> None:
+    stats = sample_stats(curve=True)
+    assert stats.curve is not None
+    stats.curve.accesses = 0.0
+    assert "Nothing was asked for yet." in text("curve", frame_of(stats))
+    stats.curve.accesses = 10.0
+    assert "few accesses yet" in text("curve", frame_of(stats))
+
+
 @pytest.mark.parametrize("kind", ["busy", "fresh", "old", "alone"])
 @pytest.mark.parametrize("name", list(PANELS))
 def test_panel_at_any_width_stays_within_it(name: str, kind: str) -> None:
@@ -162,7 +184,7 @@ def test_panel_at_any_width_stays_within_it(name: str, kind: str) -> None:
         "busy": busy,
         "fresh": lambda: frame_of(sample_stats(fresh=True, sessions=0, namespaces=0)),
         "old": lambda: frame_of(old_stats()),
-        "alone": lambda: frame_of(sample_stats(sessions=1, ssd=True)),
+        "alone": lambda: frame_of(sample_stats(sessions=1, ssd=True, curve=True)),
     }[kind]()
     panel = PANELS[name]
     if not panel.there(frame):

@@ -81,9 +81,16 @@ def _gains(frame: Frame, curve: CurveStats, width: int) -> Content:
         parts.append(("4-bit blocks", hit_rate_at(curve, factor * curve.capacity_bytes)))
     parts += [
         ("4x", hit_rate_at(curve, 4 * curve.capacity_bytes)),
-        ("½x", hit_rate_at(curve, curve.capacity_bytes / 2)),
+        ("8x", hit_rate_at(curve, 8 * curve.capacity_bytes)),
     ]
-    return spread([line((f"{name} ", "$faint"), (points(rate - here), "bold")) for name, rate in parts], width, gap=2)
+    parts.insert(0, ("½x", hit_rate_at(curve, curve.capacity_bytes / 2)))
+    told = [line((f"{name} ", "$faint"), (_change(rate - here), "bold")) for name, rate in parts]
+    return spread([*told, Content.styled("points", "$faint")], width, gap=2)
+
+
+def _change(change: float) -> str:
+    """Percentage points, with a sign."""
+    return points(change).removesuffix(" points").replace("nothing", "±0")
 
 
 def _draw(frame: Frame, width: int, rows: int) -> Sequence[Content]:
