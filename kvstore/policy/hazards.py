@@ -1,0 +1,284 @@
+"""How likely a segment is to be asked for again, by what is known of it and by its age; learned as requests come.
+
+A segment (``kvstore.policy.segments``) has a *cell*: a group and a few coarse features. Per cell and age bin the table
+keeps the returns seen and the seconds that segments were at risk, whether their blocks were resident or not; a segment
+that is forgotten before it returned is censored: it adds the seconds it was seen, and no return. The rate of a cell is
+the product of its group's rates by age, one factor for each feature, and one of its own, each drawn towards 1 while
+there is little data (a Poisson regression, fitted by a few sweeps of proportional fitting that start at the last
+result). Old data fades: all counts are halved every two hours.
+
+Ages are seconds. A segment's rank, ``rank + bin``, says where it stands in ``Hazards.index``: the Gittins index of its
+group, at the level of its factors when it was last used, in its age bin.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from itertools import islice, pairwise
+from math import log2
+from typing import Final
+
+import numpy as np
+
+from kvstore.policy.gittins import Floats, gittins_index
+from kvstore.policy.segments import Segment
+
+BIN_STARTS: Final = (
+    0.0, 1.0, 3.0, 6.0, 10.0, 15.0, 20.0, 30.0, 45.0, 60.0, 90.0, 120.0, 180.0, 240.0, 360.0, 480.0, 720.0, 960.0,
+    1440.0, 1920.0, 2880.0, 5760.0,
+)  # fmt: skip
+"""Ages at which bins start; the last has no end, and counts as being as wide as its start."""
+BINS: Final = len(BIN_STARTS)
+LEVELS: Final = 25
+_LEVELS_PER_OCTAVE: Final = 2
+_MIDDLE: Final = LEVELS // 2
+GROUP_RANKS: Final = LEVELS * BINS
+
+_WIDTHS: Final = np.array([*(end - start for start, end in pairwise(BIN_STARTS)), BIN_STARTS[-1]])
+_STARTS: Final = np.array(BIN_STARTS)
+_WIDTHS_S: Final = tuple(_WIDTHS.tolist())
+_ENDS: Final = (*BIN_STARTS[1:], float("inf"))
+_FALLS_FROM: Final = bisect_left(BIN_STARTS, 90.0)
+"""From this bin on rates only fall: what comes back later than that has no rhythm that could be known."""
+_MULTIPLIERS: Final = 2.0 ** ((np.arange(LEVELS) - _MIDDLE) / _LEVELS_PER_OCTAVE)
+
+_HALF_LIFE_S: Final = 7200.0
+_SWEEPS: Final = 3
+_FIRST_RATE: Final = 0.1
+_PRIOR_SEGMENTS: Final = 5.0
+"""Lives of segments by which a bin of the whole is drawn to the bin before it."""
+_GROUP_PRIOR_SEGMENTS: Final = 20.0
+_FACTOR_PRIOR_RETURNS: Final = 10.0
+_CELL_PRIOR_RETURNS: Final = 20.0
+_MOVES_A_BIN: Final = 32
+
+Cell = tuple[int, ...]
+"""Group, then one code for each of the group's features, from 0 on."""
+
+
+class Hazards:
+    """The table, and the segments that are at risk. Times never go back.
+
+    Attributes:
+        index: Gittins index, hits per block and second, by rank. Another list after ``refit``.
+    """
+
+    def __init__(self, groups: int, moved: Callable[[Segment], None], *, pooled: Sequence[int]) -> None:
+        """An empty table: until the first ``refit`` what is older ranks lower.
+
+        Args:
+            groups: groups are numbered from 0 on.
+            moved: told of each segment in an order that came to another age bin.
+            pooled: groups whose rates, taken together, new and rare groups are drawn to.
+        """
+        self._moved = moved
+        self._pooled = frozenset(pooled)
+        self._firsts: dict[Cell, int] = {}
+        self._cells: list[Cell] = []
+        # Flat, a cell's bins after each other: a nested list takes many times as long to become an array.
+        self._returns: list[float] = []
+        self._at_risk_s: list[float] = []
+        self._alive: list[int] = []
+        self._used_s: list[float] = []
+        self._by_bin: list[OrderedDict[Segment, None]] = [OrderedDict() for _ in range(BINS)]
+        self._factors: dict[tuple[int, int, int], float] = {}
+        self._own: dict[Cell, float] = {}
+        self._levels: dict[Cell, int] = {}
+        self._base: dict[int, Floats] = {}
+        self._fitted_s: float | None = None
+        first = np.outer(_MULTIPLIERS, 1.0 / (1.0 + _STARTS)).ravel().tolist()
+        self.index: list[float] = first * groups
+
+    def enter(self, segment: Segment, cell: Cell, now_s: float) -> None:
+        """A segment was used just now, and is at risk from here on."""
+        first = self._firsts.get(cell)
+        if first is None:
+            first = self._new_cell(cell)
+        level = self._levels.get(cell)
+        if level is None:
+            level = self._levels[cell] = self._level_of(self._product(cell))
+        segment.cell = first
+        segment.bin = 0
+        segment.rank = (cell[0] * LEVELS + level) * BINS
+        segment.used_s = now_s
+        self._alive[first] += 1
+        self._used_s[first] += now_s
+        self._by_bin[0][segment] = None
+
+    def leave(self, segment: Segment, now_s: float, returned: float) -> None:
+        """A segment is no longer at risk.
+
+        Args:
+            segment: one that entered.
+            now_s: the time.
+            returned: share of it that was asked for; 0 if it is forgotten, or cut for a reason of its own.
+        """
+        at = segment.bin
+        place = segment.cell + at
+        used_s = segment.used_s
+        del self._by_bin[at][segment]
+        self._alive[place] -= 1
+        self._used_s[place] -= used_s
+        seen_s = now_s - used_s - BIN_STARTS[at]
+        if seen_s > 0.0:
+            self._at_risk_s[place] += seen_s
+        if returned:
+            self._returns[place] += returned
+        segment.cell = -1
+
+    def advance(self, now_s: float) -> None:
+        """Move segments on to the age bins they have come to, at most some of each bin a call."""
+        by_bin, at_risk_s, alive, used = self._by_bin, self._at_risk_s, self._alive, self._used_s
+        for at in range(BINS - 2, -1, -1):
+            waiting = by_bin[at]
+            if not waiting:
+                continue
+            oldest_s = now_s - BIN_STARTS[at + 1]
+            for segment in list(islice(waiting, _MOVES_A_BIN)):
+                used_s = segment.used_s
+                if used_s > oldest_s:
+                    break
+                del waiting[segment]
+                cell, to = segment.cell, at + 1
+                place = cell + at
+                at_risk_s[place] += _WIDTHS_S[at]
+                alive[place] -= 1
+                used[place] -= used_s
+                age = now_s - used_s
+                while age >= _ENDS[to]:
+                    at_risk_s[cell + to] += _WIDTHS_S[to]
+                    to += 1
+                alive[cell + to] += 1
+                used[cell + to] += used_s
+                segment.bin = to
+                by_bin[to][segment] = None
+                if segment.orders:
+                    self._moved(segment)
+
+    def rates(self, cell: Cell) -> Floats:
+        """Returns per second by age bin as of the last ``refit``; for reports and tests."""
+        return self._base[cell[0]] * self._own.get(cell, self._product(cell))
+
+    def exposure(self, now_s: float) -> tuple[list[Cell], Floats, Floats]:
+        """Cells, and by cell and age bin the returns and the seconds at risk, those that are at risk now included."""
+        returns, at_risk_s, alive, used_s = (
+            np.array(counts, dtype=np.float64).reshape(-1, BINS)
+            for counts in (self._returns, self._at_risk_s, self._alive, self._used_s)
+        )
+        return self._cells, returns, at_risk_s + np.maximum(0.0, alive * (now_s - _STARTS) - used_s)
+
+    def refit(self, now_s: float) -> None:
+        """Compute factors and ``index`` anew, and let old data fade. Cost: cells times bins, a few milliseconds."""
+        if not self._cells:
+            return
+        self._fade(now_s)
+        cells, returns, at_risk_s = self.exposure(now_s)
+        rows: dict[int, list[int]] = {}
+        for number, cell in enumerate(cells):
+            rows.setdefault(cell[0], []).append(number)
+        pooled = [number for group in sorted(self._pooled & rows.keys()) for number in rows[group]]
+        if not pooled:
+            return
+        whole = _rates(returns[pooled].sum(0), at_risk_s[pooled].sum(0), None, _PRIOR_SEGMENTS)
+        for group, numbers in rows.items():
+            base = self._fit_group(
+                group, [cells[number] for number in numbers], returns[numbers], at_risk_s[numbers], whole
+            )
+            self._base[group] = base
+        groups = list(self._base)
+        indices = (
+            gittins_index(np.concatenate([np.outer(_MULTIPLIERS, self._base[group]) for group in groups]), _WIDTHS)
+            .ravel()
+            .tolist()
+        )
+        for place, group in enumerate(groups):
+            first = group * GROUP_RANKS
+            self.index[first : first + GROUP_RANKS] = indices[place * GROUP_RANKS : (place + 1) * GROUP_RANKS]
+
+    def _fit_group(self, group: int, cells: list[Cell], returns: Floats, at_risk_s: Floats, whole: Floats) -> Floats:
+        """The group's rates by age; sets its factors, and its cells' levels."""
+        seen = returns.sum(1)
+        prior = whole * ((seen.sum() + 3.0) / ((at_risk_s @ whole).sum() + 3.0))
+        codes = np.array([cell[1:] for cell in cells], dtype=np.intp).reshape(len(cells), -1).T
+        factors = [
+            np.array([self._factors.get((group, place, code), 1.0) for code in range(int(column.max()) + 1)])
+            for place, column in enumerate(codes)
+        ]
+        product = np.ones(len(cells))
+        for column, factor in zip(codes, factors, strict=True):
+            product *= factor[column]
+        by_age = returns.sum(0)
+        base: Floats = prior
+        expected: Floats = seen
+        for _ in range(_SWEEPS):
+            base = _rates(by_age, product @ at_risk_s, prior, _GROUP_PRIOR_SEGMENTS)
+            expected = at_risk_s @ base
+            for place, column in enumerate(codes):
+                factor = factors[place]
+                size = len(factor)
+                without = np.bincount(column, expected * product / factor[column], size)
+                factors[place] = (np.bincount(column, seen, size) + _FACTOR_PRIOR_RETURNS) / (
+                    without + _FACTOR_PRIOR_RETURNS
+                )
+                product *= factors[place][column] / factor[column]
+        for place, factor in enumerate(factors):
+            for code, value in enumerate(factor.tolist()):
+                self._factors[group, place, code] = value
+        own = product * (seen + _CELL_PRIOR_RETURNS) / (expected * product + _CELL_PRIOR_RETURNS)
+        for cell, value in zip(cells, own.tolist(), strict=True):
+            self._own[cell] = value
+            self._levels[cell] = self._level_of(value)
+        return base
+
+    def _fade(self, now_s: float) -> None:
+        fitted_s, self._fitted_s = self._fitted_s, now_s
+        if fitted_s is None or now_s <= fitted_s:
+            return
+        kept = 2.0 ** ((fitted_s - now_s) / _HALF_LIFE_S)
+        self._returns = (np.array(self._returns) * kept).tolist()
+        self._at_risk_s = (np.array(self._at_risk_s) * kept).tolist()
+
+    def _new_cell(self, cell: Cell) -> int:
+        first = self._firsts[cell] = len(self._returns)
+        self._cells.append(cell)
+        self._returns += [0.0] * BINS
+        self._at_risk_s += [0.0] * BINS
+        self._alive += [0] * BINS
+        self._used_s += [0.0] * BINS
+        return first
+
+    def _product(self, cell: Cell) -> float:
+        product = 1.0
+        for place, code in enumerate(cell[1:]):
+            product *= self._factors.get((cell[0], place, code), 1.0)
+        return product
+
+    @staticmethod
+    def _level_of(product: float) -> int:
+        return min(LEVELS - 1, max(0, round(_MIDDLE + _LEVELS_PER_OCTAVE * log2(product))))
+
+
+def _rates(returns: Floats, at_risk_s: Floats, prior: Floats | None, segments: float) -> Floats:
+    """Rates by age, drawn to ``prior`` or each to the one before it by so many segments' lives; falling late."""
+    rates = []
+    before = _FIRST_RATE
+    for at, (seen, risk, width) in enumerate(zip(returns.tolist(), at_risk_s.tolist(), _WIDTHS.tolist(), strict=True)):
+        drawn_to = before if prior is None else float(prior[at])
+        before = (seen + segments * drawn_to * width) / (risk + segments * width)
+        rates.append(before)
+    return np.array(rates[:_FALLS_FROM] + falling(rates[_FALLS_FROM:], (at_risk_s[_FALLS_FROM:] + 1.0).tolist()))
+
+
+def falling(rates: Sequence[float], weights: Sequence[float]) -> list[float]:
+    """The nearest sequence that never rises, by weighted squares (pool adjacent violators; Ayer and others, 1955)."""
+    pools: list[list[float]] = []
+    for rate, weight in zip(rates, weights, strict=True):
+        pool = [rate, weight, 1]
+        while pools and pools[-1][0] < pool[0]:
+            other = pools.pop()
+            total = other[1] + pool[1]
+            pool = [(other[0] * other[1] + pool[0] * pool[1]) / total, total, other[2] + pool[2]]
+        pools.append(pool)
+    return [rate for rate, _, count in pools for _ in range(int(count))]
