@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from typing import Final
 
 from kvstore.policy.base import BEFORE_ALL, Evictable, PolicyContext
+from kvstore.policy.by_index import ByIndex, rank_of_size
 from kvstore.policy.condemned import Condemned
 from kvstore.policy.hazards import Cell, Hazards
-from kvstore.policy.by_index import ByIndex, rank_of_size
 from kvstore.policy.segments import GONE, KEY_BYTES, SEGMENT_BYTES, Segment, Segments
 from kvstore.policy.shadow import Contest, LruShadow, RankedShadow
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Final
 
 from kvstore.errors import InvalidArgument
+from kvstore.policy.adaptive import Adaptive
 from kvstore.policy.arc import Arc
 from kvstore.policy.base import EvictionPolicy, PolicyContext
 from kvstore.policy.clock import Clock
@@ -27,6 +28,7 @@ POLICIES: Final[dict[str, Factory]] = {
     "sieve": Sieve,
     "s3fifo": S3Fifo,
     "arc": Arc,
+    "adaptive": Adaptive,
 }
 """Those that a daemon may run."""
 

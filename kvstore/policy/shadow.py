@@ -11,8 +11,8 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Final
 
-from kvstore.policy.hazards import Hazards
 from kvstore.policy.by_index import ByIndex
+from kvstore.policy.hazards import Hazards
 from kvstore.policy.segments import Segment
 
 _LEAD: Final = 0.001
