@@ -38,6 +38,7 @@ from kvstore.core.events import (
 )
 from kvstore.core.instructions import Grant, Leased, Namespaced, Withdraw
 from kvstore.core.invariants import validate_state
+from kvstore.core.misses import Misses
 from kvstore.core.slabs import SlabAllocator
 from kvstore.core.state import StoreLimits
 from kvstore.core.store import Store
@@ -51,6 +52,9 @@ SLOT_PAGES = 65
 """Slots of a 256 KiB block and its header."""
 SLAB_SLOTS = 63
 CHAIN_BLOCKS = 1024
+WATCHES = ("", "curve", "causes")
+"""Who looks on: nobody, the live curve, and what gives misses their causes."""
+EXPLAIN_BYTES = 32 << 20
 
 
 def _keys() -> Iterator[bytes]:
@@ -58,9 +62,9 @@ def _keys() -> Iterator[bytes]:
 
 
 class Harness:
-    """A full store of ``capacity_blocks`` and one client; ``curve``: the live curve looks on."""
+    """A full store of ``capacity_blocks`` and one client; ``watch``: who looks on, one of ``WATCHES``."""
 
-    def __init__(self, capacity_blocks: int, policy: str, *, curve: bool = False) -> None:
+    def __init__(self, capacity_blocks: int, policy: str, watch: str = "") -> None:
         self.capacity_blocks = capacity_blocks
         slot_bytes = SLOT_PAGES * 4096
         slabs = -(-(capacity_blocks + 2048) // SLAB_SLOTS)
@@ -73,8 +77,10 @@ class Harness:
             SlabAllocator(slabs, SLAB_SLOTS * slot_bytes, 512),
             make_policy(policy, PolicyContext(limits.capacity_bytes, lambda: 0)),
         )
-        if curve:
+        if watch == "curve":
             self.store.watchers.append(LiveCurve(limits.capacity_bytes, time.monotonic_ns))
+        if watch == "causes":
+            Misses.watch(self.store, EXPLAIN_BYTES)
         for index in range(slabs):
             self.store.handle(SlabPopulated(index), 0)
         self.store.handle(PopulationEnded(), 0)
@@ -137,9 +143,9 @@ def _putting(harness: Harness, keys: Iterator[bytes], batch: int, puts: int) -> 
     return put
 
 
-def _chained(capacity_blocks: int, policy: str, *, curve: bool) -> tuple[Harness, list[list[bytes]]]:
+def _chained(capacity_blocks: int, policy: str, watch: str) -> tuple[Harness, list[list[bytes]]]:
     """A store that is full of chains."""
-    harness, keys = Harness(capacity_blocks, policy, curve=curve), _keys()
+    harness, keys = Harness(capacity_blocks, policy, watch), _keys()
     chains = []
     while harness.store.block_count + CHAIN_BLOCKS <= capacity_blocks:
         chains.append(list(islice(keys, CHAIN_BLOCKS)))
@@ -160,6 +166,10 @@ def _accessing(harness: Harness, chains: list[list[bytes]], blocks_each: int, pu
         return done
 
     return run
+
+
+def _with(watch: str) -> str:
+    return f"_with_{watch}" if watch else ""
 
 
 def _baseline(capacity_blocks: int, puts: int, repeat: int) -> tuple[float, float]:
@@ -198,21 +208,21 @@ def measure(capacity_blocks: int, puts: int, repeat: int, policy: str) -> dict[s
 
     row("ordered_dict_put_and_evict", 1, (baseline_us, baseline_best_us))
     for batch in (1, 16, CHAIN_BLOCKS):
-        plain, watched = ((Harness(capacity_blocks, policy, curve=curve), _keys()) for curve in (False, True))
-        for harness, keys in (plain, watched):
+        stores = [(Harness(capacity_blocks, policy, watch), _keys()) for watch in WATCHES]
+        for harness, keys in stores:
             harness.fill(keys, 16)
         # By turns: what else the machine does meanwhile disturbs both alike.
-        figures = _medians_us([_putting(*one, batch, puts) for one in (plain, watched)], repeat)
-        row("put_and_evict", batch, figures[0])
-        row("put_and_evict_with_curve", batch, figures[1])
-        for harness, _ in (plain, watched):
+        figures = _medians_us([_putting(*one, batch, puts) for one in stores], repeat)
+        for watch, figure in zip(WATCHES, figures, strict=True):
+            row(f"put_and_evict{_with(watch)}", batch, figure)
+        for harness, _ in stores:
             validate_state(harness.store)
 
-    chained = [_chained(capacity_blocks, policy, curve=curve) for curve in (False, True)]
+    chained = [_chained(capacity_blocks, policy, watch) for watch in WATCHES]
     for blocks_each in (1, 16, CHAIN_BLOCKS):
         figures = _medians_us([_accessing(*one, blocks_each, puts) for one in chained], repeat)
-        row("find_and_touch_block", blocks_each, figures[0])
-        row("find_and_touch_block_with_curve", blocks_each, figures[1])
+        for watch, figure in zip(WATCHES, figures, strict=True):
+            row(f"find_and_touch_block{_with(watch)}", blocks_each, figure)
     harness, chains = chained[0]
     store, namespace = harness.store, harness.namespace
 

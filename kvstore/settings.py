@@ -37,6 +37,7 @@ __all__ = [
     "DramSettings",
     "EventSettings",
     "EvictionSettings",
+    "ExplainSettings",
     "LimitSettings",
     "QuotaSettings",
     "RetentionSettings",
@@ -52,6 +53,7 @@ _SMALLEST_CAPACITY_BYTES: Final = 1 << 20
 _GRANT_BYTES_PER_SESSION: Final = 32 << 20
 _RECORDS_FROM: Final = 1 << 16
 _TYPICAL_RECORD_BYTES: Final = 16 << 10
+_SMALLEST_EXPLAIN_BYTES: Final = 1 << 20
 _MOST_QUOTAS: Final = 64
 _LONGEST_NAME: Final = 512
 _MODES: Final = {0o600: "0600", 0o660: "0660", 0o666: "0666"}
@@ -394,6 +396,23 @@ class RetentionSettings(_Section):
     """How long blocks are retained of which a hint says that they are needed soon."""
 
 
+class ExplainSettings(_Section):
+    """Why lookups miss."""
+
+    memory_bytes: Annotated[int, BeforeValidator(_size_or_zero)] = 32 << 20
+    """Memory for what is remembered of blocks that left (77 bytes each); 0: misses are not explained."""
+
+    @model_validator(mode="after")
+    def _check_memory(self) -> Self:
+        if 0 < self.memory_bytes < _SMALLEST_EXPLAIN_BYTES:
+            raise _conflict(
+                f"explain.memory_bytes must be 0 (nothing is explained), or at least "
+                f"{format_size(_SMALLEST_EXPLAIN_BYTES)}, got {self.memory_bytes}",
+                "explain.memory_bytes",
+            )
+        return self
+
+
 class EventSettings(_Section):
     """KV events: which blocks come and go, for routers."""
 
@@ -439,6 +458,7 @@ class Settings(BaseSettings):
     eviction: EvictionSettings = EvictionSettings()
     quota: QuotaSettings = QuotaSettings()
     retention: RetentionSettings = RetentionSettings()
+    explain: ExplainSettings = ExplainSettings()
     events: EventSettings = EventSettings()
 
     @classmethod

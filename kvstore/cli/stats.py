@@ -47,18 +47,22 @@ def stats(
     watch: Annotated[
         float | None, typer.Option(_WATCH, help="Show it again every SECONDS, by default 2.", metavar="[SECONDS]")
     ] = None,
+    misses: Annotated[bool, typer.Option("--misses", help="Show why lookups missed, and nothing else.")] = False,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for the daemon.", min=0.001, metavar="S")] = 5.0,
     curve: Annotated[
         bool, typer.Option("--curve", help="Show what hit rate the present load would have in more or less memory.")
     ] = False,
 ) -> None:
     """Show what the daemon holds and does."""
+    if misses and curve:
+        raise InvalidArgument("--misses and --curve do not go together")
+    chosen = "misses" if misses else "curve" if curve else ""
     if watch is not None:
         if as_json:
             raise InvalidArgument("--watch and --json do not go together")
         if not _FASTEST_WATCH_S <= watch <= 86400:
             raise InvalidArgument(f"--watch must be {_FASTEST_WATCH_S:g} to 86400 seconds, got {watch:g}")
-        _watch(endpoint, watch, timeout, curve=curve)
+        _watch(endpoint, watch, timeout, chosen)
         return
 
     from kvstore_client import Client
@@ -68,24 +72,38 @@ def stats(
     if as_json:
         import msgspec
 
-        print(msgspec.json.encode(snapshot.curve if curve else snapshot).decode())
+        chosen_part = getattr(snapshot, chosen) if chosen else snapshot
+        print(msgspec.json.encode(chosen_part).decode())
         return
 
     from kvstore.cli import render
-    from kvstore.cli.curve import curve_view
+
+    render.console().print(_view(snapshot, None, chosen))
+
+
+def _view(snapshot: DaemonStats, since: DaemonStats | None, chosen: str) -> RenderableType:
+    """What is shown of a snapshot: a part of it, or with "" all that has no view of its own."""
+    if chosen == "misses":
+        from kvstore.cli.miss_tables import miss_tables
+
+        return miss_tables(snapshot)
+    if chosen == "curve":
+        from kvstore.cli.curve import curve_view
+
+        return curve_view(snapshot)
     from kvstore.cli.stats_tables import stats_tables
 
-    render.console().print(curve_view(snapshot) if curve else stats_tables(snapshot))
+    return stats_tables(snapshot, since=since)
 
 
-def _watch(endpoint: str | None, seconds: float, timeout: float, *, curve: bool) -> None:
+def _watch(endpoint: str | None, seconds: float, timeout: float, chosen: str) -> None:
     """Redraw until Ctrl+C; a daemon that is away or comes back is a line on the screen, not an end."""
     from rich.live import Live
 
     from kvstore.cli import render
 
     console = render.console()
-    views = _views(endpoint, seconds, timeout, curve=curve)
+    views = _views(endpoint, seconds, timeout, chosen)
     with contextlib.suppress(KeyboardInterrupt):
         if not console.is_terminal:
             for view in views:
@@ -96,9 +114,8 @@ def _watch(endpoint: str | None, seconds: float, timeout: float, *, curve: bool)
                 live.update(view, refresh=True)
 
 
-def _views(endpoint: str | None, seconds: float, timeout: float, *, curve: bool) -> Iterator[RenderableType]:
-    from kvstore.cli.curve import curve_view
-    from kvstore.cli.stats_tables import stats_tables, waiting
+def _views(endpoint: str | None, seconds: float, timeout: float, chosen: str) -> Iterator[RenderableType]:
+    from kvstore.cli.stats_tables import waiting
     from kvstore_client import Client
 
     while True:
@@ -107,7 +124,7 @@ def _views(endpoint: str | None, seconds: float, timeout: float, *, curve: bool)
                 previous: DaemonStats | None = None
                 while True:
                     snapshot = client.stats()
-                    yield curve_view(snapshot) if curve else stats_tables(snapshot, since=previous)
+                    yield _view(snapshot, previous, chosen)
                     previous = snapshot
                     time.sleep(seconds)
         except (DaemonUnavailable, ConnectionLost, DeadlineExceeded) as error:

@@ -96,6 +96,7 @@ class Block(TreeBlock):
         self.depth = 0
         self.leases = 0
         self.access = -1
+        self.branched = False
         self.namespace = namespace
         self.parts: dict[int, Record] = {}
         self.slot_bytes = 0

@@ -120,6 +120,9 @@ class Accessed(msgspec.Struct, frozen=True):
         asked: how many keys were asked for.
         missing: the first keys that were not there, bounded by the sender; the rest is only counted.
         namespace_id: where it was asked.
+        missed: how many keys were not there, -1 where ``missing`` names all of them.
+        matched: the keys are a chain, of which only leading blocks are of use.
+        refused: so many of the missing keys, the first ones, are below and were not worth loading.
     """
 
     session: int
@@ -128,6 +131,9 @@ class Accessed(msgspec.Struct, frozen=True):
     asked: int
     missing: tuple[bytes, ...] = ()
     namespace_id: int = 0
+    missed: int = -1
+    matched: bool = False
+    refused: int = 0
 
 
 class LeaseWanted(msgspec.Struct, frozen=True):

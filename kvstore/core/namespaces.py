@@ -47,6 +47,7 @@ class NamespaceState(PrefixTree[Block]):
         "lossy_records",
         "members",
         "parts",
+        "salt",
         "slot_bytes",
         "ssd",
     )
@@ -55,6 +56,7 @@ class NamespaceState(PrefixTree[Block]):
         super().__init__()
         self.id = identity
         self.canonical = canonical
+        self.salt = hash(canonical)
         self.description = description
         self.generation = generation
         self.digest = namespace_digest(canonical, generation)

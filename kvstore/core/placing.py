@@ -102,6 +102,12 @@ class Placing(Demoting):
             instructions.append(Publish(placed))
         if self.demotes:
             instructions += self._retire_ahead()
+        if self.explainer is not None and namespace is not None:
+            well = statuses.count(PutStatus.STORED) + statuses.count(PutStatus.EXISTS)
+            if well < len(statuses):
+                for commit, reason in zip(event.records, reasons, strict=True):
+                    if reason is not Reason.NONE:
+                        self.explainer.refused(namespace, commit.key, reason)
         instructions.append(Answer(statuses, reasons))
         return instructions
 
@@ -216,6 +222,8 @@ class Placing(Demoting):
         elif block.children:
             for below in descendants(block):
                 self.policy.touch(below, 1, access)
+        if self.explainer is not None:
+            self.explainer.stored(block)
         for watcher in self.watchers:
             watcher.stored(block, access, promoted=placing.promoted)
 

@@ -14,6 +14,7 @@ from typing import Final
 from kvstore.core.ssd_record import SsdBlock, SsdNamespace, SsdRecord, SsdState
 from kvstore.core.ssd_restore import SsdRestoring
 from kvstore.core.ssd_room import SsdRoom
+from kvstore.core.watching import Cause
 from kvstore.format.ssd_log import EmptyEntry, Entry, FreeEntry, NamespaceEntry, TouchEntry
 
 MOST_FREES: Final = 8192
@@ -55,7 +56,7 @@ class SsdStore(SsdRoom, SsdRestoring):
 
     def advance(self, namespace: SsdNamespace, generation: int) -> None:
         """A namespace is in a later generation: all its records are over."""
-        self._end_all(namespace)
+        self._end_all(namespace, Cause.INVALIDATED)
         namespace.begin_generation(generation)
         if namespace.told:
             self._said.append(NamespaceEntry(namespace.number, generation, namespace.description))
@@ -65,19 +66,19 @@ class SsdStore(SsdRoom, SsdRestoring):
         count = len(namespace.tree.blocks)
         self.counters.removed_blocks += count
         said = bool(count) or any(record.logged for record in namespace.writing.values())
-        self._end_all(namespace)
+        self._end_all(namespace, Cause.CLEARED)
         if said:
             self._said.append(EmptyEntry(namespace.number))
         return count
 
-    def _end_all(self, namespace: SsdNamespace) -> None:
+    def _end_all(self, namespace: SsdNamespace, cause: Cause) -> None:
         namespace.ended += 1
         for record in list(namespace.writing.values()):
             self._cancel(record)
         ended = list(namespace.tree.blocks.values())
         records = [record for block in ended for record in block.parts.values()]
         for block in ended:
-            self._unlink(block)
+            self._unlink(block, cause)
         for record in records:
             if self._leaving.pop(record, 0) is None:
                 self._covered[record] = None
@@ -185,6 +186,7 @@ class SsdStore(SsdRoom, SsdRestoring):
         self._count(block, record, 1)
         if new:
             self.policy.insert(block, record.access)
+            self.on_stored(block)
         else:
             self.policy.resized(block, held_bytes)
         self._writing_over(record)
@@ -205,7 +207,7 @@ class SsdStore(SsdRoom, SsdRestoring):
     def remove(self, block: SsdBlock) -> None:
         """A block is removed; children keep their depth."""
         self.counters.removed_blocks += 1
-        self._unlink(block)
+        self._unlink(block, Cause.REMOVED)
 
     def remove_key(self, namespace: SsdNamespace, key: bytes) -> bool:
         """A block is removed, by key, and what of it is being written; whether any of it was stored."""
@@ -225,7 +227,7 @@ class SsdStore(SsdRoom, SsdRestoring):
         self.counters.corrupt_records += 1
         block = record.namespace.tree.blocks[record.key]
         if len(block.parts) == 1:
-            self._unlink(block)
+            self._unlink(block, Cause.CORRUPT)
             return
         held_bytes = block.slot_bytes
         self._detach(block, record)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from kvstore.core.slabs import SlabAllocator
 from kvstore.core.ssd_record import SSD_TRANSITIONS, SsdBlock, SsdNamespace, SsdRecord, SsdState
+from kvstore.core.watching import Cause
 from kvstore.errors import InvalidTransition
 from kvstore.format.ssd_log import Entry
 from kvstore.policy.base import EvictionPolicy
@@ -54,6 +55,10 @@ class SsdBook:
         """Whether slabs are still to come: until they are there nothing leaves for want of them."""
         self.on_evicted: Callable[[bytes, int], None] = lambda key, used: None
         """Is told of each block that leaves for others, and when it was last used."""
+        self.on_left: Callable[[SsdBlock, Cause], None] = lambda block, cause: None
+        """Is told of each block that leaves, while it is still linked and its parts are there, and why."""
+        self.on_stored: Callable[[SsdBlock], None] = lambda block: None
+        """Is told of each block that became readable, with its first part."""
         self._last_number = 0
         self._leaving: dict[SsdRecord, None] = {}
         """Over and in the log, whose end is not in a group yet."""
@@ -90,9 +95,11 @@ class SsdBook:
     def _block_of(self, record: SsdRecord) -> SsdBlock:
         return record.namespace.tree.blocks[record.key]
 
-    def _unlink(self, block: SsdBlock, *, evicted: bool = False) -> None:
-        """A block leaves the policy and the tree, with all its records."""
-        self.policy.discard(block, evicted=evicted)
+    def _unlink(self, block: SsdBlock, cause: Cause | None = None) -> None:
+        """A block leaves the policy and the tree, with all its records. ``cause`` None: another one takes its place."""
+        if cause is not None:
+            self.on_left(block, cause)
+        self.policy.discard(block, evicted=cause is Cause.EVICTED)
         self._let_all_leave(block)
         namespace = block.namespace
         namespace.tree.remove(block)

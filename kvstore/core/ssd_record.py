@@ -107,6 +107,7 @@ class SsdNamespace:
         state: id of the namespace's current generation in this incarnation.
         description: canonical.
         digest: of this generation; what records must carry.
+        salt: as of ``NamespaceState``.
         tree: blocks with stored records.
         writing: records on their way, by key and part.
         ended: grows whenever something of it is removed.
@@ -122,6 +123,7 @@ class SsdNamespace:
         "generation",
         "logged_generation",
         "number",
+        "salt",
         "slot_bytes",
         "state",
         "told",
@@ -132,6 +134,7 @@ class SsdNamespace:
     def __init__(self, number: int, description: bytes, generation: int) -> None:
         self.number = number
         self.description = description
+        self.salt = hash(description)
         self.block_tokens = Namespace.from_canonical(description).block_tokens
         self.state = 0
         self.ended = 0

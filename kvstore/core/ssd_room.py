@@ -6,6 +6,7 @@ from typing import Final
 
 from kvstore.core.ssd_book import SsdBook
 from kvstore.core.ssd_record import SsdBlock, SsdNamespace, SsdRecord, SsdState
+from kvstore.core.watching import Cause
 from kvstore.format.constants import PAGE_BYTES
 
 EVICTION_BATCH: Final = 256
@@ -87,7 +88,7 @@ class SsdRoom(SsdBook):
         self.counters.evicted_blocks += 1
         self.counters.evicted_bytes += block.slot_bytes
         self.on_evicted(block.key, block.used)
-        self._unlink(block, evicted=True)
+        self._unlink(block, Cause.EVICTED)
 
     def _keep_ahead(self, slot_bytes: int) -> None:
         """Evict as much as is needed for the next slots of a size, so that writers need not wait for groups."""

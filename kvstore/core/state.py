@@ -20,11 +20,12 @@ from kvstore.core.slabs import SlabAllocator
 from kvstore.core.ssd import SsdStore
 from kvstore.core.ssd_record import SsdBlock
 from kvstore.core.story import Story
-from kvstore.core.watching import Cause, Watcher
+from kvstore.core.watching import Cause, Explainer, Watcher
 from kvstore.errors import InvalidTransition
 from kvstore.format.constants import FIDELITY_EXACT, PAGE_BYTES
 from kvstore.policy.admission import Admission, AdmitAll
 from kvstore.policy.base import EvictionPolicy
+from kvstore.protocol.messages import Reason
 
 ACCESS_IDS: Final = 65_536
 """Engine requests remembered so that their match, gets and puts count as one access a key."""
@@ -108,6 +109,7 @@ class StoreState:
         self.ssd = ssd
         self.admission = admission or AdmitAll()
         self.watchers: list[Watcher] = []
+        self.explainer: Explainer | None = None
         self.retired = Retired()
         self.demotes = False
         """Whether what leaves is written below first."""
@@ -140,6 +142,11 @@ class StoreState:
                 self.namespaces.restore(below)
 
     # -------------------------------------------------------------- reading
+
+    @property
+    def now_ns(self) -> int:
+        """When the last event came."""
+        return self._now_ns
 
     @property
     def max_record_bytes(self) -> int:
@@ -186,6 +193,23 @@ class StoreState:
         ]
 
     # -------------------------------------------------------------- changes
+
+    def tell_refused(self, namespace_id: int, key: bytes, reason: Reason) -> None:
+        """A put of a block was refused before its record was committed."""
+        namespace = self.namespaces.by_id.get(namespace_id)
+        if self.explainer is not None and namespace is not None:
+            self.explainer.refused(namespace, key, reason)
+
+    def tell_refused_behind(self, namespace_id: int, parent_key: bytes, reason: Reason) -> None:
+        """There was no slot for a block behind this one."""
+        namespace = self.namespaces.by_id.get(namespace_id)
+        if self.explainer is not None and namespace is not None:
+            self.explainer.refused_behind(namespace, parent_key, reason)
+
+    def tell_failed_load(self, namespace: NamespaceState, key: bytes) -> None:
+        """A block below could not be brought up."""
+        if self.explainer is not None:
+            self.explainer.failed_load(namespace, key)
 
     def _access_number(self, session: int, access: int) -> int:
         """One number for all events of one engine request; numbers only grow."""
@@ -273,6 +297,8 @@ class StoreState:
 
     def _unlink(self, block: Block, cause: Cause, why: str = "") -> list[int]:
         """Take a block out of the tree and the policy, its records into limbo; their slots. ``why``: more of it."""
+        if self.explainer is not None:
+            self.explainer.left(block, cause)
         for watcher in self.watchers:
             watcher.left(block, cause)
         if block.retired:

@@ -198,6 +198,8 @@ class Store(Granting, Placing):
             self.admission.used(event.missing, number)
         for watcher in self.watchers:
             watcher.accessed(event.namespace_id, number, event.runs, event.asked, event.missing)
+        if self.explainer is not None:
+            self.explainer.reported(event, number)
         for deepest, hits in event.runs:
             if isinstance(deepest, SsdBlock):
                 if deepest.parts and self.ssd is not None:

@@ -12,9 +12,13 @@ ORPHAN_DEPTH: Final = 1 << 32
 
 
 class TreeBlock:
-    """A block's place in a tree. See ``kvstore.policy.base.Evictable`` for the policy's view."""
+    """A block's place in a tree. See ``kvstore.policy.base.Evictable`` for the policy's view.
 
-    __slots__ = ("access", "children", "depth", "key", "leases", "parent", "parent_key")
+    Attributes:
+        branched: there is or was a block behind it.
+    """
+
+    __slots__ = ("access", "branched", "children", "depth", "key", "leases", "parent", "parent_key")
 
     def __init__(self, key: bytes, parent_key: bytes) -> None:
         self.key = key
@@ -24,6 +28,7 @@ class TreeBlock:
         self.depth = 0
         self.leases = 0
         self.access = -1
+        self.branched = False
 
 
 B = TypeVar("B", bound=TreeBlock)
@@ -95,6 +100,7 @@ class PrefixTree(Generic[B]):
                 if parent.children is None:
                     parent.children = set()
                 parent.children.add(block)
+                parent.branched = True
                 block.parent = parent
         # Grows while it is walked: parents before their children.
         for block in reached:
@@ -141,6 +147,7 @@ def _link(block: B, parent: B) -> None:
     if parent.children is None:
         parent.children = set()
     parent.children.add(block)
+    parent.branched = True
     block.parent = parent
     if block.children:
         _set_depth(block, parent.depth + 1)

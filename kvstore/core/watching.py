@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from kvstore.core.block import Block
+    from kvstore.core.events import Accessed
+    from kvstore.core.namespaces import NamespaceState
     from kvstore.core.ssd_record import SsdBlock
+    from kvstore.protocol.messages import Reason
 
 
 class Cause(StrEnum):
@@ -56,3 +59,25 @@ class Watcher(Protocol):
 
     def left(self, block: Block, cause: Cause) -> None:
         """A block leaves DRAM; it is still linked, and its parts are still there. It may be in a tier below."""
+
+
+class Explainer(Protocol):
+    """Gives misses their causes: is told, beside what watchers are, all that the causes take. Must not raise."""
+
+    def stored(self, block: Block) -> None:
+        """As ``Watcher.stored``."""
+
+    def left(self, block: Block, cause: Cause) -> None:
+        """As ``Watcher.left``."""
+
+    def reported(self, report: Accessed, access: int) -> None:
+        """An access report, and the access number of its engine request."""
+
+    def refused(self, namespace: NamespaceState, key: bytes, reason: Reason) -> None:
+        """A put of a block was throttled or rejected."""
+
+    def refused_behind(self, namespace: NamespaceState, parent_key: bytes, reason: Reason) -> None:
+        """There was no slot for a block behind this one, whose key the client did not say."""
+
+    def failed_load(self, namespace: NamespaceState, key: bytes) -> None:
+        """A block that is below, or was till now, could not be brought up."""

@@ -39,6 +39,7 @@ Buffer = bytes | bytearray | memoryview
 # dimensions u8 | sections u8 | fidelity u8 | lineage loss u8 | section bytes 4 x u64 | payload checksum u64 |
 # reserved 16 | header checksum u64
 _LAYOUT: Final = struct.Struct("<8sHHHHQ32s32s32s16s24s6IIBBBB4QQ16sQ")
+_KEY: Final = slice(24, 56)
 _CHECKSUM: Final = struct.Struct("<Q")
 _CHECKED_BYTES: Final = RECORD_HEADER_BYTES - 8
 _NO_PARAMETERS: Final = bytes(16)
@@ -217,6 +218,11 @@ def encode_header(header: RecordHeader) -> bytes:
     if decoded != header:
         raise InvalidArgument("no record can hold this header: keys and digests must have their full lengths")
     return encoded
+
+
+def header_key(data: Buffer) -> bytes:
+    """The key that 256 bytes of header are of, if they are a header: nothing is checked."""
+    return bytes(memoryview(data).cast("B")[_KEY])
 
 
 def decode_header(data: Buffer) -> RecordHeader:

@@ -14,6 +14,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from kvstore.protocol.messages import Reason
+from kvstore.protocol.misses import MissCause
 from kvstore.protocol.statistics import (
     CurveStats,
     DaemonStats,
@@ -21,6 +22,7 @@ from kvstore.protocol.statistics import (
     EventStats,
     EvictionStats,
     LookupStats,
+    MissStats,
     NamespaceStats,
     PutStats,
     ServerStats,
@@ -61,6 +63,8 @@ class StatsCollector(Collector):
         if stats.ssd is not None:
             yield from _ssd(stats.ssd)
         yield from _lookups(stats.lookups)
+        if stats.misses is not None:
+            yield from _misses(stats.misses)
         yield from _puts(stats.puts)
         yield from _evictions(stats.eviction)
         yield from _server(stats.server)
@@ -202,6 +206,21 @@ def _lookups(lookups: LookupStats) -> Iterator[Metric]:
         "kvstore_dropped_reports", "Accesses that connected clients could not report.", lookups.dropped_reports
     )
     yield _counter("kvstore_read_bytes", "Bytes of records given to clients.", lookups.bytes_out)
+
+
+def _misses(misses: MissStats) -> Iterator[Metric]:
+    requests = {cause.value: 0.0 for cause in MissCause}
+    blocks = dict(requests)
+    for cause, counted in misses.causes.items():
+        requests[cause], blocks[cause] = counted.requests, counted.blocks
+    yield _counters("kvstore_missed_requests", "Requests by the cause of their first missing block.", "cause", requests)
+    yield _counters("kvstore_missed_blocks", "Blocks that were asked for and not there.", "cause", blocks)
+    names = [f"{multiple:g}" for multiple in misses.multiples] + ["more"]
+    extra = dict(zip(names, misses.extra_blocks, strict=True))
+    documentation = "Evicted blocks that were missed, by the further capacity that would have kept them."
+    yield _counters("kvstore_evicted_misses", documentation, "capacity_multiple", extra)
+    yield _gauge("kvstore_ghosts", "Departures of blocks that are remembered.", misses.ghosts)
+    yield _gauge("kvstore_ghost_bytes", "Memory for what is remembered of them.", misses.ghost_bytes)
 
 
 def _puts(puts: PutStats) -> Iterator[Metric]:

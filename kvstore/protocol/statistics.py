@@ -354,10 +354,47 @@ class CurveStats(msgspec.Struct, kw_only=True):
     memory_bytes: Unsigned
 
 
+class CauseStats(msgspec.Struct, kw_only=True):
+    """Misses of one cause: engine requests whose first missing block had it, and blocks."""
+
+    requests: Unsigned
+    blocks: Unsigned
+
+
+class MissStats(msgspec.Struct, kw_only=True):
+    """Why lookups missed, since the daemon's start.
+
+    Each block that a match asked for and did not find is counted once; so is each that a get did not find, unless it
+    belongs to the request of a match. The causes add up to ``requests`` and ``blocks``.
+
+    Attributes:
+        requests: engine requests that missed something.
+        blocks: that they missed.
+        causes: by name of a ``MissCause``, those that occurred.
+        multiples: upper bounds of ``extra_blocks``, as multiples of the capacity of the tier that was left for good.
+        extra_blocks: of blocks that were evicted, how many so much more capacity would have kept, and last those that
+            would have needed more than the largest.
+        ghosts: departures that are remembered.
+        ghost_bytes, ghost_limit_bytes: memory that they take, and may take.
+        oldest_ghost_s: how long ago the oldest of them was; what left before that counts as never seen.
+    """
+
+    requests: Unsigned
+    blocks: Unsigned
+    causes: dict[str, CauseStats]
+    multiples: list[float]
+    extra_blocks: list[Unsigned]
+    ghosts: Unsigned
+    ghost_bytes: Unsigned
+    ghost_limit_bytes: Unsigned
+    oldest_ghost_s: float
+
+
 class DaemonStats(msgspec.Struct, kw_only=True, omit_defaults=True):
     """Everything ``kvstore stats`` shows; ``events`` where they are published, ``ssd`` where there is that tier.
 
-    ``retention`` is None of a daemon that does not know of it, ``tenants`` are those with a quota.
+    ``retention`` is None of a daemon that does not know of it, ``tenants`` are those with a quota. ``misses`` is None
+    where they are not explained.
     """
 
     version: str
@@ -378,3 +415,4 @@ class DaemonStats(msgspec.Struct, kw_only=True, omit_defaults=True):
     retention: RetentionStats | None = None
     tenants: list[TenantStats] = []
     curve: CurveStats | None = None
+    misses: MissStats | None = None

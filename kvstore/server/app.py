@@ -19,6 +19,7 @@ import uvloop
 import kvstore
 from kvstore.core.events import PopulationEnded, SlabPopulated, Ticked
 from kvstore.core.journal import Journal
+from kvstore.core.misses import Misses
 from kvstore.core.slabs import SlabAllocator
 from kvstore.core.state import StoreLimits
 from kvstore.core.store import Store
@@ -136,6 +137,9 @@ class Daemon:
         capacity_bytes = settings.dram.capacity_bytes
         curve = LiveCurve(capacity_bytes, self._clock, larger_bytes=capacity_bytes + below_bytes)
         store.watchers.append(curve)
+        misses = None
+        if settings.explain.memory_bytes:
+            misses = Misses.watch(store, settings.explain.memory_bytes)
         executor = Executor(store, arena, self._clock, index)
         executor.apply(SlabPopulated(0))
         publisher = None
@@ -235,6 +239,7 @@ class Daemon:
             events=publisher,
             ssd=tier,
             curve=curve,
+            misses=misses,
         )
         requests.transport, requests.statistics = transport, self._statistics
         self._requests, self._executor, self._sessions, self._mapping = requests, executor, sessions, mapping

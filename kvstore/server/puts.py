@@ -11,7 +11,7 @@ from kvstore.core.events import Committed, CommittedRecord, SlotWanted
 from kvstore.core.instructions import Answer, Refuse
 from kvstore.errors import CorruptRecord
 from kvstore.format.constants import RECORD_HEADER_BYTES
-from kvstore.format.record import RecordHeader, checksum, decode_header
+from kvstore.format.record import RecordHeader, checksum, decode_header, header_key
 from kvstore.protocol.messages import Put, PutReply, PutStatus, Reason
 from kvstore.server.counters import RequestCounters
 from kvstore.server.executor import Executor
@@ -81,11 +81,19 @@ class Puts:
                 granted = self._slot(wanted)
             if isinstance(granted, Refuse):
                 statuses[index], reasons[index] = granted.status, granted.reason
+                self._executor.store.tell_refused(request.namespace_id, header.key, granted.reason)
                 continue
             self._executor.arena.write(granted.slot, granted.slot_bytes, frame_buffer(header_frame), payload)
             pending.append((index, _committed(granted, header)))
         commit()
         return self._reply(session, request, incarnation, statuses, reasons, frames)
+
+    def tell_overloaded(self, request: Put, frames: list[zmq.Frame]) -> None:
+        """Remember of which blocks a put was not looked at."""
+        for frame in frames[: 2 * request.count : 2]:
+            if len(frame) == RECORD_HEADER_BYTES:
+                key = header_key(frame_buffer(frame))
+                self._executor.store.tell_refused(request.namespace_id, key, Reason.OVERLOADED)
 
     def _check(self, header_frame: zmq.Frame, payload: memoryview | bytes | bytearray) -> RecordHeader | None:
         if len(header_frame) != RECORD_HEADER_BYTES:

@@ -333,10 +333,13 @@ class Requests:
             )
         below = self._below_for(session)
         blocks: Sequence[Block | SsdBlock]
+        refused = 0
         if below is None:
             blocks = self._store.leading(request.namespace_id, keys)
         else:
-            blocks = below.worth_loading(self._store.leading_in_tiers(request.namespace_id, keys))
+            found = self._store.leading_in_tiers(request.namespace_id, keys)
+            blocks = below.worth_loading(found)
+            refused = len(found) - len(blocks)
         lease = 0
         if request.lease_ms and blocks:
             answer = self._executor.apply(LeaseWanted(session.id, blocks, request.lease_ms * 1_000_000))
@@ -351,7 +354,16 @@ class Requests:
         # The client waits for the answer, not for the policy's bookkeeping.
         # A match asks for a chain: its deepest hit was used, and with it all above, as mapped clients report it.
         runs = deepest_of(blocks)
-        report = Accessed(session.id, request.access, runs, len(keys), tuple(keys[hits:]), request.namespace_id)
+        report = Accessed(
+            session.id,
+            request.access,
+            runs,
+            len(keys),
+            tuple(keys[hits:]),
+            request.namespace_id,
+            matched=True,
+            refused=refused,
+        )
         self._executor.apply(report)
         counters = self._counters
         counters.matches += 1
@@ -372,6 +384,7 @@ class Requests:
         if self._overload.refuses(request, session.last_ns, session.same_host):
             self._counters.throttled += request.count
             self._counters.reasons[Reason.OVERLOADED.name.lower()] += request.count
+            self._puts.tell_overloaded(request, payloads)
             return refused(request, self._incarnation)
         return self._puts.put(session, request, payloads, self._incarnation)
 
@@ -449,6 +462,8 @@ class Requests:
         if answer is None:
             raise Refused(ErrorCode.BAD_REQUEST, "this session maps nothing, so it has no lanes")
         if isinstance(answer, Refuse):
+            if request.parent:
+                self._store.tell_refused_behind(request.namespace_id, request.parent, answer.reason)
             return Reserved(request.id, self._incarnation, 0, 0, answer.reason.known_in(session.protocol))
         return Reserved(request.id, self._incarnation, answer.slot_bytes, answer.lent)
 

@@ -42,8 +42,8 @@ _MATCH: Final = int(RingKind.MATCH)
 _GET: Final = int(RingKind.GET)
 _SUSPECT: Final = int(RingKind.SUSPECT)
 _MAX_CONTINUATIONS: Final = MAX_MISSING // 2
-WHOLE_RING: Final = RING_RECORDS // (_BATCH - _MAX_CONTINUATIONS) + 1
-"""Batches of a full ring, each of which may end before a report that is not all in it."""
+WHOLE_RING: Final = 2 * (RING_RECORDS // (_BATCH - _MAX_CONTINUATIONS) + 1)
+"""Batches of a full ring. Each may end before a report that is not all in it, with which the next one begins."""
 
 _SUSPECTS: Final = 16
 """Records that are verified for one client between two ticks: each costs as long as reading it takes."""
@@ -126,6 +126,7 @@ class Rings:
         pending_for = (0, 0)
         commits = 0
         index = 0
+        begun = 0
         report: _Report | None = None
         while index < count:
             kind, following, named, part, namespace, asked, hits, slot, sequence, access, _, nbytes, later = unpack(
@@ -160,6 +161,7 @@ class Rings:
                     begin = (index + 1) * RING_RECORD_BYTES
                     keys = bytes(taken[begin : begin + 32 * named])
                     missing = tuple(keys[at : at + 32] for at in range(0, len(keys), 32))
+                    begun = index
                     report = _Report(kind, namespace, part, access, asked, missing, requests=0 if later else 1)
                 report.add(self._block_of(slot, sequence, namespace) if hits else None, hits, nbytes)
                 index += following
@@ -175,6 +177,9 @@ class Rings:
         if pending:
             self._commit(client, pending_for, pending)
         if report is not None:
+            if index == _BATCH and begun and report.kind == _GET and len(report.missing) == MAX_MISSING:
+                # Only with all its hits it says how many it missed.
+                return begun, commits
             self._report(client, report)
         return index, commits
 
@@ -257,7 +262,16 @@ class Rings:
             counters.bytes_out += max(report.payload_bytes, 0)
         counters.mapped_reads += report.requests
         self._executor.apply(
-            Accessed(client.session.id, report.access, report.runs, report.asked, report.missing, report.namespace)
+            Accessed(
+                client.session.id,
+                report.access,
+                report.runs,
+                report.asked,
+                report.missing,
+                report.namespace,
+                report.missed,
+                report.kind == _MATCH,
+            )
         )
 
     def _suspect(self, client: MappedClient, slot: int, sequence: int) -> None:
@@ -294,6 +308,14 @@ class _Report:
         self.hits = 0
         self.payload_bytes = 0
         self.runs: list[tuple[Block, int]] = []
+
+    @property
+    def missed(self) -> int:
+        """How many keys were not there. A get may have more hits in the next batch; what it missed it names at once."""
+        named = len(self.missing)
+        if self.kind == _GET and named < MAX_MISSING:
+            return named
+        return max(self.asked - self.hits, 0)
 
     def add(self, deepest: Block | None, hits: int, payload_bytes: int) -> None:
         """One run of hits; its deepest block is None where there was no hit, or where it left meanwhile."""

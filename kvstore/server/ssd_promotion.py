@@ -121,8 +121,10 @@ class Promotions:
                 if isinstance(answer, Record):
                     return self._read(namespace, record, answer, access)
                 if answer.status is not PutStatus.THROTTLED:
+                    self._executor.store.tell_failed_load(namespace, record.key)
                     return None
             if self._clock() >= deadline_ns:
+                self._executor.store.tell_failed_load(namespace, record.key)
                 return None
             if self._flying:
                 await asyncio.wait(
@@ -170,7 +172,7 @@ class Promotions:
                     stored = self._commit(namespace, record, granted, found[0], access)
                 else:
                     self._executor.apply(GrantsReturned(PROMOTING, (granted.slot,)))
-                    self._failed(record, error)
+                    self._failed(namespace, record, error)
             finally:
                 if not future.done():
                     future.set_result(stored)
@@ -204,7 +206,7 @@ class Promotions:
             self.bytes += record.slot_bytes
         return stored
 
-    def _failed(self, record: SsdRecord, error: BaseException) -> None:
+    def _failed(self, namespace: NamespaceState, record: SsdRecord, error: BaseException) -> None:
         """A record that cannot be read, or is not what was written, is forgotten: a miss."""
         key = record.key.hex()
         if isinstance(error, CorruptRecord):
@@ -213,10 +215,14 @@ class Promotions:
             self.read_errors += 1
             self._log.log_every(1, "ssd_read", "error", "ssd_read_failed", block=key, why=str(error))
             if self.failing():
+                self._executor.store.tell_failed_load(namespace, record.key)
                 return
         else:
             raise error
         self._ssd.corrupt(record)
+        if isinstance(error, OSError):
+            # Not what its cause would be: whether it is damaged nobody knows.
+            self._executor.store.tell_failed_load(namespace, record.key)
 
     def _measure(self, slot_bytes: int) -> None:
         """Bytes a second while at least one read is on its way, of the last few MiB."""

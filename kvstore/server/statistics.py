@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import kvstore
+from kvstore.core.misses import Misses
 from kvstore.core.store import Store
 from kvstore.format.constants import PAGE_BYTES
 from kvstore.policy.curve import LiveCurve
@@ -57,6 +58,7 @@ class Statistics:
     index: Index | None = None
     events: EventPublisher | None = None
     ssd: SsdTier | None = None
+    misses: Misses | None = None
     problem: str = ""
     curve: LiveCurve | None = None
 
@@ -111,6 +113,7 @@ class Statistics:
             events=None if self.events is None else self.events.statistics(),
             ssd=None if self.ssd is None else self.ssd.statistics(),
             curve=None if self.curve is None else self._curve(self.curve),
+            misses=None if self.misses is None else self.misses.statistics(now_ns),
         )
 
     def _curve(self, curve: LiveCurve) -> CurveStats:

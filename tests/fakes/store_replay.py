@@ -31,11 +31,20 @@ _PAGE_BYTES = 4096
 
 
 class StoreReplay:
-    """A store of ``capacity_blocks`` one-page blocks, and room for ``longest_blocks`` grants outside of it."""
+    """A store of ``capacity_blocks`` one-page blocks, and room for ``longest_blocks`` grants outside of it.
+
+    ``named``: missing keys that a report names, at most.
+    """
 
     def __init__(
-        self, capacity_blocks: int, longest_blocks: int, policy: str = "lru", clock: Callable[[], int] = lambda: 0
+        self,
+        capacity_blocks: int,
+        longest_blocks: int,
+        policy: str = "lru",
+        clock: Callable[[], int] = lambda: 0,
+        named: int = 1 << 16,
     ) -> None:
+        self._named = named
         slabs = -(-(capacity_blocks + longest_blocks) // _SLAB_SLOTS)
         grant_bytes = longest_blocks * _PAGE_BYTES
         limits = StoreLimits(
@@ -65,7 +74,17 @@ class StoreReplay:
         hits = len(blocks)
         for block in blocks:
             assert executor.contents[block.parts[0].slot] is block.key
-        executor.apply(Accessed(1, self._access, runs_of(blocks), len(keys)))
+        report = Accessed(
+            1,
+            self._access,
+            runs_of(blocks),
+            len(keys),
+            tuple(keys[hits : hits + self._named]),
+            namespace_id=namespace.id,
+            missed=len(keys) - hits,
+            matched=True,
+        )
+        executor.apply(report)
         records = []
         for index in range(hits, len(keys)):
             granted = executor.want_slot(1, 4000)

@@ -1,0 +1,164 @@
+"""The table of ``kvstore stats --misses``: why lookups missed, and what to do about the biggest cause."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from kvstore.cli import render
+from kvstore.protocol.misses import MissCause
+from kvstore.protocol.statistics import DaemonStats, MissStats
+
+__all__ = ["miss_tables"]
+
+_BAR_CELLS: Final = 20
+_MOST_KEPT: Final = 0.5
+"""Share of the evicted blocks that further capacity should have kept, to be worth naming."""
+
+CAUSE_WORDS: Final = {
+    MissCause.NEVER_SEEN: "never seen",
+    MissCause.EVICTED: "evicted",
+    MissCause.EXPIRED: "expired",
+    MissCause.QUOTA: "over quota",
+    MissCause.REMOVED: "removed",
+    MissCause.INVALIDATED: "invalidated",
+    MissCause.CORRUPT: "corrupt",
+    MissCause.DIVERGED: "prompt differs",
+    MissCause.FAILED_LOAD: "load failed",
+    MissCause.RECOMPUTE: "slower to load",
+    MissCause.PART_MISSING: "part missing",
+    MissCause.NOT_STORED: "not stored",
+}
+"""Causes in a table."""
+
+_ADVICE: Final = {
+    MissCause.NEVER_SEEN: (
+        "Most of what missed was new: no cache can have it. Where prompts share text, put what they share first, and "
+        "keep its tokens and the namespace the same in all engines."
+    ),
+    MissCause.EXPIRED: "Most of what missed had outlived its time to live: give it a longer one.",
+    MissCause.QUOTA: "Most of what missed had to leave for its tenant's quota: raise it ([quota]).",
+    MissCause.REMOVED: "Most of what missed was removed by a client: look who calls remove or clear.",
+    MissCause.INVALIDATED: (
+        "Most of what missed was of an earlier generation: weights changed in place, or clients did not call "
+        "invalidate() after another one did."
+    ),
+    MissCause.CORRUPT: "Most of what missed was corrupt: look into the log, and run kvstore verify and a memory test.",
+    MissCause.DIVERGED: (
+        "Most of what missed lies behind the point where a prompt leaves one that is known: move what varies (dates, "
+        "ids, names) behind what stays the same."
+    ),
+    MissCause.FAILED_LOAD: (
+        "Most of what missed is below memory and could not be loaded: look at the SSD in kvstore stats and at the log; "
+        "prefetch earlier, or wait longer."
+    ),
+    MissCause.RECOMPUTE: (
+        "Most of what missed is on the SSD, and computing it anew is faster: blocks of fewer bits, or a faster SSD "
+        "(ssd.transcode, ssd.prefill_tokens_per_s)."
+    ),
+    MissCause.PART_MISSING: (
+        "Most of what missed lacks a part: see that every shard puts its own, and that namespace.parts is right."
+    ),
+    MissCause.NOT_STORED: (
+        "Most of what missed could not be stored when it was put: see 'refused' under Puts in kvstore stats for why."
+    ),
+}
+
+
+def miss_tables(stats: DaemonStats) -> RenderableType:
+    """Why the lookups of a daemon missed.
+
+    Args:
+        stats: of a daemon.
+    """
+    misses = stats.misses
+    if misses is None:
+        return Text("this daemon does not explain misses: it is too old, or explain.memory_bytes is 0", style="yellow")
+    if not misses.blocks:
+        return Group(Text("Misses", style="bold"), Text("nothing was missed yet", style="dim"))
+    parts: list[RenderableType] = [_causes(misses), Text(_remembered(misses), style="dim")]
+    if sum(misses.extra_blocks):
+        parts += ["", _extra(misses, _tier(stats)[1])]
+    return Group(*parts, "", Text(_advice(stats, misses)))
+
+
+def _named(cause: str) -> str:
+    known = {member.value: words for member, words in CAUSE_WORDS.items()}
+    return known.get(cause, cause.replace("_", " "))
+
+
+def _causes(misses: MissStats) -> Table:
+    columns: list[str | render.Column] = ["cause", "requests", "share", "blocks", "share", render.text_column("")]
+    made = render.table("Misses", columns)
+    for cause, counted in sorted(misses.causes.items(), key=lambda item: (-item[1].blocks, item[0])):
+        made.add_row(
+            render.plain(_named(cause)),
+            render.count(counted.requests),
+            render.ratio(counted.requests, misses.requests),
+            render.count(counted.blocks),
+            render.ratio(counted.blocks, misses.blocks),
+            render.Bar(counted.blocks / misses.blocks, _BAR_CELLS),
+        )
+    made.add_section()
+    made.add_row("all", render.count(misses.requests), "100.0 %", render.count(misses.blocks), "100.0 %", "")
+    return made
+
+
+def _remembered(misses: MissStats) -> str:
+    remembered = f"{render.count(misses.ghosts)} departures are remembered"
+    age = f"the oldest {render.duration(misses.oldest_ghost_s)} ago, in {render.size(misses.ghost_bytes)}"
+    return f"a request counts with its first missing block; {remembered}, {age}"
+
+
+def _extra(misses: MissStats, capacity_bytes: int) -> Table:
+    """What further capacity would have kept, from the first bound that keeps some to the one that keeps all."""
+    columns: list[str | render.Column] = ["further", "in all", "kept", "share", render.text_column("")]
+    made = render.table("Evicted, and what further capacity would have kept", columns)
+    whole = sum(misses.extra_blocks)
+    kept = 0
+    for multiple, blocks in zip(misses.multiples, misses.extra_blocks, strict=False):
+        kept += blocks
+        if kept:
+            share = kept / whole
+            cells = (render.count(kept), render.percent(share), render.Bar(share, _BAR_CELLS))
+            made.add_row(render.size(capacity_bytes * multiple), f"x {1 + multiple:.3g}", *cells)
+        if kept == whole:
+            break
+    return made
+
+
+def _tier(stats: DaemonStats) -> tuple[str, int]:
+    """The tier that blocks leave for good, and its capacity in bytes."""
+    if stats.ssd is not None:
+        return "SSD", stats.ssd.capacity_bytes
+    return "DRAM", stats.dram.capacity_bytes
+
+
+def _advice(stats: DaemonStats, misses: MissStats) -> str:
+    """One sentence on the biggest cause."""
+    biggest = max(misses.causes.items(), key=lambda item: item[1].blocks)[0]
+    if biggest == MissCause.EVICTED:
+        return _advice_for_evicted(stats, misses)
+    known = {member.value: words for member, words in _ADVICE.items()}
+    return known.get(biggest, f"Most of what missed: {_named(biggest)}.")
+
+
+def _advice_for_evicted(stats: DaemonStats, misses: MissStats) -> str:
+    tier, capacity_bytes = _tier(stats)
+    whole = sum(misses.extra_blocks)
+    kept = 0
+    for multiple, blocks in zip(misses.multiples, misses.extra_blocks, strict=False):
+        kept += blocks
+        if whole and kept >= _MOST_KEPT * whole:
+            more, share = render.size(capacity_bytes * multiple), render.ratio(kept, whole).replace(" ", "\u00a0")
+            return (
+                f"Most of what missed had been evicted; {more} more of {tier} would have kept {share} of that: raise "
+                "the capacity, take a codec of fewer bits, or ask kvstore tune which policy would do better."
+            )
+    return (
+        "Most of what missed had been evicted long before, and would have needed more than "
+        f"{misses.multiples[-1]:g} times the capacity: add a tier below (ssd), or take a codec of fewer bits."
+    )
