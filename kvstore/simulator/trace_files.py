@@ -1,7 +1,8 @@
 """Reads a trace, whichever of the known formats it is in.
 
-Covers: Mooncake's jsonl (``kvstore.simulator.trace``), Bailian's jsonl (``kvstore.simulator.bailian``). A jsonl file is
-Bailian's if its first line has a ``chat_id``.
+Covers: Mooncake's jsonl (``kvstore.simulator.trace``), Bailian's jsonl (``kvstore.simulator.bailian``), what a daemon
+recorded (``kvstore.simulator.recording``). A jsonl file is Bailian's if its first line has a ``chat_id``; a recording's
+file begins with its magic, and a directory holds recordings.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from os import PathLike
+from pathlib import Path
 from typing import Final
 
 import msgspec
 
 from kvstore.errors import InvalidArgument
 from kvstore.simulator.bailian import BAILIAN_BLOCK_TOKENS, parse_bailian
+from kvstore.simulator.recording import is_recording, read_recording
 from kvstore.simulator.requests import Request, Trace
 from kvstore.simulator.trace import TRACE_BLOCK_TOKENS, parse_trace
 
@@ -27,7 +30,7 @@ def read_requests(path: str | PathLike[str], limit: int | None = None, block_tok
     """The first ``limit`` requests of a trace, or all of them.
 
     Args:
-        path: of a file.
+        path: of a file, or of a directory of recordings.
         limit: most requests.
         block_tokens: tokens a block, a multiple of what the trace has; None for that.
 
@@ -37,8 +40,11 @@ def read_requests(path: str | PathLike[str], limit: int | None = None, block_tok
     """
     name = str(path)
     try:
-        with open(path, "rb") as lines:
-            trace = _read_lines(lines, name, limit)
+        if is_recording(Path(path)):
+            trace = read_recording(Path(path), limit)
+        else:
+            with open(path, "rb") as lines:
+                trace = _read_lines(lines, name, limit)
     except OSError as error:
         raise InvalidArgument(f"cannot read the trace {name!r}: {error.strerror or error}") from None
     if not trace.requests:

@@ -45,7 +45,10 @@ def tune(
     exact: Annotated[bool, typer.Option("--exact", help="Simulate all blocks, not a sample of them.")] = False,
     model: Annotated[
         str | None,
-        typer.Option(help=f"Model that blocks are of, as for 'kvstore layout'. (default: {_MODEL})", metavar="MODEL"),
+        typer.Option(
+            help=f"Model that blocks are of, as for 'kvstore layout'. (default: as recorded, or {_MODEL})",
+            metavar="MODEL",
+        ),
     ] = None,
     block_bytes: Annotated[
         str | None, typer.Option(help="Instead: bytes of a block, not compressed.", metavar="SIZE")
@@ -62,7 +65,19 @@ def tune(
     ssd_gb_per_s: Annotated[
         float, typer.Option(help="From the SSD, 10^9 bytes a second.", metavar="N")
     ] = _SSD_GB_PER_S,
+    decode_gb_per_s: Annotated[
+        float | None,
+        typer.Option(
+            help="What codecs decode to, 10^9 bytes a second. (default: as measured on this machine's CPU)", metavar="N"
+        ),
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first N requests.", min=1, metavar="N")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw a picture, too: .png, .svg or .pdf. Needs matplotlib.", metavar="FILE")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a report for browsers, too: one file of HTML.", metavar="FILE")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Simulate a trace with other policies, capacities, codecs and tiers, and recommend a configuration.
@@ -73,7 +88,9 @@ def tune(
     import msgspec
 
     from kvstore.cli import render
+    from kvstore.cli.tune.html import check_html, write_html
     from kvstore.cli.tune.options import parse_capacities, parse_codecs, parse_policies
+    from kvstore.cli.tune.plot import check_plot, draw_plot
     from kvstore.cli.tune.tables import tune_tables
     from kvstore.cli.tune.tuning import Asked, tuned
     from kvstore.simulator.trace_files import read_requests
@@ -82,27 +99,37 @@ def tune(
         ("--prefill-tokens-per-s", prefill_tokens_per_s),
         ("--dram-gb-per-s", dram_gb_per_s),
         ("--ssd-gb-per-s", ssd_gb_per_s),
+        ("--decode-gb-per-s", decode_gb_per_s),
     ):
-        if not 0 < value < float("inf"):
+        if value is not None and not 0 < value < float("inf"):
             raise InvalidArgument(f"{option}: a rate is a number above 0, got {value:g}")
     if model is not None and block_bytes is not None:
         raise InvalidArgument("--model and --block-bytes both say how large blocks are; give one of them")
+    if plot is not None:
+        check_plot(plot)
+    if html is not None:
+        check_html(html)
+    names = parse_codecs(codecs)
     asked = Asked(
         policies=None if policies is None else parse_policies(policies),
         capacities=None if capacities is None else parse_capacities(capacities),
-        codecs=parse_codecs(codecs),
+        codecs=names,
         ssd=parse_capacities(ssd, "--ssd", zero=True),
         have=None if have is None else _one(parse_capacities(have, "--have")),
         exact=exact,
         prefill_tokens_per_s=prefill_tokens_per_s,
         dram_gb_per_s=dram_gb_per_s,
         ssd_gb_per_s=ssd_gb_per_s,
-        decode_gb_per_s={},
+        decode_gb_per_s=_decoding(names, decode_gb_per_s),
     )
     read = read_requests(trace, limit, block_tokens)
     sizes = _sizes(read, model, block_bytes, asked.codecs)
     with _progress() as on_progress:
         report = tuned(read, sizes, asked, on_progress)
+    if plot is not None:
+        draw_plot(report, plot)
+    if html is not None:
+        write_html(report, html)
     if as_json:
         print(msgspec.json.encode(report).decode())
     else:
@@ -115,15 +142,29 @@ def _one(capacities: list[Capacity]) -> Capacity:
     return capacities[0]
 
 
+def _decoding(codecs: Sequence[str], gb_per_s: float | None) -> dict[str, float]:
+    """What codecs decode to; ``raw`` is loaded as it is."""
+    from kvstore.cli.tune.sizes import RAW
+
+    named = [codec for codec in codecs if codec != RAW]
+    if gb_per_s is not None or not named:
+        return {codec: gb_per_s for codec in named if gb_per_s is not None}
+    from kvstore.cli.tune.decoding import measured_decoding
+
+    return measured_decoding(named)
+
+
 def _sizes(trace: Trace, model: str | None, block_bytes: str | None, codecs: Sequence[str]) -> BlockSizes:
     from kvstore.cli.tune.recommend import WHAT_IF_CODEC
-    from kvstore.cli.tune.sizes import given_sizes, model_sizes
+    from kvstore.cli.tune.sizes import given_sizes, model_sizes, recorded_sizes
 
     if block_bytes is not None:
         try:
             return given_sizes(parse_size(block_bytes), [*codecs, WHAT_IF_CODEC])
         except InvalidArgument as wrong:
             raise InvalidArgument(f"--block-bytes: {wrong}") from None
+    if model is None and trace.slot_bytes:
+        return recorded_sizes(trace.slot_bytes, trace.codec, [*codecs, WHAT_IF_CODEC])
     return model_sizes(model or _MODEL, trace.block_tokens, codecs, also=WHAT_IF_CODEC)
 
 

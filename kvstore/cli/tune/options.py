@@ -14,7 +14,7 @@ from kvstore.sizes import parse_size
 __all__ = ["DEFAULT_POLICIES", "Capacity", "default_capacities", "parse_capacities", "parse_codecs", "parse_policies"]
 
 DEFAULT_POLICIES: Final = tuple(
-    name for name in ("lru", "adaptive", "s3fifo", "arc", "lrfu", CLAIRVOYANT) if name in {*SIMULATED, CLAIRVOYANT}
+    name for name in ("lru", "adaptive", "s3fifo", "arc", "lrfu-300", CLAIRVOYANT) if name in {*SIMULATED, CLAIRVOYANT}
 )
 _COUNT: Final = re.compile(r"([0-9]+(?:_[0-9]+)*)(?:\.([0-9]+))?([kM]?)", re.ASCII)
 _FACTORS: Final = {"": 1, "k": 1000, "M": 1000_000}

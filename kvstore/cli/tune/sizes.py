@@ -16,7 +16,7 @@ from kvstore.format.record import padded_bytes
 from kvstore_kernels.codecs import Codec, get_codec
 from kvstore_kernels.models import ModelLayout
 
-__all__ = ["RAW", "BlockSizes", "given_sizes", "model_sizes"]
+__all__ = ["RAW", "BlockSizes", "given_sizes", "model_sizes", "recorded_sizes"]
 
 RAW: Final = "raw"
 _RAW_BITS: Final = 16
@@ -64,6 +64,28 @@ def given_sizes(block_bytes: int, codecs: Sequence[str]) -> BlockSizes:
         for name in dict.fromkeys((RAW, *codecs))
     }
     return BlockSizes("as given", block_bytes, slots)
+
+
+def recorded_sizes(slot_bytes: int, codec: str, codecs: Sequence[str]) -> BlockSizes:
+    """Sizes from what blocks took where they were recorded.
+
+    Args:
+        slot_bytes: of a block.
+        codec: that it was stored with, "" for several, which are taken for ``raw``.
+        codecs: names of codecs.
+
+    Raises:
+        InvalidArgument: nothing is known of that codec.
+    """
+    if codec and codec not in measured():
+        raise InvalidArgument(
+            f"the trace has blocks of the codec {codec!r}, unknown here; give --model or --block-bytes"
+        )
+    block_bytes = round(slot_bytes * _RAW_BITS / _bits(codec or RAW))
+    sizes = given_sizes(block_bytes, codecs)
+    # A slot has its header and padding already.
+    slots = {name: padded_bytes(round(block_bytes * _bits(name) / _RAW_BITS)) for name in sizes.slot_bytes}
+    return BlockSizes("as recorded", block_bytes, slots)
 
 
 def _model_slot(model: str, layout: ModelLayout, codec: Codec) -> int:

@@ -14,12 +14,16 @@ from rich.text import Text
 from kvstore.cli import render
 from kvstore.cli.tune.report import TuneReport, TuneRow
 from kvstore.cli.tune.runs import LRU
+from kvstore.cli.tune.series import group_name, series_of, short_count
+from kvstore.cli.tune.terminal_plot import Curve, Plot
 from kvstore.simulator.clairvoyant import CLAIRVOYANT
 
 __all__ = ["tune_tables"]
 
 _MOST_POLICIES: Final = 7
 """Columns that fit beside the capacities."""
+_WORTH_A_PLOT: Final = 0.02
+"""Hit rates that differ by less are a flat line."""
 
 
 def tune_tables(report: TuneReport) -> RenderableType:
@@ -32,6 +36,8 @@ def tune_tables(report: TuneReport) -> RenderableType:
             parts += [_hit_rates(title, rows, some), ""]
         for some in _chunks([name for name in _policies(rows) if name != CLAIRVOYANT]):
             parts += [_times(f"Estimated time to the first token with {codec}", rows, some), ""]
+        if len(_by_capacity(rows)) > 1 and _spread(rows) >= _WORTH_A_PLOT:
+            parts += [_plot(report, codec, ssd_bytes, rows), ""]
     return Group(*parts, _advice(report), "", _meanings(report))
 
 
@@ -88,6 +94,22 @@ def _times(title: str, rows: Sequence[TuneRow], policies: Sequence[str]) -> Tabl
     return table
 
 
+def _spread(rows: Sequence[TuneRow]) -> float:
+    rates = [row.hit_rate for row in rows]
+    return max(rates) - min(rates)
+
+
+def _plot(report: TuneReport, codec: str, ssd_bytes: int, rows: Sequence[TuneRow]) -> Plot:
+    # The bound is behind all others, and what was named first in front.
+    drawn = [Curve(one.policy, one.style, one.points) for one in reversed(series_of(report, rows))]
+    ticks = sorted({(float(row.capacity_bytes), short_count(row.capacity_blocks)) for row in rows})
+    return Plot(
+        f"Hit rate over DRAM, in blocks that fit: {group_name(codec, ssd_bytes)}",
+        drawn,
+        ticks,
+    )
+
+
 def _by_capacity(rows: Sequence[TuneRow]) -> list[dict[str, TuneRow]]:
     grouped: dict[int, dict[str, TuneRow]] = {}
     for row in rows:
@@ -120,7 +142,7 @@ def _meanings(report: TuneReport) -> Table:
     rates = [f"DRAM {assumed.dram_gb_per_s:g} GB/s"]
     if any(row.ssd_bytes for row in report.rows):
         rates.append(f"SSD {assumed.ssd_gb_per_s:g} GB/s")
-    rates += [f"{codec} decodes to {rate:g} GB/s" for codec, rate in assumed.decode_gb_per_s.items()]
+    rates += [f"{codec} decodes to {rate:.3g} GB/s" for codec, rate in assumed.decode_gb_per_s.items()]
     sampled = sorted({row.rate for row in report.rows if row.rate < 1})
     how = f"samples of {', '.join(f'{rate:.3g}' for rate in sampled)} of the blocks" if sampled else "every block"
     meanings = [

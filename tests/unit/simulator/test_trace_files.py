@@ -92,7 +92,7 @@ def test_wrong_line_is_named(tmp_path: Path, line: dict[str, object], what: str)
 def test_files_that_are_no_traces_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match="No such file"):
         read_requests(tmp_path / "none")
-    with pytest.raises(InvalidArgument, match="Is a directory"):
+    with pytest.raises(InvalidArgument, match="holds no recording"):
         read_requests(tmp_path)
     (tmp_path / "empty").touch()
     with pytest.raises(InvalidArgument, match="holds no requests"):
