@@ -26,6 +26,7 @@ from kvstore.protocol.endpoint import (
     default_arena_directory,
     default_endpoint,
     default_event_endpoints,
+    default_recording_directory,
 )
 from kvstore.protocol.version import MAX_LEASE_MS
 from kvstore.settings_sources import load_settings
@@ -40,6 +41,7 @@ __all__ = [
     "ExplainSettings",
     "LimitSettings",
     "QuotaSettings",
+    "RecordSettings",
     "RetentionSettings",
     "Settings",
     "SsdSettings",
@@ -56,6 +58,7 @@ _TYPICAL_RECORD_BYTES: Final = 16 << 10
 _SMALLEST_EXPLAIN_BYTES: Final = 1 << 20
 _MOST_QUOTAS: Final = 64
 _LONGEST_NAME: Final = 512
+_SMALLEST_RECORDING_BYTES: Final = 1 << 20
 _MODES: Final = {0o600: "0600", 0o660: "0660", 0o666: "0666"}
 
 
@@ -438,6 +441,33 @@ class EventSettings(_Section):
     """After how long without a batch an empty one is published."""
 
 
+class RecordSettings(_Section):
+    """Recording of lookups, for ``kvstore tune``: begins when it is asked for, or with the daemon."""
+
+    enabled: bool = False
+    """Whether it begins with the daemon."""
+
+    directory: Annotated[Path, AfterValidator(_check_directory)] | None = None
+    """For recordings; None: one for this user and endpoint under ``$XDG_STATE_HOME`` or ``~/.local/state``."""
+
+    max_bytes: SizeBytes = 256 << 20
+    """Most bytes of all recordings in the directory; the oldest files go first."""
+
+    files: Annotated[Count, Field(ge=2, le=1000)] = 8
+    """Files that share them evenly."""
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> Self:
+        if self.max_bytes // self.files < _SMALLEST_RECORDING_BYTES:
+            raise _conflict(
+                f"record.max_bytes ({format_size(self.max_bytes)}) must be at least "
+                f"{format_size(_SMALLEST_RECORDING_BYTES)} for each of the {self.files} files of record.files",
+                "record.max_bytes",
+                "record.files",
+            )
+        return self
+
+
 class Settings(BaseSettings):
     """All settings of a daemon; immutable. ``Settings.load`` reads them, the constructor takes explicit values."""
 
@@ -460,6 +490,7 @@ class Settings(BaseSettings):
     retention: RetentionSettings = RetentionSettings()
     explain: ExplainSettings = ExplainSettings()
     events: EventSettings = EventSettings()
+    record: RecordSettings = RecordSettings()
 
     @classmethod
     def settings_customise_sources(
@@ -499,6 +530,11 @@ class Settings(BaseSettings):
     def arena_directory(self) -> Path:
         """Directory of the arena, derived from the endpoint unless it is set."""
         return self.dram.directory or default_arena_directory(self.endpoint)
+
+    @property
+    def recording_directory(self) -> Path:
+        """Directory of recordings, derived from the endpoint unless it is set."""
+        return self.record.directory or default_recording_directory(self.endpoint)
 
     @property
     def event_endpoints(self) -> tuple[str, str]:

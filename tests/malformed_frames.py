@@ -34,6 +34,8 @@ from kvstore.protocol.messages import (
     Prefetch,
     Put,
     PutReply,
+    Record,
+    Recorded,
     Release,
     Remove,
     Reserve,
@@ -45,6 +47,7 @@ from kvstore.protocol.messages import (
     Welcome,
 )
 from kvstore.protocol.namespace import Namespace
+from kvstore.protocol.statistics import RecordStats
 
 HEAD = (7, 3, 1, 123_456_789, 5000, 0, 42)
 KEYS = bytes(range(1, 97))
@@ -64,6 +67,7 @@ REQUESTS = [
     Persist(*HEAD, KEYS),
     Hint(*HEAD, KEYS, False),
     Configure(*HEAD, "adaptive", "lru", "all"),
+    Record(*HEAD, "start"),
     Release(*HEAD, 99),
     Stats(*HEAD),
     Verify(*HEAD),
@@ -85,6 +89,7 @@ REPLIES = [
     Reserved(7, 5, 69_632, 60),
     Persisted(7, 5, b"\1\4", b"\0\x10"),
     Configured(7, 5, "adaptive", "lru", "all"),
+    Recorded(7, 5, RecordStats(state="on", directory="/recordings", max_bytes=1 << 28, file="a.lookups", requests=3)),
     VerifyReply(7, 5, 10, 4096, 0.25, ["slot 3: wrong checksum"]),
 ]
 LEAD_BYTES = bytes([0x00, 0x7F, 0x80, 0x90, 0x9F, 0xA0, 0xC0, 0xC1, *range(0xC2, 0xE0), 0xE0, 0xFF])

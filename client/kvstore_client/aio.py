@@ -16,7 +16,7 @@ from kvstore.errors import ConnectionLost, DeadlineExceeded, KVStoreError
 from kvstore.format.record import RecordHeader
 from kvstore.protocol.framing import decode_reply, encode
 from kvstore.protocol.messages import Bye, Configured, PutStatus, TierName, VerifyReply
-from kvstore.protocol.statistics import DaemonStats
+from kvstore.protocol.statistics import DaemonStats, RecordStats
 from kvstore.protocol.version import MAX_OUTSTANDING_REQUESTS
 from kvstore_client.arguments import check_durable, check_read
 from kvstore_client.base import DRAM, GOODBYE_MS, UNWAITED_BYTES, VERIFY_TIMEOUT_S, BaseClient
@@ -267,6 +267,10 @@ class AsyncClient(BaseClient):
     async def configure(self, *, policy: str = "", ssd_policy: str = "", admission: str = "") -> Configured:
         """See ``Client.configure``."""
         return await self._run(self._operations.configure(policy, ssd_policy, admission))
+
+    async def record(self, action: str = "") -> RecordStats:
+        """See ``Client.record``."""
+        return await self._run(self._operations.record(action))
 
     async def verify(self, *, timeout: float = VERIFY_TIMEOUT_S) -> VerifyReply:
         """See ``Client.verify``."""

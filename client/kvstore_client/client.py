@@ -16,7 +16,7 @@ from kvstore.errors import ConnectionLost, DeadlineExceeded, KVStoreError
 from kvstore.format.record import RecordHeader
 from kvstore.protocol.framing import decode_reply, encode
 from kvstore.protocol.messages import Bye, Configured, PutStatus, TierName, VerifyReply
-from kvstore.protocol.statistics import DaemonStats
+from kvstore.protocol.statistics import DaemonStats, RecordStats
 from kvstore_client.arguments import check_durable, check_read
 from kvstore_client.base import (
     DRAM,
@@ -329,6 +329,22 @@ class Client(BaseClient):
             ProtocolMismatch: the daemon is too old for this.
         """
         return self._run(self._operations.configure(policy, ssd_policy, admission))
+
+    def record(self, action: str = "") -> RecordStats:
+        """Have the daemon record what is looked up, or end that; docs/tune.md says what for.
+
+        Args:
+            action: "start", "stop", or "" to change nothing. To start what goes on, or to stop what does not, is no
+                error.
+
+        Returns:
+            How it goes now.
+
+        Raises:
+            InvalidArgument: the daemon cannot make a file, or there is no such action.
+            ProtocolMismatch: the daemon is too old for this.
+        """
+        return self._run(self._operations.record(action))
 
     def verify(self, *, timeout: float = VERIFY_TIMEOUT_S) -> VerifyReply:
         """Have the daemon check its invariants and the checksum of every record; corrupt ones leave the store."""

@@ -32,6 +32,8 @@ from kvstore.protocol.messages import (
     MatchReply,
     Ping,
     Prefetch,
+    Record,
+    Recorded,
     Release,
     Remove,
     Stats,
@@ -41,7 +43,7 @@ from kvstore.protocol.messages import (
     Verify,
     VerifyReply,
 )
-from kvstore.protocol.statistics import DaemonStats
+from kvstore.protocol.statistics import DaemonStats, RecordStats
 from kvstore.protocol.version import MAX_KEYS_PER_REQUEST, MAX_LEASE_MS
 from kvstore_client.arguments import batches, buffer_of, check_part, check_request
 from kvstore_client.puts import PutOperations
@@ -315,6 +317,10 @@ class Operations(PutOperations):
     def configure(self, policy: str, ssd_policy: str, admission: str) -> Steps[Configured]:
         """Change what the running daemon does; what it does now."""
         return expect((yield Ask(Configure, (policy, ssd_policy, admission))), Configured)
+
+    def record(self, action: str) -> Steps[RecordStats]:
+        """Begin or end the recording of lookups; how it goes."""
+        return expect((yield Ask(Record, (action,))), Recorded).recording
 
     def clear(self) -> Steps[int]:
         """Remove all blocks of the namespace; how many there were."""

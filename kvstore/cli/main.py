@@ -19,6 +19,7 @@ from kvstore.cli.configure import configure
 from kvstore.cli.demo import demo
 from kvstore.cli.layout import layout
 from kvstore.cli.quality.command import quality
+from kvstore.cli.record import record
 from kvstore.cli.replay import replay
 from kvstore.cli.serve import serve
 from kvstore.cli.stats import StatsCommand, stats
@@ -70,6 +71,7 @@ app.command("top")(top)
 app.command("configure")(configure)
 app.command("verify")(verify)
 app.command("replay")(replay)
+app.command("record")(record)
 app.command("tune")(tune)
 app.command("codecs")(codecs)
 app.command("layout")(layout)

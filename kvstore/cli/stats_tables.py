@@ -22,6 +22,7 @@ from kvstore.protocol.statistics import (
     EvictionStats,
     NamespaceStats,
     PutStats,
+    RecordStats,
     SessionStats,
     SsdStats,
 )
@@ -72,6 +73,7 @@ def _daemon(stats: DaemonStats) -> Table:
             ("daemon", f"pid {stats.pid}, up {render.duration(stats.uptime_s)}, incarnation {stats.incarnation}"),
             ("requests", ", ".join(_requests(stats))),
             *([("events", ", ".join(_events(stats.events)))] if stats.events is not None else []),
+            *([("recording", ", ".join(_recording(stats.recording)))] if stats.recording is not None else []),
         ],
     )
 
@@ -87,6 +89,13 @@ def _events(events: EventStats) -> Iterator[str]:
     ):
         if number:
             yield f"{render.count(number)} {what}"
+
+
+def _recording(recording: RecordStats) -> Iterator[str]:
+    yield recording.state if not recording.problem else f"{recording.state}: {recording.problem}"
+    yield f"{render.count(recording.requests)} requests in {render.size(recording.bytes_written)}"
+    if recording.dropped_requests:
+        yield f"{render.count(recording.dropped_requests)} dropped"
 
 
 def _requests(stats: DaemonStats) -> Iterator[str]:

@@ -95,3 +95,10 @@ def default_arena_directory(endpoint: str) -> Path:
     """Directory of a daemon's shared-memory files under ``/dev/shm``, one for each user and endpoint."""
     name = sha256(os.fsencode(endpoint)).hexdigest()[:12]
     return Path("/dev/shm") / f"kvstore-{os.getuid()}-{name}"
+
+
+def default_recording_directory(endpoint: str, environ: Mapping[str, str] = os.environ) -> Path:
+    """Directory of what a daemon records, one for each endpoint, among the user's own files that outlive a session."""
+    state = environ.get("XDG_STATE_HOME", "")
+    root = Path(state) if state and os.path.isabs(state) else Path(environ.get("HOME") or "/") / ".local" / "state"
+    return root / "kvstore" / f"recordings-{sha256(os.fsencode(endpoint)).hexdigest()[:12]}"

@@ -15,7 +15,7 @@ import msgspec
 from kvstore.format.constants import FIDELITY_EXACT
 from kvstore.protocol.keys import KEY_BYTES
 from kvstore.protocol.namespace import Namespace
-from kvstore.protocol.statistics import DaemonStats, Unsigned
+from kvstore.protocol.statistics import DaemonStats, RecordStats, Unsigned
 from kvstore.protocol.version import (
     MAX_DECLARED_SIZES,
     MAX_GENERATION,
@@ -285,6 +285,12 @@ class Configure(Request, tag=20):
     admission: Ident = ""
 
 
+class Record(Request, tag=23):
+    """Begins or ends the recording of lookups; ``action`` is "start", "stop", or empty to ask how it goes."""
+
+    action: Ident = ""
+
+
 class Ping(Request, tag=15):
     """Asks for nothing."""
 
@@ -314,6 +320,7 @@ AnyRequest = (
     | Persist
     | Hint
     | Configure
+    | Record
 )
 
 # ------------------------------------------------------------------ replies
@@ -447,6 +454,12 @@ class Configured(Reply, tag=114):
     admission: str = ""
 
 
+class Recorded(Reply, tag=117):
+    """How the recording of lookups goes."""
+
+    recording: RecordStats
+
+
 class StatsReply(Reply, tag=110):
     """Statistics at one moment."""
 
@@ -477,6 +490,7 @@ AnyReply = (
     | Reserved
     | Persisted
     | Configured
+    | Recorded
 )
 
 TierName = Literal["hbm", "dram", "ssd", "remote"]

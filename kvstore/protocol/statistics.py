@@ -390,11 +390,39 @@ class MissStats(msgspec.Struct, kw_only=True):
     oldest_ghost_s: float
 
 
+class RecordStats(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """The recording of lookups that goes on, or the last one.
+
+    Attributes:
+        state: "on", "off" or "failed" (it ended by itself).
+        directory: for recordings.
+        max_bytes: that they may take there, all together.
+        problem: why it failed, "" where it did not.
+        file: its current file, or its last one; "" where nothing was recorded yet.
+        started_unix_s: when it began.
+        requests, blocks, bytes_written: in its files.
+        open_requests: that are not over yet.
+        dropped_requests: because writing could not keep up.
+    """
+
+    state: str
+    directory: str
+    max_bytes: Unsigned
+    problem: str = ""
+    file: str = ""
+    started_unix_s: float = 0.0
+    requests: Unsigned = 0
+    blocks: Unsigned = 0
+    bytes_written: Unsigned = 0
+    open_requests: Unsigned = 0
+    dropped_requests: Unsigned = 0
+
+
 class DaemonStats(msgspec.Struct, kw_only=True, omit_defaults=True):
     """Everything ``kvstore stats`` shows; ``events`` where they are published, ``ssd`` where there is that tier.
 
     ``retention`` is None of a daemon that does not know of it, ``tenants`` are those with a quota. ``misses`` is None
-    where they are not explained.
+    where they are not explained, ``recording`` where nothing was recorded.
     """
 
     version: str
@@ -416,3 +444,4 @@ class DaemonStats(msgspec.Struct, kw_only=True, omit_defaults=True):
     tenants: list[TenantStats] = []
     curve: CurveStats | None = None
     misses: MissStats | None = None
+    recording: RecordStats | None = None

@@ -23,7 +23,7 @@ from kvstore.core.misses import Misses
 from kvstore.core.slabs import SlabAllocator
 from kvstore.core.state import StoreLimits
 from kvstore.core.store import Store
-from kvstore.errors import InvalidArgument, SettingsError
+from kvstore.errors import InvalidArgument, KVStoreError, SettingsError
 from kvstore.format.constants import PAGE_BYTES
 from kvstore.mapped.arena import FIRST_SLAB_PAGE, STATE_OFFSET, ArenaHeader, ArenaState
 from kvstore.mapped.index_file import STATE_OFFSET as INDEX_STATE_OFFSET
@@ -46,6 +46,7 @@ from kvstore.server.outbound import Outbound
 from kvstore.server.overload import Overload
 from kvstore.server.population import Population, populate_first
 from kvstore.server.puts import Puts
+from kvstore.server.recorder import Recorder
 from kvstore.server.requests import Requests
 from kvstore.server.sessions import Sessions
 from kvstore.server.ssd import SsdTier
@@ -194,6 +195,10 @@ class Daemon:
             int(settings.limits.reclaim_grace_s * 1e9),
         )
         self._undo.callback(mapping.stop)
+        recorder = Recorder(
+            store, settings.recording_directory, settings.record.max_bytes, settings.record.files, self._clock
+        )
+        self._undo.push_async_callback(_end_recording, recorder)
         requests = Requests(
             executor=executor,
             sessions=sessions,
@@ -208,6 +213,7 @@ class Daemon:
             pid=os.getpid(),
             mapping=mapping,
             below=below,
+            recorder=recorder,
             clock=self._clock,
             log=self._log,
         )
@@ -240,10 +246,14 @@ class Daemon:
             ssd=tier,
             curve=curve,
             misses=misses,
+            recorder=recorder,
         )
+        if settings.record.enabled:
+            self._start_recording(recorder)
         requests.transport, requests.statistics = transport, self._statistics
         self._requests, self._executor, self._sessions, self._mapping = requests, executor, sessions, mapping
         self._tier = tier
+        self._recorder = recorder
 
         http_address = "off"
         if settings.http != "off":
@@ -341,6 +351,13 @@ class Daemon:
         self.ready = False
         await self._undo.aclose()
 
+    def _start_recording(self, recorder: Recorder) -> None:
+        """As it is set: a daemon that cannot record serves all the same, and says so."""
+        try:
+            recorder.start()
+        except (KVStoreError, OSError) as error:
+            self._log.error("recording_refused", directory=str(self.settings.recording_directory), why=str(error))
+
     def _readiness(self) -> tuple[bool, str]:
         if not self.ready:
             return False, "starting or stopping"
@@ -365,6 +382,7 @@ class Daemon:
                 self._mapping.tick()
                 if self._tier is not None:
                     self._tier.tick()
+                self._recorder.tick()
                 for session in self._sessions.gone(self._clock(), self._mapping.grace_ns):
                     self._log.info("client_gone", pid=session.pid, locked=session.locked, requests=session.requests)
                     self._requests.close_session(session)
@@ -377,6 +395,11 @@ class Daemon:
             self._ticker.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._ticker
+
+
+async def _end_recording(recorder: Recorder) -> None:
+    recorder.stop()
+    await asyncio.to_thread(recorder.finished)
 
 
 def _hazard_bytes(settings: Settings) -> int:

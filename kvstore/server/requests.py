@@ -57,6 +57,7 @@ from kvstore.protocol.messages import (
     Prefetch,
     Put,
     Reason,
+    Record,
     Release,
     Remove,
     Reply,
@@ -85,6 +86,8 @@ from kvstore.server.outbound import Outbound
 from kvstore.server.overload import Overload
 from kvstore.server.policy_requests import PolicyRequests
 from kvstore.server.puts import Puts, refused
+from kvstore.server.record_requests import RecordRequests
+from kvstore.server.recorder import Recorder
 from kvstore.server.refusal import Refused, keys_of
 from kvstore.server.sessions import Session, Sessions, TooManySessions
 from kvstore.server.statistics import Statistics
@@ -117,6 +120,7 @@ class Requests:
         pid: int,
         mapping: Mapping,
         below: Below | None,
+        recorder: Recorder,
         clock: Callable[[], int],
         log: Log,
     ) -> None:
@@ -164,6 +168,7 @@ class Requests:
             Configure: PolicyRequests(
                 executor, 0 if below is None else below.tier.settings.capacity_bytes or 0, clock, incarnation, log
             ).configure,
+            Record: RecordRequests(recorder, incarnation, log).record,
         }
 
     # -------------------------------------------------------------- dispatch

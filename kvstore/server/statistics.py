@@ -19,6 +19,7 @@ from kvstore.protocol.statistics import (
     LookupStats,
     NamespaceStats,
     PutStats,
+    RecordStats,
     ServerStats,
     SessionStats,
     SlotClassStats,
@@ -28,6 +29,7 @@ from kvstore.server.events import EventPublisher
 from kvstore.server.mapping import Mapping
 from kvstore.server.outbound import Outbound
 from kvstore.server.overload import Overload
+from kvstore.server.recorder import Recorder
 from kvstore.server.sessions import Sessions
 from kvstore.server.ssd import SsdTier
 from kvstore.server.transport import RouterTransport
@@ -59,6 +61,7 @@ class Statistics:
     events: EventPublisher | None = None
     ssd: SsdTier | None = None
     misses: Misses | None = None
+    recorder: Recorder | None = None
     problem: str = ""
     curve: LiveCurve | None = None
 
@@ -111,6 +114,7 @@ class Statistics:
             sessions=self._sessions(now_ns),
             leases=len(self.store.leases),
             events=None if self.events is None else self.events.statistics(),
+            recording=self._recording(),
             ssd=None if self.ssd is None else self.ssd.statistics(),
             curve=None if self.curve is None else self._curve(self.curve),
             misses=None if self.misses is None else self.misses.statistics(now_ns),
@@ -169,6 +173,11 @@ class Statistics:
                 for slots in sorted(slabs.classes.values(), key=lambda slots: slots.slot_pages)
             ],
         )
+
+    def _recording(self) -> RecordStats | None:
+        """Of a recording that goes on, or went on since the start."""
+        recording = None if self.recorder is None else self.recorder.statistics()
+        return recording if recording is not None and recording.file else None
 
     def _eviction(self) -> EvictionStats:
         counters, ssd = self.store.counters, self.store.ssd

@@ -49,6 +49,8 @@ from kvstore.protocol.messages import (
     PutReply,
     PutStatus,
     Reason,
+    Record,
+    Recorded,
     Release,
     Remove,
     Reserve,
@@ -68,6 +70,7 @@ from kvstore.protocol.statistics import (
     LookupStats,
     NamespaceStats,
     PutStats,
+    RecordStats,
     ServerStats,
     SessionStats,
     SlotClassStats,
@@ -278,9 +281,22 @@ REPLIES_3: dict[str, AnyReply] = {
     ),
 }
 
+RECORDING = RecordStats(
+    state="on",
+    directory="/var/lib/kvstore/recordings",
+    max_bytes=1 << 28,
+    file="0123456789ab-000002.lookups",
+    started_unix_s=1764144000.5,
+    requests=12031,
+    blocks=276491,
+    bytes_written=778293,
+    open_requests=3,
+    dropped_requests=1,
+)
 # What changed in version 4, or is new there: a tier below DRAM, which outlives the daemon.
 REQUESTS_5: dict[str, AnyRequest] = {
     "configure": Configure(*request(20), "adaptive", "lru", "predicted"),
+    "record": Record(*request(23), "start"),
 }
 REQUESTS_4: dict[str, AnyRequest] = {
     "match": Match(*request(4, access=2), FIRST + SECOND + bytes([7] * 32), 1500, True),
@@ -345,6 +361,7 @@ STATS_4 = REPLIES_4["stats-reply"]
 assert isinstance(STATS_4, StatsReply)
 REPLIES_5: dict[str, AnyReply] = {
     "configured": Configured(*reply(20), "adaptive", "lru", "predicted"),
+    "recorded": Recorded(*reply(23), RECORDING),
     "stats-reply": StatsReply(
         *reply(13),
         msgspec.structs.replace(
