@@ -30,7 +30,9 @@ _MAX_BLOCK_BYTES: Final = 64 << 20
 
 
 def replay(
-    trace: Annotated[Path, typer.Argument(help="Trace in the Mooncake format (jsonl).", metavar="TRACE")],
+    trace: Annotated[
+        Path, typer.Argument(help="A trace: Mooncake or Bailian jsonl, or what the daemon recorded.", metavar="TRACE")
+    ],
     endpoint: Annotated[
         str | None, typer.Option(help="A running daemon; without it a private one is started.", metavar="ipc://PATH")
     ] = None,
@@ -62,7 +64,7 @@ def replay(
 
     from kvstore.cli import render
     from kvstore.cli.replay_loop import replay_namespace, replay_trace
-    from kvstore.simulator.trace import read_trace
+    from kvstore.simulator.trace_files import read_requests
     from kvstore_client import Client
 
     if codec:
@@ -73,14 +75,15 @@ def replay(
     payload_bytes = _block_bytes(block_bytes or _BLOCK)
     if endpoint is not None and capacity_blocks is not None:
         raise InvalidArgument("--capacity-blocks sizes a private daemon; the one at --endpoint has its own capacity")
-    requests = read_trace(trace, limit)
+    read = read_requests(trace, limit)
+    requests = read.requests
     with contextlib.ExitStack() as stack:
         if endpoint is None:
             endpoint = stack.enter_context(private_daemon_for(payload_bytes, capacity_blocks)).endpoint
         client = stack.enter_context(
             Client(
                 endpoint,
-                namespace=replay_namespace(namespace, payload_bytes),
+                namespace=replay_namespace(namespace, payload_bytes, read.block_tokens),
                 timeout=timeout,
                 payload_bytes=(payload_bytes,),
             )
@@ -111,13 +114,13 @@ def report_codecs(
     from kvstore.cli import render
     from kvstore.cli.replay_codecs import codecs_layout, comparison_table, replay_codecs
     from kvstore.cli.replay_loop import slot_bytes
-    from kvstore.simulator.trace import read_trace
+    from kvstore.simulator.trace_files import read_requests
 
     payload_bytes = _block_bytes(block_bytes)
     codecs_layout(payload_bytes)
     slot = slot_bytes(payload_bytes)
     capacity_bytes = slot * (max(1, _DEFAULT_CAPACITY_BYTES // slot) if capacity_blocks is None else capacity_blocks)
-    requests = read_trace(trace, limit)
+    requests = read_requests(trace, limit).requests
     with _progress(len(requests) * (1 + len(set(names) - {"raw"}))) as on_request:
         report = replay_codecs(
             requests,

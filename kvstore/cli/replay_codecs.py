@@ -22,7 +22,7 @@ from kvstore.cli.replay_loop import ReplayReport, replay_trace, slot_bytes
 from kvstore.errors import InvalidArgument
 from kvstore.protocol.messages import PutStatus
 from kvstore.protocol.statistics import DaemonStats
-from kvstore.simulator.trace import TraceRequest
+from kvstore.simulator.requests import Prompt
 from kvstore_client.tensors import Failure, TensorStore
 from kvstore_kernels import cpu
 from kvstore_kernels.codecs import Codec, get_codec
@@ -140,7 +140,7 @@ class _StoreAsClient:
 
 
 def replay_codecs(
-    requests: Sequence[TraceRequest],
+    requests: Sequence[Prompt],
     names: Sequence[str],
     daemon_for: Callable[[int | None, int], PrivateDaemon],
     *,
@@ -153,7 +153,7 @@ def replay_codecs(
     """Replay a trace by ``raw`` and by each codec.
 
     Args:
-        requests: what ``read_trace`` gave.
+        requests: of a trace.
         names: of codecs.
         daemon_for: a daemon (not started) for slots of a size, or of many, and so many bytes of them.
         trace: names the trace.

@@ -20,7 +20,8 @@ from kvstore.format.record import padded_bytes
 from kvstore.protocol.messages import PutStatus
 from kvstore.protocol.namespace import Namespace
 from kvstore.protocol.statistics import DaemonStats
-from kvstore.simulator.trace import TRACE_BLOCK_TOKENS, TraceRequest, block_key
+from kvstore.simulator.requests import Prompt
+from kvstore.simulator.trace import TRACE_BLOCK_TOKENS, block_key
 from kvstore_client import Match
 
 __all__ = ["DaemonView", "Latency", "ReplayClient", "ReplayReport", "replay_namespace", "replay_trace", "slot_bytes"]
@@ -134,14 +135,14 @@ def slot_bytes(block_bytes: int) -> int:
     return padded_bytes(RECORD_HEADER_BYTES + block_bytes)
 
 
-def replay_namespace(name: str, block_bytes: int) -> Namespace:
+def replay_namespace(name: str, block_bytes: int, block_tokens: int = TRACE_BLOCK_TOKENS) -> Namespace:
     """The namespace of replays with one payload size; another size is other content under the same keys."""
-    return Namespace(name=name, layout=f"trace replay, {block_bytes} bytes a block", block_tokens=TRACE_BLOCK_TOKENS)
+    return Namespace(name=name, layout=f"trace replay, {block_bytes} bytes a block", block_tokens=block_tokens)
 
 
 def replay_trace(
     client: ReplayClient,
-    requests: Sequence[TraceRequest],
+    requests: Sequence[Prompt],
     *,
     trace: str,
     block_bytes: int,
@@ -155,7 +156,7 @@ def replay_trace(
 
     Args:
         client: in a namespace of ``replay_namespace``.
-        requests: what ``read_trace`` gave.
+        requests: of a trace.
         trace: names the trace in the report.
         block_bytes: payload bytes a block.
         blocks: derives and checks them, of the longest request; None for bytes that derive from the keys.

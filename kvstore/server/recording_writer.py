@@ -32,7 +32,7 @@ class RecordingWriter:
         salt: see ``LookupEncoder``.
         started_unix_ns: when it begins.
         max_bytes: of all recordings in the directory.
-        files: of which so many share ``max_bytes`` evenly.
+        files: of which so many share ``max_bytes`` evenly; each must hold a request of as many blocks as there may be.
 
     Attributes:
         written_bytes, written_lookups, written_blocks: so far.
@@ -65,6 +65,7 @@ class RecordingWriter:
         self._sequence = 0
         self._open: RecordingFile | None = None
         self._encoder = LookupEncoder(salt)
+        self._framed: list[Lookup] = []
         self._queue: queue.SimpleQueue[Sequence[Lookup] | None] = queue.SimpleQueue()
         # Blocks that were put in, by the loop alone, and taken out, by the thread alone.
         self._put_blocks = 0
@@ -118,8 +119,7 @@ class RecordingWriter:
             return False
         for lookup in lookups:
             self._encoder.add(lookup)
-            self.written_lookups += 1
-            self.written_blocks += len(lookup.keys)
+            self._framed.append(lookup)
             if self._encoder.waiting_bytes >= _FRAME_BYTES:
                 self._write_frame()
         self._taken_blocks += sum(len(lookup.keys) for lookup in lookups)
@@ -128,17 +128,23 @@ class RecordingWriter:
         return True
 
     def _write_frame(self) -> None:
-        frame = self._encoder.frame()
-        if not frame:
+        if not self._framed:
             return
         assert self._open is not None
-        self._open.append(frame)
-        self.written_bytes += len(frame)
-        if self._open.size_bytes >= self._file_bytes - 2 * _FRAME_BYTES:
-            # What follows is encoded for the next file, which knows nothing of this one.
+        frame = self._encoder.frame()
+        if self._open.size_bytes + len(frame) > self._file_bytes:
+            # The next file knows nothing of this one, so it is encoded anew.
             self._open.close()
             self._next_file()
             self._encoder = LookupEncoder(self._salt)
+            for lookup in self._framed:
+                self._encoder.add(lookup)
+            frame = self._encoder.frame()
+        self._open.append(frame)
+        self.written_bytes += len(frame)
+        self.written_lookups += len(self._framed)
+        self.written_blocks += sum(len(lookup.keys) for lookup in self._framed)
+        self._framed.clear()
 
     def _next_file(self) -> None:
         stored = self._directory.stored()

@@ -168,7 +168,7 @@ class Requests:
             Configure: PolicyRequests(
                 executor, 0 if below is None else below.tier.settings.capacity_bytes or 0, clock, incarnation, log
             ).configure,
-            Record: RecordRequests(recorder, incarnation, log).record,
+            Record: RecordRequests(recorder, mapping.drain_all, self._lower.later, self._send, incarnation, log).record,
         }
 
     # -------------------------------------------------------------- dispatch

@@ -45,7 +45,7 @@ def is_recording(path: Path) -> bool:
 
 
 def read_recording(path: Path, limit: int | None = None) -> Trace:
-    """The requests of a file, or of all files of the newest recording in a directory.
+    """The requests of a file, or of all files of the newest recording with requests in a directory.
 
     Args:
         path: of the file or directory.
@@ -78,11 +78,14 @@ def _files(path: Path) -> tuple[list[Path], list[str]]:
     for file in sorted(path.glob(f"*{_SUFFIX}")):
         try:
             with file.open("rb") as begin:
-                headers[file] = decode_header(begin.read(FILE_HEADER_BYTES))
+                header = decode_header(begin.read(FILE_HEADER_BYTES))
+                # One that has just begun is none yet.
+                if begin.read(1):
+                    headers[file] = header
         except CorruptRecord:
             continue
     if not headers:
-        raise InvalidArgument(f"the directory {str(path)!r} holds no recording (*{_SUFFIX})")
+        raise InvalidArgument(f"the directory {str(path)!r} holds no recording with requests (*{_SUFFIX})")
     newest = max(headers.values(), key=lambda header: (header.started_unix_ns, header.recording))
     own = [file for file, header in headers.items() if header.recording == newest.recording]
     own.sort(key=lambda file: headers[file].sequence)

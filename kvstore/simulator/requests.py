@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 from kvstore.errors import InvalidArgument
 from kvstore.simulator.arrivals import Arrival
 
-__all__ = ["MAX_TOKENS", "Request", "Trace"]
+__all__ = ["MAX_TOKENS", "Prompt", "Request", "Trace"]
 
 MAX_TOKENS: Final = 1 << 40
+
+
+class Prompt(Protocol):
+    """What a replay needs of a request, in whichever format it came."""
+
+    @property
+    def full_blocks(self) -> tuple[int, ...]:
+        """Ids of its full blocks from the first on, each of which stands for a whole prefix."""
 
 
 class Request(NamedTuple):
@@ -28,6 +36,11 @@ class Request(NamedTuple):
     input_tokens: int
     output_tokens: int
     ids: tuple[int, ...]
+
+    @property
+    def full_blocks(self) -> tuple[int, ...]:
+        """See ``Prompt``."""
+        return self.ids
 
 
 @dataclass(frozen=True, slots=True)

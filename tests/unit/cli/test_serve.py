@@ -96,6 +96,7 @@ def test_serve_with_every_flag_sets_every_setting(
         "access": {"mode": 0o660, "group": "4321"},
         "limits": Settings().limits.model_dump() | {"max_sessions": 7},
         "eviction": {"policy": "lru", "ssd_policy": "lru"},
+        "record": Settings().record.model_dump(mode="json"),
     }
 
 
