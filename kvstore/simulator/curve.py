@@ -6,8 +6,8 @@ daemon's LRU has it: a parent is never older than its child, and the leading blo
 whose distance is below the capacity. Source: Mattson et al., "Evaluation techniques for storage hierarchies" (1970);
 the tree over positions is Fenwick's.
 
-Covers: distances (``StackDistances``) and the curve they give (``HitCurve``). Does not cover: a curve of a sample,
-which is ``kvstore.simulator.sampled_curve``.
+Covers: distances (``LruStack``) and the curve they give (``HitCurve``), of any number of blocks of equal size. Does not
+cover: a curve in bounded memory while requests come, which is ``kvstore.policy.curve``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Final, Generic, TypeVar
 
-__all__ = ["FIRST_USE", "HitCurve", "StackDistances", "lru_curves"]
+__all__ = ["FIRST_USE", "HitCurve", "LruStack", "lru_curves"]
 
 FIRST_USE: Final = -1
 """Stands for the distance of a block that was not used before."""
@@ -28,7 +28,7 @@ _SMALLEST_POSITIONS: Final = 1 << 10
 Key = TypeVar("Key", bound=Hashable)
 
 
-class StackDistances(Generic[Key]):
+class LruStack(Generic[Key]):
     """Stack distances, request by request: O(log n) a block for n blocks that are kept, O(n) memory."""
 
     def __init__(self) -> None:
@@ -39,9 +39,6 @@ class StackDistances(Generic[Key]):
     def __len__(self) -> int:
         """Blocks that are kept."""
         return len(self._positions)
-
-    def __contains__(self, key: Key) -> bool:
-        return key in self._positions
 
     def access(self, keys: Sequence[Key]) -> list[int]:
         """One request uses these blocks, parents first, each once.
@@ -81,20 +78,6 @@ class StackDistances(Generic[Key]):
             at += 1
         return newer
 
-    def discard(self, key: Key) -> None:
-        """Forget a block: it counts no longer in any distance. Does nothing for one that is not kept."""
-        at = self._positions.pop(key, None)
-        if at is not None:
-            while at < len(self._tree):
-                self._tree[at] -= 1
-                at += at & -at
-
-    def discard_oldest(self) -> Key:
-        """Forget the block whose last use is the longest ago, and give it. Precondition: one is kept."""
-        oldest = next(iter(self._positions))
-        self.discard(oldest)
-        return oldest
-
     def _renumber(self, room: int) -> None:
         """Give the blocks the lowest positions in the same order; at least as many as there are come free."""
         kept = len(self._positions)
@@ -126,20 +109,6 @@ class HitCurve:
         """Uses that are hits at a capacity."""
         return self.hits[min(max(capacity_blocks, 0), len(self.hits) - 1)]
 
-    def capacity_for(self, hit_rate: float) -> int | None:
-        """The smallest capacity with this hit rate or a better one, None where there is none."""
-        wanted = hit_rate * self.accesses
-        low, high = 0, len(self.hits) - 1
-        if self.hits[high] < wanted:
-            return None
-        while low < high:
-            middle = (low + high) // 2
-            if self.hits[middle] >= wanted:
-                high = middle
-            else:
-                low = middle + 1
-        return low
-
 
 def lru_curves(requests: Iterable[Sequence[Key]], split: int) -> tuple[HitCurve, HitCurve]:
     """Exact curves of all requests, and of those from number ``split`` on (the cache is not emptied in between).
@@ -148,7 +117,7 @@ def lru_curves(requests: Iterable[Sequence[Key]], split: int) -> tuple[HitCurve,
         requests: the full blocks of each, parents first.
         split: number of the first request of the second curve, counted from 0.
     """
-    distances: StackDistances[Key] = StackDistances()
+    distances: LruStack[Key] = LruStack()
     halves: tuple[dict[int, int], dict[int, int]] = ({}, {})
     accesses = [0, 0]
     for number, keys in enumerate(requests):

@@ -165,6 +165,8 @@ def _facts(report: TuneReport) -> str:
 
 def _advice(report: TuneReport) -> str:
     advice = report.recommendation
+    if advice is None:
+        return '<section class="advice"><p>None of these policies runs in a daemon.</p></section>'
     below = f", an SSD of {render.size(advice.ssd_bytes)}" if advice.ssd_bytes else ""
     reasons = "".join(f"<li>{escape(reason)}</li>" for reason in advice.reasons)
     return (

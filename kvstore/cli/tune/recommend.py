@@ -13,6 +13,7 @@ from kvstore.cli.tune.grid import Grid
 from kvstore.cli.tune.report import Recommendation, TuneRow
 from kvstore.cli.tune.runs import LRU
 from kvstore.cli.tune.sizes import RAW
+from kvstore.policy.registry import POLICIES
 from kvstore.simulator.clairvoyant import CLAIRVOYANT
 from kvstore.simulator.lru_curve import LruCurve
 from kvstore.simulator.sampling import Workload
@@ -67,10 +68,15 @@ def starting_bytes(grid: Grid, curve: LruCurve) -> int:
     return found
 
 
-def recommended(question: Question) -> Recommendation:
-    """The combination that is fastest at the DRAM in question, or the simplest of those that are about as fast."""
+def recommended(question: Question) -> Recommendation | None:
+    """The combination that is fastest at the DRAM in question, or the simplest of those that are about as fast.
+
+    Only policies that a daemon can run; None where none of them was simulated.
+    """
     here = [row for row in question.rows if row.capacity_bytes == question.here_bytes]
-    possible = [row for row in here if row.policy != CLAIRVOYANT]
+    possible = [row for row in here if row.policy in POLICIES]
+    if not possible:
+        return None
     fastest = min(row.first_token_s for row in possible)
     chosen = min(
         (row for row in possible if row.first_token_s <= fastest * _AS_FAST),
@@ -127,18 +133,20 @@ def _reasons(question: Question, here: Sequence[TuneRow], chosen: TuneRow) -> It
 
 
 def _of_policies(plain: dict[str, TuneRow], lru: float, bound: TuneRow | None) -> Iterator[str]:
-    tried = [row for row in plain.values() if row.policy not in (LRU, CLAIRVOYANT)]
-    if not tried:
-        return
-    best = max(tried, key=lambda row: row.hit_rate)
-    gain = best.hit_rate - lru
-    if gain < _WORTH:
+    tried = [row for row in plain.values() if row.policy in POLICIES and row.policy != LRU]
+    best = max(tried, key=lambda row: row.hit_rate, default=None)
+    gain = 0.0 if best is None else best.hit_rate - lru
+    if best is not None and gain < _WORTH:
         names = ", ".join(row.policy for row in tried)
         yield f"None of {names} hits noticeably more than LRU here (best: {best.policy}, {_points(gain)})."
-        return
-    gap = 0.0 if bound is None else bound.hit_rate - lru
-    share = f", {render.percent(gain / gap)} of what lies between LRU and the bound" if gap > _TINY else ""
-    yield f"{best.policy} gives {_points(gain)} over LRU without a byte more{share}."
+    elif best is not None:
+        gap = 0.0 if bound is None else bound.hit_rate - lru
+        share = f", {render.percent(gain / gap)} of what lies between LRU and the bound" if gap > _TINY else ""
+        yield f"{best.policy} gives {_points(gain)} over LRU without a byte more{share}."
+    simulated = [row for row in plain.values() if row.policy not in (*POLICIES, CLAIRVOYANT)]
+    other = max(simulated, key=lambda row: row.hit_rate, default=None)
+    if other is not None and other.hit_rate - lru - max(gain, 0.0) >= _WORTH:
+        yield f"{other.policy} would give {_points(other.hit_rate - lru)}, but runs in simulations only."
 
 
 def _of_codecs(question: Question, here: Sequence[TuneRow], lru: float) -> Iterator[str]:

@@ -121,9 +121,10 @@ class TuneReport(msgspec.Struct, frozen=True, kw_only=True):
     """All of it.
 
     Attributes:
-        machine, trace, assumptions, recommendation: see their types.
+        machine, trace, assumptions: see their types.
         exact: whether all blocks were simulated everywhere.
         seconds: that it took.
+        recommendation: None where no policy was simulated that a daemon can run.
         rows: by SSD, codec, capacity and policy.
         lru_curve: uncompressed, in DRAM alone; exact where ``lru_rate`` is 1.
         lru_rate: share of the blocks that the curve rests on.
@@ -137,4 +138,4 @@ class TuneReport(msgspec.Struct, frozen=True, kw_only=True):
     rows: list[TuneRow]
     lru_curve: list[Point]
     lru_rate: float
-    recommendation: Recommendation
+    recommendation: Recommendation | None

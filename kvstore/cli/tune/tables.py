@@ -20,8 +20,11 @@ from kvstore.simulator.clairvoyant import CLAIRVOYANT
 
 __all__ = ["tune_tables"]
 
-_MOST_POLICIES: Final = 7
-"""Columns that fit beside the capacities."""
+_WIDTH: Final = 58
+"""Cells beside the capacities."""
+_LEAST_COLUMN: Final = 7
+_GAP: Final = 3
+_NONE: Final = "Nothing to recommend: none of these policies runs in a daemon."
 _WORTH_A_PLOT: Final = 0.02
 """Hit rates that differ by less are a flat line."""
 
@@ -65,8 +68,18 @@ def _policies(rows: Iterable[TuneRow]) -> list[str]:
     return sorted(names, key=lambda name: (name == CLAIRVOYANT) - (name == LRU))
 
 
-def _chunks(names: Sequence[str]) -> list[Sequence[str]]:
-    return [names[at : at + _MOST_POLICIES] for at in range(0, len(names), _MOST_POLICIES)]
+def _chunks(names: Sequence[str]) -> list[list[str]]:
+    """Policies that fit beside each other."""
+    chunks: list[list[str]] = [[]]
+    width = 0
+    for name in names:
+        wide = max(len(name), _LEAST_COLUMN) + _GAP
+        if chunks[-1] and width + wide > _WIDTH:
+            chunks.append([])
+            width = 0
+        chunks[-1].append(name)
+        width += wide
+    return chunks
 
 
 def _hit_rates(title: str, rows: Sequence[TuneRow], policies: Sequence[str]) -> Table:
@@ -124,6 +137,8 @@ def _capacity(by_policy: dict[str, TuneRow]) -> tuple[str, str]:
 
 def _advice(report: TuneReport) -> RenderableType:
     advice = report.recommendation
+    if advice is None:
+        return Text(_NONE, style="bold")
     below = f", an SSD of {render.size(advice.ssd_bytes)}" if advice.ssd_bytes else ""
     heading = Text.assemble(
         ("Recommended at " + render.size(advice.capacity_bytes) + ": ", "bold"),

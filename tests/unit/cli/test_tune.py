@@ -22,7 +22,7 @@ from kvstore.cli.tune.sizes import BlockSizes, given_sizes, model_sizes
 from kvstore.cli.tune.tables import tune_tables
 from kvstore.cli.tune.tuning import Asked, tuned
 from kvstore.errors import InvalidArgument
-from kvstore.policy.registry import SIMULATED
+from kvstore.policy.registry import POLICIES, SIMULATED
 from kvstore.simulator.arrivals import Arrival, full_block_arrivals
 from kvstore.simulator.clairvoyant import simulate_clairvoyant
 from kvstore.simulator.prefix import simulate
@@ -61,6 +61,13 @@ def report(trace: Path, **changed: object) -> TuneReport:
         **changed,
     }
     return tuned(read_requests(trace), SIZES, Asked(**asked))  # type: ignore[arg-type]
+
+
+def printed(found: TuneReport) -> str:
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(tune_tables(found))
+    return capture.get()
 
 
 def test_exact_rows_are_what_the_simulator_gives_to_the_last_digit(trace: Path) -> None:
@@ -171,6 +178,7 @@ def test_sizes_are_those_of_slots() -> None:
 def test_recommendation_says_what_each_step_would_give(trace: Path) -> None:
     found = report(trace, codecs=["raw", "kivi4"], ssd=[Capacity(), Capacity(400)], have=Capacity(200))
     advice = found.recommendation
+    assert advice is not None
     assert advice.capacity_bytes == 200 * SIZES.slot_bytes["raw"]
     said = " ".join(advice.reasons)
     for part in ("of which LRU hits", "Twice the DRAM", "kivi4 in the same bytes", "An SSD of", "It is lossy"):
@@ -190,8 +198,18 @@ def test_recommendation_says_what_each_step_would_give(trace: Path) -> None:
 
 
 def test_bound_is_never_recommended_and_lru_is_where_nothing_beats_it(trace: Path) -> None:
-    assert report(trace, policies=["opt", "fifo", "lru"], have=Capacity(100)).recommendation.policy == "lru"
-    assert report(trace, policies=["fifo"], have=Capacity(100)).recommendation.policy == "fifo"
+    found = report(trace, policies=["opt", "fifo", "lru"], have=Capacity(100)).recommendation
+    assert found is not None
+    assert found.policy == "lru"
+
+
+def test_policy_that_only_the_simulator_has_is_not_recommended(trace: Path) -> None:
+    found = report(trace, policies=["lfu", "clock", "lru"], have=Capacity(100)).recommendation
+    assert found is not None
+    assert found.policy in POLICIES
+    none = report(trace, policies=["lfu", "opt"], have=Capacity(100))
+    assert none.recommendation is None
+    assert "Nothing to recommend" in printed(none)
 
 
 def test_only_the_bound_gives_no_recommendation_but_an_error(trace: Path) -> None:
@@ -200,13 +218,8 @@ def test_only_the_bound_gives_no_recommendation_but_an_error(trace: Path) -> Non
 
 
 def test_tables_fit_80_columns(trace: Path) -> None:
-    console = Console(width=80)
     policies = [*SIMULATED, "opt"]
-    with console.capture() as capture:
-        console.print(
-            tune_tables(report(trace, policies=policies, codecs=["raw", "kivi4"], ssd=[Capacity(), Capacity(90)]))
-        )
-    text = capture.get()
+    text = printed(report(trace, policies=policies, codecs=["raw", "kivi4"], ssd=[Capacity(), Capacity(90)]))
     assert max(map(len, text.splitlines())) <= 80
     assert "…" not in text
     for policy in policies:

@@ -141,6 +141,7 @@ def test_page_is_whole_and_needs_nothing_from_elsewhere(report: TuneReport) -> N
     assert "prefers-color-scheme: dark" in html
     text = " ".join(page.text)
     assert "a <trace> & more.jsonl" in text
+    assert report.recommendation is not None
     for reason in report.recommendation.reasons:
         assert reason in text
     for row in report.rows:
