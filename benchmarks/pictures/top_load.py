@@ -15,7 +15,7 @@ from hashlib import sha256
 from kvstore_client import Client, KVStoreError, Namespace
 
 BLOCK_TOKENS = 64
-TURN_GAPS = (4, 12, 40)
+TURN_GAPS = (4, 20, 120)
 """Requests of others between two turns of a session: a user that is fast, usual, slow."""
 
 

@@ -12,7 +12,7 @@ from kvstore.cli import render
 from kvstore.protocol.misses import MissCause
 from kvstore.protocol.statistics import DaemonStats, MissStats
 
-__all__ = ["miss_tables"]
+__all__ = ["cause_words", "left_tier", "miss_tables"]
 
 _BAR_CELLS: Final = 20
 _MOST_KEPT: Final = 0.5
@@ -81,11 +81,12 @@ def miss_tables(stats: DaemonStats) -> RenderableType:
         return Group(Text("Misses", style="bold"), Text("nothing was missed yet", style="dim"))
     parts: list[RenderableType] = [_causes(misses), Text(_remembered(misses), style="dim")]
     if sum(misses.extra_blocks):
-        parts += ["", _extra(misses, _tier(stats)[1])]
+        parts += ["", _extra(misses, left_tier(stats)[1])]
     return Group(*parts, "", Text(_advice(stats, misses)))
 
 
-def _named(cause: str) -> str:
+def cause_words(cause: str) -> str:
+    """A cause's name for people; of one that is not known its name on the wire."""
     known = {member.value: words for member, words in CAUSE_WORDS.items()}
     return known.get(cause, cause.replace("_", " "))
 
@@ -95,7 +96,7 @@ def _causes(misses: MissStats) -> Table:
     made = render.table("Misses", columns)
     for cause, counted in sorted(misses.causes.items(), key=lambda item: (-item[1].blocks, item[0])):
         made.add_row(
-            render.plain(_named(cause)),
+            render.plain(cause_words(cause)),
             render.count(counted.requests),
             render.ratio(counted.requests, misses.requests),
             render.count(counted.blocks),
@@ -130,7 +131,7 @@ def _extra(misses: MissStats, capacity_bytes: int) -> Table:
     return made
 
 
-def _tier(stats: DaemonStats) -> tuple[str, int]:
+def left_tier(stats: DaemonStats) -> tuple[str, int]:
     """The tier that blocks leave for good, and its capacity in bytes."""
     if stats.ssd is not None:
         return "SSD", stats.ssd.capacity_bytes
@@ -143,11 +144,11 @@ def _advice(stats: DaemonStats, misses: MissStats) -> str:
     if biggest == MissCause.EVICTED:
         return _advice_for_evicted(stats, misses)
     known = {member.value: words for member, words in _ADVICE.items()}
-    return known.get(biggest, f"Most of what missed: {_named(biggest)}.")
+    return known.get(biggest, f"Most of what missed: {cause_words(biggest)}.")
 
 
 def _advice_for_evicted(stats: DaemonStats, misses: MissStats) -> str:
-    tier, capacity_bytes = _tier(stats)
+    tier, capacity_bytes = left_tier(stats)
     whole = sum(misses.extra_blocks)
     kept = 0
     for multiple, blocks in zip(misses.multiples, misses.extra_blocks, strict=False):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple, Self
 
 from kvstore.protocol.statistics import DaemonStats
@@ -91,17 +93,21 @@ class Sample:
         uptime_s: the daemon's own clock, which rates are taken by.
         at_s: when it arrived here, on a clock that never goes back.
         counters: counts since the daemon's start.
+        misses: blocks missed since then, by cause.
     """
 
     incarnation: str
     uptime_s: float
     at_s: float
     counters: Counters
+    misses: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, stats: DaemonStats, at_s: float) -> Self:
         """The sample of a snapshot that arrived at ``at_s``."""
-        return cls(stats.incarnation, stats.uptime_s, at_s, Counters.of(stats))
+        causes = {} if stats.misses is None else stats.misses.causes
+        misses = {name: counted.blocks for name, counted in causes.items()}
+        return cls(stats.incarnation, stats.uptime_s, at_s, Counters.of(stats), misses)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,10 +117,12 @@ class Rates:
     Attributes:
         seconds: between them, by the daemon's clock; more than 0.
         added: never negative; a count that went down meanwhile adds nothing.
+        misses: blocks missed, by cause, of causes that occurred.
     """
 
     seconds: float
     added: Counters
+    misses: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def between(cls, older: Sample, newer: Sample) -> Self | None:
@@ -123,12 +131,14 @@ class Rates:
         if newer.incarnation != older.incarnation or seconds <= 0:
             return None
         added = (max(new - old, 0) for old, new in zip(older.counters, newer.counters, strict=True))
-        return cls(seconds, Counters(*added))
+        missed = {name: count - older.misses.get(name, 0) for name, count in newer.misses.items()}
+        return cls(seconds, Counters(*added), {name: count for name, count in missed.items() if count > 0})
 
     def __add__(self, other: Rates) -> Rates:
         """What was added in both stretches of time."""
         both = (one + more for one, more in zip(self.added, other.added, strict=True))
-        return Rates(self.seconds + other.seconds, Counters(*both))
+        misses = Counter(self.misses) + Counter(other.misses)
+        return Rates(self.seconds + other.seconds, Counters(*both), misses)
 
     def per_s(self, name: str) -> float:
         """One count's rate."""
