@@ -66,9 +66,9 @@ def main() -> None:
             ssd = stack.enter_context(tempfile.TemporaryDirectory(prefix="kvstore-top-"))
             daemon = stack.enter_context(
                 PrivateDaemon(
-                    capacity_bytes=256 << 20,
+                    capacity_bytes=160 << 20,
                     grant_bytes=32 << 20,
-                    arguments=("--ssd", ssd, "--ssd-capacity", "1GiB"),
+                    arguments=("--ssd", ssd, "--ssd-capacity", "384MiB"),
                 )
             )
             endpoint = daemon.endpoint

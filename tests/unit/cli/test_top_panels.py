@@ -17,7 +17,7 @@ from kvstore.cli.top.once import frame_text
 from kvstore.cli.top.panel import Panel
 from kvstore.cli.top.registry import PANELS
 from kvstore.cli.top.themes import usual_theme
-from kvstore.protocol.statistics import DaemonStats, RetentionStats, TenantStats
+from kvstore.protocol.statistics import CauseStats, DaemonStats, MissStats, RetentionStats, TenantStats
 
 GIB = 1 << 30
 
@@ -42,6 +42,7 @@ def busy(**options: object) -> Frame:
     stats.puts.throttled += 9
     stats.eviction.evicted_blocks += 45
     assert stats.ssd is not None
+    earlier.misses, stats.misses = sample_misses(evicted=1), sample_misses(evicted=200, never_seen=169)
     stats.ssd.hits += 120
     stats.ssd.demoted_bytes += 50 * 10**6
     stats.sessions[1].requests += 400
@@ -153,6 +154,53 @@ def test_retention_panel_shows_budget_and_quotas() -> None:
     assert "3 refused" in drawn
     assert "50.0 %" in drawn
     assert "no limit" in drawn
+
+
+def sample_misses(**blocks: int) -> MissStats:
+    """Of what was evicted a quarter more capacity would have kept a quarter, twice as much three quarters."""
+    evicted = blocks.get("evicted", 0)
+    return MissStats(
+        requests=sum(blocks.values()),
+        blocks=sum(blocks.values()),
+        causes={name: CauseStats(requests=count, blocks=count) for name, count in blocks.items()},
+        multiples=[0.25, 0.5, 1.0],
+        extra_blocks=[evicted // 4, evicted // 4, evicted // 4, evicted - 3 * (evicted // 4)],
+        ghosts=12_345,
+        ghost_bytes=3 << 20,
+        ghost_limit_bytes=8 << 20,
+        oldest_ghost_s=720.0,
+    )
+
+
+def test_misses_panel_shows_recent_shares_by_cause() -> None:
+    earlier, stats = sample_stats(), sample_stats()
+    earlier.uptime_s -= 1.0
+    earlier.misses = sample_misses(never_seen=900, evicted=100)
+    stats.misses = sample_misses(never_seen=925, evicted=175, later_cause=0)
+    drawn = text("misses", frame_of(stats, earlier), width=70)
+    rows = drawn.splitlines()
+    assert rows[1].startswith("evicted"), "the largest recent share first"
+    assert "75.0 %" in rows[1]
+    assert "15.9 %" in rows[1]
+    assert rows[2].startswith("never seen")
+    assert "25.0 %" in rows[2]
+    assert "84.1 %" in rows[2]
+    assert "later cause" in rows[3]
+    assert "more DRAM would have kept  +25 % 24.6 %  +100 % 73.7 %" in drawn
+    assert "12,345 departures remembered" in drawn
+    assert PANELS["misses"].note is not None
+    assert PANELS["misses"].note(frame_of(stats, earlier)) == "100 /s missed"
+
+
+def test_misses_panel_of_one_look_has_only_what_was_since_the_start() -> None:
+    stats = sample_stats()
+    stats.misses = sample_misses(never_seen=3, diverged=1)
+    rows = text("misses", frame_of(stats)).splitlines()
+    assert rows[1].split()[-3:] == ["75.0", "%", "3"]
+    assert "- " in rows[1], "no recent share"
+    stats.misses = sample_misses()
+    assert "Nothing was missed yet." in text("misses", frame_of(stats))
+    assert not PANELS["misses"].there(frame_of(sample_stats()))
 
 
 def test_curve_panel_marks_the_present_capacity_and_tells_gains() -> None:

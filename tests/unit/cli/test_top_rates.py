@@ -53,6 +53,17 @@ def test_rates_with_an_ssd_tell_tiers_apart() -> None:
     assert (rates.dram_rate, rates.ssd_rate) == (0.5, 0.1)
 
 
+def test_rates_of_misses_are_by_cause_and_add_up() -> None:
+    first = Sample("a", 1.0, 1.0, Counters(*[0] * len(Counters._fields)), {"evicted": 5, "expired": 2})
+    second = Sample("a", 2.0, 2.0, first.counters, {"evicted": 9, "expired": 2, "quota": 1})
+    third = Sample("a", 3.0, 3.0, first.counters, {"evicted": 9, "expired": 3, "quota": 1})
+    one, other = Rates.between(first, second), Rates.between(second, third)
+    assert one is not None
+    assert other is not None
+    assert one.misses == {"evicted": 4, "quota": 1}
+    assert (one + other).misses == {"evicted": 4, "quota": 1, "expired": 1}
+
+
 def test_rates_where_nobody_matched_are_those_of_gets() -> None:
     before, after = stats_at(1.0), stats_at(2.0)
     after.lookups.get_keys += 8

@@ -107,7 +107,7 @@ def _remembered(misses: MissStats, width: int) -> Content:
                 (f"{render.count(misses.ghosts)} departures remembered, ", "$faint"),
                 (f"{render.size(misses.ghost_bytes)} of {render.size(misses.ghost_limit_bytes)}", "$faint"),
             ),
-            line((f"oldest {render.duration(misses.oldest_ghost_s)} ago", "$faint")),
+            line((f"oldest {render.duration(misses.oldest_ghost_s)} ago" if misses.ghosts else "", "$faint")),
         ],
         width,
         gap=2,
