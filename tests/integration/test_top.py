@@ -22,6 +22,7 @@ from textual.pilot import Pilot
 from kvstore.cli.top.app import TopApp
 from kvstore.cli.top.lines_widget import LinesWidget
 from kvstore.cli.top.panel_widget import PanelWidget
+from kvstore.cli.top.registry import ABOVE, DECK
 from kvstore.policy.registry import POLICIES
 from kvstore_client import Client
 
@@ -71,6 +72,12 @@ def lines(pilot: Pilot[None], name: str) -> str:
     return "\n".join(one.plain for one in pilot.app.query_one(f"#{name}", LinesWidget).lines)
 
 
+def number_of(panel: str) -> str:
+    """The key of a panel."""
+    names = [one.name for one in (*ABOVE, *DECK)]
+    return str((names.index(panel) + 1) % 10)
+
+
 def focused(pilot: Pilot[None]) -> str:
     widget = pilot.app.focused
     return widget.panel.name if isinstance(widget, PanelWidget) else ""
@@ -108,19 +115,19 @@ async def test_resized_terminal_is_filled_again(watched: DaemonProcess, size: tu
         assert "Hit rate" in rows[1]
         assert "quit" in rows[-1]
         if size == (80, 24):
-            await pilot.press("6")
+            await pilot.press(number_of("namespaces"))
             await until(pilot, lambda: "watched" in screen(pilot))
             assert "100.0 %" in screen(pilot), "the table of a page of its own is whole"
 
 
 async def test_keys_move_sort_filter_zoom_pause_and_slow_down(watched: DaemonProcess) -> None:
     async with top(watched.endpoint) as pilot:
-        await until(pilot, lambda: focused(pilot) == "policy")
+        await until(pilot, lambda: focused(pilot) == DECK[0].name)
         await pilot.press("tab")
-        assert focused(pilot) == "clients"
+        assert focused(pilot) == DECK[1].name
         await pilot.press("shift+tab", "left")
         assert focused(pilot) == "tiers"
-        await pilot.press("6")
+        await pilot.press(number_of("namespaces"))
         assert focused(pilot) == "namespaces"
         await pilot.press("s")
         await until(pilot, lambda: "▼share" in lines(pilot, "namespaces"))
@@ -197,13 +204,13 @@ async def test_daemon_that_dies_leaves_a_banner_and_one_that_comes_back_is_follo
 
 async def test_daemon_that_hangs_does_not_freeze_the_screen(watched: DaemonProcess) -> None:
     async with top(watched.endpoint, timeout_s=0.3) as pilot:
-        await until(pilot, lambda: focused(pilot) == "policy")
+        await until(pilot, lambda: focused(pilot) == DECK[0].name)
         os.kill(watched.pid, signal.SIGSTOP)
         try:
             await until(pilot, lambda: "no answer for" in screen(pilot))
             started = time.monotonic()
             await pilot.press("tab")
-            assert focused(pilot) == "clients"
+            assert focused(pilot) == DECK[1].name
             assert time.monotonic() - started < 1.0
         finally:
             os.kill(watched.pid, signal.SIGCONT)
