@@ -604,7 +604,8 @@ class Adaptive:
     def _rank_of_size(self, slot_bytes: int) -> int:
         rank = self._sizes.get(slot_bytes)
         if rank is None:
-            rank = self._sizes[slot_bytes] = rank_of_size(slot_bytes, self._hazards)
+            usual_bytes = next(iter(self._sizes), slot_bytes)
+            rank = self._sizes[slot_bytes] = rank_of_size(slot_bytes, usual_bytes, self._hazards)
         return rank
 
 

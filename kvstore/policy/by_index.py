@@ -96,6 +96,9 @@ class ByIndex:
         return self._hazards.index[at] * float(2.0 ** (-size / _SIZES_PER_OCTAVE))
 
 
-def rank_of_size(slot_bytes: int, hazards: Hazards) -> int:
-    """What a segment's rank is raised by for the size of its blocks: hits are counted by block, and room by byte."""
-    return round(_SIZES_PER_OCTAVE * log2(slot_bytes)) * len(hazards.index)
+def rank_of_size(slot_bytes: int, usual_bytes: int, hazards: Hazards) -> int:
+    """What a segment's rank is raised by for the size of its blocks: hits are counted by block, and room by byte.
+
+    0 for the usual size, which is also that of segments of which no block is there.
+    """
+    return round(_SIZES_PER_OCTAVE * log2(slot_bytes / usual_bytes)) * len(hazards.index)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Final
 
 from kvstore.errors import InvalidArgument
+from kvstore.format.constants import PAGE_BYTES
 from kvstore.policy.base import EvictionPolicy, PolicyContext
 from kvstore.policy.registry import make_simulated
 
@@ -17,18 +18,17 @@ PROGRESS_REQUESTS: Final = 256
 
 
 class SimulatedBlock:
-    """What ``kvstore.policy.base.Evictable`` asks for. One unit in size, never leased; its id is its key."""
+    """What ``kvstore.policy.base.Evictable`` asks for. As large as the smallest slot; its id is its key."""
 
-    # Not its size and leases: a block is made for every miss.
-    __slots__ = ("access", "children", "depth", "key", "parent")
-    leases = 0
-    slot_bytes = 1
+    __slots__ = ("access", "children", "depth", "key", "leases", "parent")
+    slot_bytes = PAGE_BYTES
 
     def __init__(self, key: int, parent: SimulatedBlock | None) -> None:
         self.key = key
         self.parent = parent
         self.depth: int = 0 if parent is None else parent.depth + 1
         self.children: set[SimulatedBlock] | None = None
+        self.leases = 0
         self.access = -1
 
 
@@ -46,11 +46,11 @@ class TraceClock:
 
 
 def make_policy(policy: str, capacity_blocks: int, clock: TraceClock) -> EvictionPolicy:
-    """A new policy for a cache of blocks of one unit.
+    """A new policy for a cache of so many blocks.
 
     Raises:
         InvalidArgument: the capacity is not positive, or there is no such policy.
     """
     if capacity_blocks < 1:
         raise InvalidArgument(f"capacity_blocks must be at least 1, got {capacity_blocks}")
-    return make_simulated(policy, PolicyContext(capacity_blocks, clock))
+    return make_simulated(policy, PolicyContext(capacity_blocks * PAGE_BYTES, clock))

@@ -1,8 +1,8 @@
 """Prefix mode: what a policy hits where a block is of use only behind all blocks before it.
 
 The policy is called as the daemon calls it: one ``touch`` of the deepest block found, then for each missing block,
-parents first, victims leave until there is room and the block is inserted, linked to its parent. Where nothing may
-leave, the rest of the request is not stored.
+parents first, one victim leaves if there is no room, and the block is inserted, linked to its parent. Where nothing may
+leave, the request's tail leaves again when all of it is there.
 """
 
 from __future__ import annotations
@@ -74,34 +74,45 @@ class PrefixCache:
                 return found
         insert, capacity_blocks = policy.insert, self._capacity_blocks
         for key in ids[found:] if found else ids:
-            block = SimulatedBlock(key, parent)
+            if len(resident) >= capacity_blocks:
+                self._make_way(parent, access)
+            block = resident[key] = SimulatedBlock(key, parent)
             if parent is not None:
                 if parent.children is None:
                     parent.children = {block}
                 else:
                     parent.children.add(block)
-            if len(resident) >= capacity_blocks and not self._evict():
-                if parent is not None and parent.children is not None:
-                    parent.children.discard(block)
-                    policy.released(parent)
-                break
-            resident[key] = block
             insert(block, access)
             parent = block
+        while len(resident) > capacity_blocks:
+            # A path that is longer than what may leave for it loses its tail again.
+            if not self._evict():
+                break
         return found
 
-    def _evict(self) -> bool:
-        """Make room for one block, if anything may leave."""
-        victim = self._policy.next_victim()
+    def _make_way(self, parent: SimulatedBlock | None, access: int) -> None:
+        """Make room for one block behind ``parent``, if anything may leave."""
+        if parent is None or parent.children:
+            self._evict(access)
+            return
+        # Until it has this child it must not leave.
+        parent.leases = 1
+        self._evict(access)
+        parent.leases = 0
+        self._policy.released(parent)
+
+    def _evict(self, before: int | None = None) -> bool:
+        policy = self._policy
+        victim = policy.next_victim(before)
         if victim is None:
             return False
-        self._policy.discard(victim, evicted=True)
-        assert isinstance(victim, SimulatedBlock)
-        del self.resident[victim.key]
-        parent = victim.parent
-        if parent is not None:
-            assert parent.children is not None
-            parent.children.discard(victim)
-            victim.parent = None
+        policy.discard(victim, evicted=True)
+        # A policy gives back what it was given.
+        block: SimulatedBlock = victim  # type: ignore[assignment]
+        del self.resident[block.key]
+        above = block.parent
+        if above is not None:
+            above.children.discard(block)  # type: ignore[union-attr]
+            block.parent = None
         self.evicted += 1
         return True

@@ -48,8 +48,8 @@ class PrefixTree:
     blocks: dict[int, FakeBlock] = field(default_factory=dict)
     orphans: dict[int, set[FakeBlock]] = field(default_factory=dict)
 
-    def insert(self, name: int, parent_name: int | None, access: int) -> FakeBlock:
-        block = self.blocks[name] = FakeBlock(name, parent_name)
+    def insert(self, name: int, parent_name: int | None, access: int, slot_bytes: int = 4096) -> FakeBlock:
+        block = self.blocks[name] = FakeBlock(name, parent_name, slot_bytes=slot_bytes)
         parent = None if parent_name is None else self.blocks.get(parent_name)
         if parent is not None:
             self._link(block, parent)
@@ -78,6 +78,10 @@ class PrefixTree:
         block.leases -= 1
         if not block.leases:
             self.policy.released(block)
+
+    def resize(self, block: FakeBlock, slot_bytes: int) -> None:
+        before_bytes, block.slot_bytes = block.slot_bytes, slot_bytes
+        self.policy.resized(block, before_bytes)
 
     def chain(self, length: int, access: int, *, first: int = 0, parent: int | None = None) -> list[FakeBlock]:
         """A chain of new blocks, named from ``first`` on."""

@@ -99,7 +99,24 @@ def test_simulate_lru_on_the_beginning_of_the_conversation_trace_has_the_known_h
 REFERENCE = {
     "opt": (19.88, 26.59, 35.57, 38.19, 38.19, 38.19, 38.19),
     "lru": (4.70, 5.77, 12.37, 22.43, 30.63, 37.15, 37.95),
+    "clock": (4.71, 5.85, 12.44, 23.01, 30.92, 37.04, 37.92),
+    "sieve": (5.02, 6.40, 9.70, 13.76, 22.00, 36.05, 37.92),
+    "s3fifo": (5.84, 8.08, 14.72, 20.67, 26.67, 36.69, 37.82),
+    "arc": (5.56, 7.56, 12.56, 23.52, 30.51, 36.09, 37.92),
+    "lfu": (5.02, 6.40, 9.70, 13.76, 22.00, 36.05, 37.92),
+    "lfu-kept": (8.45, 10.64, 14.85, 19.63, 26.09, 36.03, 37.92),
+    "lrfu-300": (8.91, 11.85, 18.18, 23.93, 31.78, 37.16, 37.95),
+    "w-tinylfu": (6.91, 9.72, 14.47, 18.04, 21.94, 27.81, 32.27),
+    "gdsf": (4.72, 6.04, 12.97, 23.22, 31.09, 37.04, 37.92),
+    "gdsf-kept": (5.73, 7.84, 14.70, 24.52, 31.49, 37.09, 37.92),
+    "length-aware": (5.27, 6.18, 8.55, 12.19, 17.87, 27.91, 35.39),
 }
+"""Percent of the blocks asked for, by capacity. All but the first two are of blocks that leave in any order, parents
+before their children too; ours leave tail first."""
+EXACT = ("opt", "lru")
+POINTS = 0.4
+WIDER = {("w-tinylfu", 1000): 0.8}
+"""A path of up to 246 blocks enters whole where the reference keeps the 10 last of it."""
 
 
 @needs_trace
@@ -111,7 +128,12 @@ def test_simulate_conversation_trace_has_the_hit_rates_of_the_reference(policy: 
             outcome = simulate_clairvoyant(conversation(), capacity_blocks)
         else:
             outcome = simulate(conversation(), policy, capacity_blocks)
-        assert f"{100 * outcome.hit_rate:.2f}" == f"{expected:.2f}"
+        percent = 100 * outcome.hit_rate
+        if policy in EXACT:
+            assert f"{percent:.2f}" == f"{expected:.2f}"
+        else:
+            points = WIDER.get((policy, capacity_blocks), POINTS)
+            assert percent == pytest.approx(expected, abs=points), f"at {capacity_blocks} blocks"
         assert outcome.policy == policy
         if policy == "lru" and capacity_blocks in (5000, 10_000):
             assert sum(outcome.hits) == {5000: 34_193, 10_000: 62_005}[capacity_blocks]

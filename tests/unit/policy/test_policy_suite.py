@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import random
 import sys
 import tracemalloc
@@ -24,13 +25,31 @@ from hypothesis.stateful import (
 )
 
 from kvstore.errors import InvalidArgument
-from kvstore.policy.base import EvictionPolicy, PolicyContext
+from kvstore.policy.adaptive import GHOSTS_AT_LEAST
+from kvstore.policy.base import BEFORE_ALL, EvictionPolicy, PolicyContext
+from kvstore.policy.ghosts import GHOST_BYTES
+from kvstore.policy.handover import hand_over
+from kvstore.policy.ranking import MOST_KEPT
 from kvstore.policy.registry import POLICIES, SIMULATED, make_policy, make_simulated
+from kvstore.policy.segments import KEY_BYTES, SEGMENT_BYTES
 
 CONTEXT = PolicyContext(64 * 4096, lambda: 0)
 every_policy = pytest.mark.parametrize("make", [partial(make, CONTEXT) for make in SIMULATED.values()], ids=SIMULATED)
+WEIGHTS = {"_small_bytes", "_once_bytes", "_often_bytes", "_window_bytes", "_main_bytes", "_protected_bytes"}
+"""What policies with lists weighed by bytes count."""
+WITHOUT_GHOSTS = {"lru", "clock", "sieve", "fifo", "lfu", "gdsf", "length-aware"}
+MOST_GHOST_BYTES = {
+    **dict.fromkeys(WITHOUT_GHOSTS, 0),
+    "s3fifo": 58 * GHOST_BYTES,
+    "arc": 64 * GHOST_BYTES,
+    "adaptive": GHOSTS_AT_LEAST * (KEY_BYTES + SEGMENT_BYTES),
+}
+"""At the capacity of ``CONTEXT``."""
+REMEMBER_REMOVED = {"adaptive"}
+"""What it knows of prefixes is of those that nobody can reach too."""
 Make = Callable[[], EvictionPolicy]
 NAMES = st.integers(0, 23)
+SIZES = st.sampled_from([512, 4096, 65_536])
 
 
 class PolicySuite(RuleBasedStateMachine):
@@ -55,13 +74,18 @@ class PolicySuite(RuleBasedStateMachine):
         blocks = self.tree.blocks
         return blocks[sorted(blocks)[name % len(blocks)]] if blocks else None
 
-    @rule(name=NAMES, parent=st.none() | NAMES, back=st.integers(0, 3))
-    def insert(self, name: int, parent: int | None, back: int) -> None:
+    @rule(name=NAMES, parent=st.none() | NAMES, back=st.integers(0, 3), slot_bytes=SIZES)
+    def insert(self, name: int, parent: int | None, back: int, slot_bytes: int) -> None:
         if parent is not None and parent >= name:
             # Parents have smaller names: no circles, and any order of arrival.
             parent = None if not name else parent % name
         if name not in self.tree.blocks:
-            self.tree.insert(name, parent, self._access(back))
+            self.tree.insert(name, parent, self._access(back), slot_bytes)
+
+    @rule(name=NAMES, slot_bytes=SIZES)
+    def resize(self, name: int, slot_bytes: int) -> None:
+        if block := self._pick(name):
+            self.tree.resize(block, slot_bytes)
 
     @rule(name=NAMES, back=st.integers(0, 3), hits=st.integers(1, 24))
     def touch(self, name: int, back: int, hits: int) -> None:
@@ -114,7 +138,23 @@ class PolicySuite(RuleBasedStateMachine):
             first = self.condemned.intersection(evictable)
             assert not first or victim in first, f"{victim} goes before the condemned {first}"
             self._removed(victim)
-            self.tree.remove(victim)
+            self.tree.remove(victim, evicted=True)
+
+    @precondition(lambda self: self.tree.blocks)
+    @rule(back=st.integers(-1, 9), leaves=st.booleans())
+    def evict_before(self, back: int, leaves: bool) -> None:
+        policy, before = self.tree.policy, max(self.access - back, BEFORE_ALL)
+        victim = policy.next_victim(before)
+        may_leave = [block for block in self.tree.evictable() if policy.used(block) < before]
+        assert (victim is None) == (not may_leave), f"{victim} of {may_leave} for request {before}"
+        if victim is None:
+            return
+        assert isinstance(victim, FakeBlock)
+        assert any(victim is block for block in may_leave), f"{victim} was used by request {before}, or is held"
+        assert policy.next_victim(before) is victim, "the victim changes without a change in between"
+        if leaves:
+            self._removed(victim)
+            self.tree.remove(victim, evicted=True)
 
     def _removed(self, block: FakeBlock) -> None:
         # A condemned block that had another child in the meantime counts as used with it: either order is right.
@@ -133,6 +173,10 @@ class PolicySuite(RuleBasedStateMachine):
         left = len(self.tree.blocks)
         assert len(self.tree.evict_all()) == left
         assert self.tree.policy.held() == 0
+        assert self.tree.policy.next_victim() is None
+        for attribute, value in vars(self.tree.policy).items():
+            if attribute in WEIGHTS:
+                assert value == 0, f"an empty policy says {attribute} = {value}"
 
 
 @every_policy
@@ -214,6 +258,109 @@ def test_policy_condemned_leave_first_until_touched(make: Make):
 
 
 @every_policy
+def test_policy_blocks_of_the_running_request_are_passed_over_at_no_cost_the_next_time(make: Make):
+    tree = PrefixTree(make())
+    old, leased = (tree.insert(name, None, 4) for name in (1000, 2000))
+    leased.leases = 1
+    for name in range(200):
+        tree.insert(name, None, 5)
+    assert tree.policy.next_victim(BEFORE_ALL) is None
+    assert tree.policy.next_victim(4) is None
+    assert tree.policy.next_victim(5) is old
+    tree.remove(old, evicted=True)
+    assert tree.policy.next_victim(5) is None
+    assert _lines_run(lambda: [tree.policy.next_victim(5) for _ in range(100)]) < 4_000
+    tree.release(leased)
+    assert tree.policy.next_victim(5) is leased
+    assert tree.policy.next_victim(6) is not None
+    assert len(tree.evict_all()) == 201
+
+
+@every_policy
+def test_policy_passed_over_blocks_that_are_used_extended_or_removed_stay_right(make: Make):
+    tree = PrefixTree(make())
+    blocks = [tree.insert(name, None, 5) for name in range(6)]
+    assert tree.policy.next_victim(5) is None
+    tree.policy.touch(blocks[0], 1, 6)
+    tree.insert(10, 1, 6)
+    tree.remove(blocks[2])
+    blocks[3].leases += 1
+    tree.resize(blocks[4], 8192)
+    assert tree.policy.next_victim(5) is None
+    tree.remove(tree.blocks[10])
+    tree.release(blocks[3])
+    assert tree.policy.next_victim(5) is None
+    left = tree.evict_all()
+    assert sorted(block.name for block in left) == [0, 1, 3, 4, 5]
+
+
+@every_policy
+def test_policy_blocks_of_another_policy_are_taken_over_in_order_of_their_use(make: Make):
+    source = PrefixTree(make_policy("lru", CONTEXT))
+    rng = random.Random(7)
+    for request in range(1, 60):
+        path = [100 * request + index for index in range(rng.randint(1, 8))]
+        source.insert(path[0], rng.choice([*source.blocks, None]), request)
+        for above, name in itertools.pairwise(path):
+            source.insert(name, above, request)
+        source.policy.touch(rng.choice(list(source.blocks.values())), 2, request)
+    below = list(source.blocks[500].descendants()) if source.blocks[500].children else []
+    source.remove(source.blocks[500])
+    source.policy.condemn(below)
+    tree = PrefixTree(make(), source.blocks, source.orphans)
+    hand_over(source.policy, tree.policy, source.blocks.values())
+    count = len(source.blocks)
+    assert tree.policy.held() == count
+    victims = tree.evict_all()
+    assert set(victims[: len(below)]) == set(below)
+    assert len(victims) == count
+    assert tree.policy.held() == 0
+
+
+@every_policy
+def test_policy_ghosts_are_of_evicted_blocks_only_and_bounded(make: Make):
+    tree = PrefixTree(make())
+    for name in range(300):
+        tree.remove(tree.insert(name, None, name + 1))
+    assert tree.policy.ghost_bytes() == 0 or tree.policy.name in REMEMBER_REMOVED
+    most_bytes = 0
+    for access in range(301, 4_001):
+        newest = tree.insert(access, None, access)
+        if not access % 3:
+            tree.policy.touch(newest, 1, access + 1)
+        if len(tree.blocks) > 64:
+            victim = tree.policy.next_victim()
+            assert isinstance(victim, FakeBlock)
+            tree.remove(victim, evicted=True)
+        most_bytes = max(most_bytes, tree.policy.ghost_bytes())
+    assert most_bytes <= MOST_GHOST_BYTES.get(tree.policy.name, MOST_KEPT * GHOST_BYTES)
+    assert most_bytes or tree.policy.name in WITHOUT_GHOSTS
+
+
+@every_policy
+def test_policy_sizes_scaled_with_the_capacity_give_the_same_victims(make: partial[EvictionPolicy]):
+    def victims(slot_bytes: int) -> list[int]:
+        tree = PrefixTree(make.func(PolicyContext(64 * slot_bytes, lambda: 0)))
+        rng = random.Random(11)
+        left = []
+        for access in range(1, 2_000):
+            name = int(rng.expovariate(0.02))
+            block = tree.blocks.get(name)
+            if block is not None:
+                tree.policy.touch(block, 2, access)
+                continue
+            while len(tree.blocks) >= 64:
+                victim = tree.policy.next_victim()
+                assert isinstance(victim, FakeBlock)
+                tree.remove(victim, evicted=True)
+                left.append(victim.name)
+            tree.insert(name, name // 8 - 1 if name >= 8 and name // 8 - 1 in tree.blocks else None, access, slot_bytes)
+        return left
+
+    assert victims(4096) == victims(262_144)
+
+
+@every_policy
 def test_policy_hot_block_touched_often_takes_no_more_memory(make: Make):
     tree = PrefixTree(make())
     chain = tree.chain(64, 1)
@@ -242,7 +389,7 @@ def test_policy_turnover_keeps_no_departed_blocks(make: Make):
     before = sum(type(thing) is FakeBlock for thing in gc.get_objects())
     tree = PrefixTree(policy)
     rng = random.Random(5)
-    for turn in range(3_000):
+    for turn in range(600):
         # Requests of 30 blocks of which one stays in use: stale entries must not keep the others.
         chain = tree.chain(1, turn + 1, first=turn * 100)
         wide = [tree.insert(turn * 100 + 1 + index, chain[0].name, turn + 1) for index in range(29)]
