@@ -97,12 +97,17 @@ def tabs(pages: Sequence[Sequence[tuple[int, str, str]]], selected: str, page_of
         width: cells.
     """
     shown = next((page for page in pages if any(name == page_of for _, name, _ in page)), pages[0])
-    parts = []
-    for page in pages:
-        for number, name, title in page:
-            style = "$accent bold reverse" if name == selected else "$text bold" if page is shown else "$faint"
-            parts.append(line((f" {number} {title} ", style)))
-    return spread([Content(" ") + parts[0], *parts[1:]], width, gap=0)
+    made = Content("")
+    for form, gap in ((" {number} {title} ", 0), ("{number} {title}", 1), ("{title}", 1)):
+        parts = []
+        for page in pages:
+            for number, name, title in page:
+                style = "$accent bold reverse" if name == selected else "$text bold" if page is shown else "$faint"
+                parts.append(line((form.format(number=number, title=title), style)))
+        made = Content(" ") + Content(" " * gap).join(parts)
+        if made.cell_length <= width:
+            break
+    return made.truncate(width)
 
 
 def footer(message: str, needle: str, width: int) -> Content:

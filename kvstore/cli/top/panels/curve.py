@@ -107,7 +107,7 @@ def _draw(frame: Frame, width: int, rows: int) -> Sequence[Content]:
 
 CURVE: Final = Panel(
     "curve",
-    "Other capacities",
+    "Curve",
     _draw,
     least=6,
     wanted=lambda frame: 10,
