@@ -235,10 +235,16 @@ def _words(reason: str) -> str:
     return reason.lower().replace("_", " ")
 
 
+def _policy(name: str, following: str) -> str:
+    """A policy, and which of its orders it follows where it has several."""
+    return f"{name}, now by its {following} order" if following else name
+
+
 def _evictions(eviction: EvictionStats) -> Table:
-    facts = [("policy", eviction.policy)]
+    facts = [("policy", _policy(eviction.policy, eviction.following))]
     if eviction.ssd_policy:
-        facts.append(("of the SSD", f"{eviction.ssd_policy}, admits {eviction.admission}"))
+        below = _policy(eviction.ssd_policy, eviction.ssd_following)
+        facts.append(("of the SSD", f"{below}; admits {eviction.admission}"))
     facts += [
         ("evicted", f"{render.count(eviction.evicted_blocks)} blocks, {render.size(eviction.evicted_bytes)}"),
         ("removed", f"{render.count(eviction.removed_blocks)} blocks, by clients"),

@@ -131,6 +131,11 @@ class Adaptive:
         """Whether the order by index is followed now; else least recently used."""
         return self._contest.ranked
 
+    @property
+    def following(self) -> str:
+        """See ``Choosing``: by what was learned of returns, or as LRU, until that is clearly better."""
+        return "learned" if self._contest.ranked else "lru"
+
     def insert(self, block: Evictable, access: int) -> None:
         """See ``EvictionPolicy``."""
         self._held += 1

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final, Protocol, runtime_checkable
 
 BEFORE_ALL: Final = 0
 """An access number before all others."""
@@ -129,3 +129,17 @@ class EvictionPolicy(Protocol):
 
     def ghost_bytes(self) -> int:
         """Memory that what it remembers of blocks that left takes, about; bounded by each policy's own bound."""
+
+
+@runtime_checkable
+class Choosing(Protocol):
+    """A policy that has several orders and follows one of them at a time."""
+
+    @property
+    def following(self) -> str:
+        """Which one now, in a word for people."""
+
+
+def following(policy: EvictionPolicy) -> str:
+    """Which of its orders a policy follows now; "" of one that has a single one."""
+    return policy.following if isinstance(policy, Choosing) else ""

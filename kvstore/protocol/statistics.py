@@ -197,6 +197,7 @@ class EvictionStats(msgspec.Struct, kw_only=True, omit_defaults=True):
         admission: what is written below, "" without an SSD.
         ghost_bytes: memory that the policies take for what they remember of blocks that left.
         switched: how often a policy was changed.
+        following, ssd_following: which of its orders a policy that has several follows now, "" of one that has not.
     """
 
     policy: str
@@ -209,6 +210,8 @@ class EvictionStats(msgspec.Struct, kw_only=True, omit_defaults=True):
     admission: str = ""
     ghost_bytes: Unsigned = 0
     switched: Unsigned = 0
+    following: str = ""
+    ssd_following: str = ""
 
 
 class SessionStats(msgspec.Struct, kw_only=True):

@@ -10,6 +10,7 @@ import kvstore
 from kvstore.core.misses import Misses
 from kvstore.core.store import Store
 from kvstore.format.constants import PAGE_BYTES
+from kvstore.policy.base import following
 from kvstore.policy.curve import LiveCurve
 from kvstore.protocol.statistics import (
     CurveStats,
@@ -192,6 +193,8 @@ class Statistics:
             admission="" if ssd is None else self.store.admission.name,
             ghost_bytes=self.store.policy.ghost_bytes() + (0 if ssd is None else ssd.policy.ghost_bytes()),
             switched=counters.switched_policies,
+            following=following(self.store.policy),
+            ssd_following="" if ssd is None else following(ssd.policy),
         )
 
     def _server(self) -> ServerStats:

@@ -52,8 +52,12 @@ def test_configure_every_policy_in_turn_keeps_every_block(daemon: DaemonProcess)
             for number in range(1, 40):
                 assert client.get(key(number)) == payload(number), f"block {number} is lost with {name}"
             assert client.verify().problems == []
+        client.configure(policy="adaptive")
+        assert client.stats().eviction.following == "lru", "nothing was learned yet"
+        client.configure(policy="lru")
         stats = client.stats()
         assert stats.eviction.policy == "lru"
+        assert stats.eviction.following == ""
         assert stats.eviction.ssd_policy == "lru"
         assert stats.eviction.switched >= 2 * (len(POLICIES) - 1)
 

@@ -144,8 +144,11 @@ def test_stats_name_the_policies_of_both_tiers() -> None:
     stats = sample_stats(ssd=True)
     stats.eviction.ssd_policy, stats.eviction.admission = "lru", "predicted"
     stats.eviction.ghost_bytes, stats.eviction.switched = 3 << 20, 2
+    stats.eviction.policy, stats.eviction.following = "adaptive", "learned"
     text = lines(stats_tables(stats))
     (below,) = [line for line in text if line.startswith("of the SSD")]
-    assert "lru, admits predicted" in below
+    (policy,) = [line for line in text if line.startswith("policy")]
+    assert "adaptive, now by its learned order" in policy
+    assert "lru; admits predicted" in below
     assert row(text, "ghosts")[1:3] == ["3.0", "MiB"]
     assert row(text, "switched")[1] == "2"

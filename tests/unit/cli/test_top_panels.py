@@ -203,6 +203,20 @@ def test_misses_panel_of_one_look_has_only_what_was_since_the_start() -> None:
     assert not PANELS["misses"].there(frame_of(sample_stats()))
 
 
+def test_policy_panel_tells_what_adaptive_follows() -> None:
+    stats = sample_stats(ssd=True)
+    assert "," not in text("policy", frame_of(stats)).splitlines()[0]
+    stats.eviction.policy, stats.eviction.following = "adaptive", "lru"
+    stats.eviction.ssd_policy, stats.eviction.admission = "clock", "all"
+    stats.eviction.ghost_bytes = 2 << 20
+    drawn = text("policy", frame_of(stats))
+    assert "adaptive, as LRU for now" in drawn
+    assert "clock   admits all" in drawn
+    assert "2.0 MiB" in drawn
+    stats.eviction.following = "learned"
+    assert "adaptive, by learned returns" in text("policy", frame_of(stats))
+
+
 def test_curve_panel_marks_the_present_capacity_and_tells_gains() -> None:
     drawn = text("curve", frame_of(sample_stats(curve=True, ssd=True)), width=66, rows=9)
     rows = drawn.splitlines()

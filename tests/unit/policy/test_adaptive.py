@@ -11,7 +11,7 @@ from fakes.workloads import WORKLOADS
 
 from kvstore.policy import adaptive, hazards, shadow
 from kvstore.policy.adaptive import Adaptive
-from kvstore.policy.base import EvictionPolicy, PolicyContext
+from kvstore.policy.base import EvictionPolicy, PolicyContext, following
 from kvstore.policy.lru import Lru
 from kvstore.simulator.arrivals import Arrival, Outcome
 from kvstore.simulator.block import TraceClock
@@ -112,8 +112,10 @@ def test_adaptive_falls_back_where_its_order_loses(monkeypatch: pytest.MonkeyPat
     for number, arrival in enumerate(stream):
         if number == 500:
             cache.policy._contest.ranked = True
+            assert following(cache.policy) == "learned"
         hits.append(cache.request(arrival))
     assert not cache.policy.ranked
+    assert following(cache.policy) == "lru"
     assert sum(hits) > 0.97 * sum(lru.hits)
 
 

@@ -15,24 +15,26 @@ from kvstore.cli.top.text import line, per_s, plain, throughput
 __all__ = ["POLICY"]
 
 _NAME_CELLS: Final = 10
+_FOLLOWING: Final = {"lru": "as LRU for now", "learned": "by learned returns"}
+"""What ``adaptive`` does: its own order only where that clearly hits more."""
 
 
 def _fact(name: str, *parts: str | tuple[str, str]) -> Content:
     return line((f"{name:<{_NAME_CELLS}}", "$faint"), *parts)
 
 
+def _policy(name: str, following: str) -> tuple[tuple[str, str], ...]:
+    """Its name, and which of its orders it follows."""
+    known = _FOLLOWING.get(following, plain(following))
+    return (plain(name), "$accent bold"), (f", {known}" if following else "", "$text")
+
+
 def _draw(frame: Frame, width: int, rows: int) -> Sequence[Content]:
     eviction = frame.stats.eviction
-    lines = [_fact("DRAM", (plain(eviction.policy), "$accent bold"), ("   e switches", "$faint"))]
+    lines = [_fact("DRAM", *_policy(eviction.policy, eviction.following), ("   e switches", "$faint"))]
     if eviction.ssd_policy:
-        lines.append(
-            _fact(
-                "SSD",
-                (plain(eviction.ssd_policy), "$accent bold"),
-                ("   admits ", "$faint"),
-                (plain(eviction.admission), "bold"),
-            )
-        )
+        admits = (("   admits ", "$faint"), (plain(eviction.admission), "bold"))
+        lines.append(_fact("SSD", *_policy(eviction.ssd_policy, eviction.ssd_following), *admits))
     lines.append(
         _fact("evicts", (per_s(frame.now, "evicted_blocks"), "bold"), f"  {throughput(frame.now, 'evicted_bytes')}")
     )
