@@ -16,11 +16,12 @@ from kvstore.simulator.objects import simulate_objects
 from kvstore.simulator.trace import read_trace
 
 TRACE = os.environ.get("KVSTORE_TRACE", "")
+WITHOUT_IT = "libcachesim is not installed; python -m pip install --constraint constraints.txt '.[libcachesim]' gets it"
 THEIR_NAMES = {"lru": "LRU", "fifo": "FIFO", "sieve": "Sieve", "arc": "ARC", "lfu": "LFU", "clock": "Clock"}
 
 
 def their_hits(policy: str, capacity_blocks: int, arrivals: Sequence[Arrival]) -> int:
-    theirs = pytest.importorskip("libcachesim", reason="libcachesim is not installed: pip install libcachesim==0.3.5")
+    theirs = pytest.importorskip("libcachesim", reason=WITHOUT_IT)
     cache = getattr(theirs, THEIR_NAMES[policy])(capacity_blocks)
     request = theirs.Request()
     request.obj_size = 1
@@ -47,15 +48,34 @@ def skewed_arrivals(count: int, objects: int, seed: int) -> list[Arrival]:
     return arrivals
 
 
-@pytest.mark.parametrize("policy", THEIR_NAMES)
-@pytest.mark.parametrize("capacity_blocks", [30, 300, 1500])
+SYNTHETIC_HITS = {
+    "lru": {30: 3939, 300: 9026, 1500: 14_201},
+    "fifo": {30: 3373, 300: 8112, 1500: 13_182},
+    "sieve": {30: 5981, 300: 10_257, 1500: 15_081},
+    "arc": {30: 6398, 300: 11_402, 1500: 15_444},
+    "lfu": {30: 1863, 300: 9966, 1500: 15_081},
+    "clock": {30: 4208, 300: 9419, 1500: 14_545},
+}
+"""What libCacheSim 0.3.5 hits of 25,000 accesses, so that this is checked where it is not installed."""
+every_capacity = pytest.mark.parametrize(
+    ("policy", "capacity_blocks"), [(policy, capacity) for policy, hits in SYNTHETIC_HITS.items() for capacity in hits]
+)
+
+
+@every_capacity
 def test_objects_synthetic_accesses_hit_as_in_libcachesim(policy: str, capacity_blocks: int):
     arrivals = skewed_arrivals(20_000, 3_000, seed=capacity_blocks)
     outcome = simulate_objects(arrivals, policy, capacity_blocks)
-    theirs = their_hits(policy, capacity_blocks, arrivals)
+    assert sum(outcome.asked) == 25_000
     # ARC moves its target before it makes room, which here is done when the block enters.
-    apart = 0.0005 * sum(outcome.asked) if policy == "arc" else 0
-    assert sum(outcome.hits) == pytest.approx(theirs, abs=apart)
+    apart = 5 if policy == "arc" else 0
+    assert abs(sum(outcome.hits) - SYNTHETIC_HITS[policy][capacity_blocks]) <= apart
+
+
+@every_capacity
+def test_libcachesim_hits_of_synthetic_accesses_are_those_noted_here(policy: str, capacity_blocks: int):
+    arrivals = skewed_arrivals(20_000, 3_000, seed=capacity_blocks)
+    assert their_hits(policy, capacity_blocks, arrivals) == SYNTHETIC_HITS[policy][capacity_blocks]
 
 
 @pytest.mark.skipif(not TRACE, reason="KVSTORE_TRACE does not name a trace (Mooncake's conversation_trace.jsonl)")

@@ -192,6 +192,7 @@ BREAKS = {
     "kvstore/protocol/broken.py": "import kvstore.server",
     "client/kvstore_client/broken.py": "import kvstore.core",
     "kvstore/server/broken.py": "import kvstore_client",
+    "kvstore/simulator/broken.py": "import kvstore.core",
     "kernels/kvstore_kernels/broken.py": "import kvstore",
     "kvstore/tiers/broken.py": "import aiofiles",
     "kvstore/observability/broken.py": "import kvstore_kernels.layout",
