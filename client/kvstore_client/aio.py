@@ -260,6 +260,12 @@ class AsyncClient(BaseClient):
         """See ``Client.hint``."""
         return await self._run(self._operations.hint(keys, soon))
 
+    async def retain(
+        self, keys: Sequence[bytes], *, priority: int = 80, ttl_s: float | None = None, drop: bool = False
+    ) -> int:
+        """See ``Client.retain``."""
+        return await self._run(self._operations.retain(keys, priority, ttl_s, drop))
+
     async def stats(self) -> DaemonStats:
         """See ``Client.stats``."""
         return await self._run(self._operations.stats())

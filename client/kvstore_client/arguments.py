@@ -8,7 +8,7 @@ from typing import Any
 
 from kvstore.errors import InvalidArgument
 from kvstore.protocol.keys import join_keys
-from kvstore.protocol.version import MAX_KEYS_PER_REQUEST
+from kvstore.protocol.version import MAX_KEYS_PER_REQUEST, MAX_PRIORITY, MAX_TTL_MS, NORMAL_PRIORITY
 
 
 def buffer_of(data: object, what: str, *, writable: bool = False) -> memoryview:
@@ -95,6 +95,25 @@ def check_durable(durable: object, wait: object) -> None:
     """
     if durable and not wait:
         raise InvalidArgument("durable=True waits until the blocks are durable; it does not go with wait=False")
+
+
+def check_retention(priority: object, ttl_s: object, drop: object) -> None:
+    """Refuse a retention that there cannot be.
+
+    Raises:
+        InvalidArgument: the priority is not 0 to 100, the time not positive, or blocks are to be dropped at no time.
+    """
+    if not isinstance(priority, int) or isinstance(priority, bool) or not 0 <= priority <= MAX_PRIORITY:
+        raise InvalidArgument(
+            f"priority must be a whole number from 0 to {MAX_PRIORITY} ({NORMAL_PRIORITY} is normal), got {priority!r}"
+        )
+    longest_s = MAX_TTL_MS // 1000
+    if ttl_s is not None and (
+        isinstance(ttl_s, bool) or not isinstance(ttl_s, (int, float)) or not 0 < ttl_s <= longest_s
+    ):
+        raise InvalidArgument(f"ttl_s must be more than 0 and at most {longest_s} seconds, or None, got {ttl_s!r}")
+    if drop and ttl_s is None:
+        raise InvalidArgument("drop=True removes blocks at the end of their time: it needs ttl_s")
 
 
 def check_part(part: object) -> None:

@@ -246,12 +246,13 @@ class Client(BaseClient):
 
         Args:
             keys: a chain's keys, from the first block on.
-            lease: seconds for which the hits must not be evicted. Leases of a client that dies end at once.
+            lease: seconds for which the hits must not be evicted. Leases of a client that dies end at once. Where they
+                may not hold as much as that (``limits.lease_share``), the hits are the leading blocks that are held.
             prefetch: those of the hits that are in tiers below DRAM begin to come up; the gets then wait less.
 
         Raises:
             InvalidArgument: a lease longer than the daemon's ``limits.max_lease_s``.
-            Throttled: this client holds too many leases.
+            Throttled: this client holds too many leases, or all leases together hold what they may.
         """
         mapped = self._mapped
         if mapped is not None and lease is None and not self._unwaited:
@@ -300,12 +301,39 @@ class Client(BaseClient):
     def hint(self, keys: Sequence[bytes], *, soon: bool = True) -> int:
         """Say that a session which uses these blocks is about to come back, or with ``soon=False`` that it is over.
 
-        The daemon may bring them up, or let go of them first; it promises nothing. How many of them it knows.
+        What comes back soon is brought up, and retained for a while (``retention.hint_s``). Of a session that is over,
+        the end of its chain that nothing else goes on behind leaves first, unless it is used again. Nothing is
+        promised. How many of the blocks the daemon knows.
 
         Raises:
             ProtocolMismatch: the daemon is too old for hints.
         """
         return self._run(self._operations.hint(keys, soon))
+
+    def retain(
+        self, keys: Sequence[bytes], *, priority: int = 80, ttl_s: float | None = None, drop: bool = False
+    ) -> int:
+        """Have blocks leave DRAM later than others, or earlier; softly: no put is ever refused for it.
+
+        Blocks of a priority above 50 leave after all of a lower one, and those before them in DRAM are retained as
+        well; blocks of a priority below 50 leave before all others. What was said last of a block counts. See
+        docs/retention.md.
+
+        Args:
+            keys: of the blocks.
+            priority: 0 to 100; 50 is normal, and ends what was said before.
+            ttl_s: for so many seconds; None: until it is changed, or the daemon ends.
+            drop: the blocks are removed then, from all tiers.
+
+        Returns:
+            How many of the blocks are retained so, or will be once they are back in DRAM. Where that would be more
+            than the daemon's ``retention.budget_bytes``, those of the lowest priority lose it.
+
+        Raises:
+            InvalidArgument: naming the argument.
+            ProtocolMismatch: the daemon is too old for this.
+        """
+        return self._run(self._operations.retain(keys, priority, ttl_s, drop))
 
     def stats(self) -> DaemonStats:
         """The daemon's statistics."""

@@ -36,6 +36,8 @@ from kvstore.protocol.messages import (
     Recorded,
     Release,
     Remove,
+    Retain,
+    Retained,
     Stats,
     StatsReply,
     TierId,
@@ -45,7 +47,7 @@ from kvstore.protocol.messages import (
 )
 from kvstore.protocol.statistics import DaemonStats, RecordStats
 from kvstore.protocol.version import MAX_KEYS_PER_REQUEST, MAX_LEASE_MS
-from kvstore_client.arguments import batches, buffer_of, check_part, check_request
+from kvstore_client.arguments import batches, buffer_of, check_part, check_request, check_retention
 from kvstore_client.puts import PutOperations
 from kvstore_client.results import MatchResult
 from kvstore_client.session import Ask, Session, Steps, expect
@@ -321,6 +323,16 @@ class Operations(PutOperations):
     def record(self, action: str) -> Steps[RecordStats]:
         """Begin or end the recording of lookups; how it goes."""
         return expect((yield Ask(Record, (action,))), Recorded).recording
+
+    def retain(self, keys: Sequence[bytes], priority: int, ttl_s: float | None, drop: bool) -> Steps[int]:
+        """Have blocks leave later than others, or earlier; how many are retained."""
+        check_retention(priority, ttl_s, drop)
+        ttl_ms = 0 if ttl_s is None else max(round(ttl_s * 1000), 1)
+        count = 0
+        for some in batches(keys):
+            reply = expect((yield Ask(Retain, (some, priority, ttl_ms, bool(drop)))), Retained)
+            count += reply.count + reply.waiting
+        return count
 
     def clear(self) -> Steps[int]:
         """Remove all blocks of the namespace; how many there were."""

@@ -42,6 +42,7 @@ from kvstore.protocol.messages import (
     Record,
     Reply,
     Request,
+    Retain,
     Welcome,
 )
 from kvstore.protocol.namespace import Namespace
@@ -50,7 +51,7 @@ from kvstore.protocol.version import PROTOCOL_OLDEST, PROTOCOL_VERSION
 if TYPE_CHECKING:
     from kvstore_client.mapped_session import MappedSession
 
-_SINCE: Final[dict[type[Request], int]] = {Persist: 4, Hint: 4, Configure: 5, Record: 5}
+_SINCE: Final[dict[type[Request], int]] = {Persist: 4, Hint: 4, Configure: 5, Record: 5, Retain: 5}
 """Protocol versions with which requests came; what is not listed may always be sent, or is the session's own affair."""
 _WAITED: Final = 0.9
 """Share of the time that is left within which the daemon is to answer a request that waits there."""

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvstore.cli import render
+from kvstore.cli.retention_tables import quota_table, retention_facts
 from kvstore.protocol.statistics import (
     DaemonStats,
     DramStats,
@@ -50,6 +51,8 @@ def stats_tables(stats: DaemonStats, since: DaemonStats | None = None) -> Render
         _lookups(stats, since),
         _puts(stats, since),
         _evictions(stats.eviction),
+        retention_facts(stats.retention),
+        quota_table(stats.tenants),
         _memory(stats.dram),
         *(_ssd(stats.ssd) if stats.ssd is not None else ()),
         _slots(stats.dram),

@@ -10,6 +10,7 @@ from kvstore.core.tree import TreeBlock
 
 if TYPE_CHECKING:
     from kvstore.core.namespaces import NamespaceState
+    from kvstore.core.tenants import Tenant
 
 
 class RecordState(IntEnum):
@@ -45,6 +46,7 @@ class Record:
         slot_bytes, record_bytes: size of the slot, and of header and sections in it.
         codec: id of the numerics of its sections.
         fidelity: its effective fidelity, 255 for exact.
+        tenant: for whose quota it counts while it is granted, None where that is nobody's or not known.
         session: who writes it while it is granted, 0 afterwards.
     """
 
@@ -59,6 +61,7 @@ class Record:
         "slot",
         "slot_bytes",
         "state",
+        "tenant",
     )
 
     def __init__(self, slot: int, slot_bytes: int, session: int) -> None:
@@ -72,6 +75,7 @@ class Record:
         self.checksum = 0
         self.codec = 0
         self.fidelity = 0
+        self.tenant: Tenant | None = None
 
 
 class Block(TreeBlock):
@@ -95,6 +99,7 @@ class Block(TreeBlock):
         self.children: set[Block] | None = None
         self.depth = 0
         self.leases = 0
+        self.held = 0
         self.access = -1
         self.branched = False
         self.namespace = namespace

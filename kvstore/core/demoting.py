@@ -17,15 +17,17 @@ from kvstore.core.instructions import (
     Demote,
     Instruction,
 )
+from kvstore.core.retaining import Retaining
 from kvstore.core.ssd_record import SsdState
-from kvstore.core.state import RESERVE_SHARE, StoreState
+from kvstore.core.state import RESERVE_SHARE
+from kvstore.core.tenants import Tenant
 from kvstore.core.tree import ORPHAN_DEPTH
 
 RETIRED_AT_ONCE: Final = 64
 """Most blocks that are retired by one event."""
 
 
-class Demoting(StoreState):
+class Demoting(Retaining):
     """What of the store concerns the tier below."""
 
     def _has_room(self, slot_bytes: int, records: int) -> bool:
@@ -36,11 +38,24 @@ class Demoting(StoreState):
             return False
         return self.granted_count + records <= limits.max_records - self.record_count + retired.clean_records
 
-    def _victim_for_slot(self, number: int | None) -> Block | None:
-        """The block that leaves next for a slot: of those that were retired, or where nothing is demoted any."""
-        first = self.retired.first()
+    def _quota_has_room(self, tenant: Tenant, slot_bytes: int) -> bool:
+        """As ``_has_room``, for what is granted for a tenant within its quota."""
+        return tenant.granted_bytes + slot_bytes <= tenant.limit_bytes - tenant.slot_bytes + tenant.clean_bytes
+
+    def _may_stay(self, block: Block) -> bool:
+        """Whether the room of a retired block, and of those above it, is not promised to those that write."""
+        slot_bytes, records = self.retired.clean_above(block)
+        tenant = block.namespace.tenant
+        return self._has_room(slot_bytes, records) and (tenant is None or self._quota_has_room(tenant, slot_bytes))
+
+    def _victim_for_slot(self, number: int | None, tenant: Tenant | None = None) -> Block | None:
+        """The block that leaves next for a slot: of those that were retired, or where nothing is demoted any.
+
+        ``tenant``: whose block.
+        """
+        first = self.retired.first() if tenant is None else tenant.first_retired()
         if first is None:
-            return None if self.demotes else self._next_victim(number)
+            return None if self.demotes else self._next_victim(number, tenant)
         return first if self.retired.is_clean(first) else None
 
     def _retire_ahead(self, wanted_bytes: int = 0) -> list[Instruction]:
@@ -51,22 +66,34 @@ class Demoting(StoreState):
         short = reserve - (self.limits.capacity_bytes - self.resident_bytes + self.retired.slot_bytes)
         records_left = self.limits.max_records - self.record_count + self.retired.records
         wanted = max(min(RETIRED_AT_ONCE, self.limits.max_records // RESERVE_SHARE), self.granted_count + 1)
-        if short <= 0 and records_left >= wanted:
-            return []
-        return self._retire(max(short, 0), max(wanted - records_left, 0))
+        demote: list[Instruction] = []
+        if short > 0 or records_left < wanted:
+            demote += self._retire(max(short, 0), max(wanted - records_left, 0))
+        for tenant in self.tenants.values():
+            kept_bytes = min(self._reserve_bytes, tenant.limit_bytes // RESERVE_SHARE)
+            demote += self._retire_of(tenant, max(kept_bytes, tenant.granted_bytes))
+        return demote
 
-    def _retire(self, slot_bytes: int, records: int = 0) -> list[Instruction]:
-        """Retire blocks with so many bytes and records, or as many as there may be at once."""
+    def _retire_of(self, tenant: Tenant, wanted_bytes: int) -> list[Instruction]:
+        """Have so much of a tenant's quota free, or held by blocks that may leave soon."""
+        short = wanted_bytes - (tenant.limit_bytes - tenant.slot_bytes + tenant.retired_bytes)
+        return self._retire(short, 0, tenant) if short > 0 else []
+
+    def _retire(self, slot_bytes: int, records: int = 0, tenant: Tenant | None = None) -> list[Instruction]:
+        """Retire blocks with so many bytes and records, or as many as there may be at once; of a tenant, or any."""
         assert self.ssd is not None
         bytes_aim, records_aim = self.retired.slot_bytes + slot_bytes, self.retired.records + records
         demote: list[Record] = []
         accesses: list[int] = []
         for _ in range(RETIRED_AT_ONCE):
             enough = self.retired.slot_bytes >= bytes_aim and self.retired.records >= records_aim
-            block = None if enough else self._next_victim()
+            block = None if enough else self._next_victim(None, tenant)
             if block is None:
                 break
             access = self.policy.used(block)
+            parent = block.parent
+            if block.namespace.retained:
+                self.retention.left(block, forget=False, gave_way=True)
             self.policy.discard(block, evicted=True)
             # Nobody can reach an orphan: it is not worth writing.
             missing = self.missing_below(block) if block.depth < ORPHAN_DEPTH else []
@@ -74,6 +101,8 @@ class Demoting(StoreState):
                 self.counters.not_admitted_blocks += 1
                 missing = []
             self.retired.add(block, {record.part for record in missing})
+            if parent is not None and parent.namespace.retained:
+                self.retention.may_leave(parent)
             demote += missing
             accesses += [access] * len(missing)
         return [Demote(demote, accesses)] if demote else []
@@ -95,7 +124,7 @@ class Demoting(StoreState):
         """A block, and some above it, were used."""
         if not block.retired:
             self.policy.touch(block, hits, number)
-        elif self._has_room(*self.retired.clean_above(block)):
+        elif self._may_stay(block):
             # Else its room is promised to those that write; it has a copy below, which stays fresh.
             self._revive(block, number)
 
@@ -118,6 +147,13 @@ class Demoting(StoreState):
                 return
             block = block.parent
 
+    def _call_back(self, block: Block) -> bool:
+        """See ``Retaining``."""
+        may = self._may_stay(block)
+        if may:
+            self._revive(block, self._access)
+        return may
+
     def _revive(self, block: Block, number: int) -> None:
         """A retired block, and those above it, were used: they stay."""
         chain: list[Block] = []
@@ -129,6 +165,8 @@ class Demoting(StoreState):
             self.retired.take(revived)
             self.admission.used((revived.key,), number)
             self.policy.insert(revived, number)
+            if revived.namespace.retained:
+                self._retained_came(revived)
 
     def _stay(self, block: Block, number: int) -> list[int]:
         """Have a retired block stay, with what goes on behind it; slots of what leaves instead.
@@ -136,7 +174,7 @@ class Demoting(StoreState):
         Where the room of those above is promised to others, the first that has a copy below leaves, be it that block.
         """
         slots: list[int] = []
-        if not self._has_room(*self.retired.clean_above(block)):
+        if not self._may_stay(block):
             above: Block | None = block
             while above is not None and above.retired and not self.retired.is_clean(above):
                 above = above.parent

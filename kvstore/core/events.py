@@ -224,6 +224,32 @@ class AdmissionChanged(msgspec.Struct, frozen=True):
     admission: Admission
 
 
+class RetainWanted(msgspec.Struct, frozen=True):
+    """A client wants blocks to leave later than others, or earlier.
+
+    Attributes:
+        namespace_id, keys: of the blocks.
+        priority: 0 to 100, see ``kvstore.core.retention``.
+        ttl_ns: for how long, 0 for no end.
+        drop: the blocks are removed then.
+    """
+
+    namespace_id: int
+    keys: Sequence[bytes]
+    priority: int
+    ttl_ns: int = 0
+    drop: bool = False
+
+
+class Hinted(msgspec.Struct, frozen=True):
+    """A client says of a chain that it is needed soon, which counts for ``ttl_ns``, or that its session is over."""
+
+    namespace_id: int
+    keys: Sequence[bytes]
+    soon: bool
+    ttl_ns: int = 0
+
+
 class Ticked(msgspec.Struct, frozen=True):
     """Time passed; leases may have expired."""
 
@@ -247,6 +273,8 @@ Event = (
     | Displaced
     | FoundCorrupt
     | Quiesced
+    | RetainWanted
+    | Hinted
     | Ticked
     | Demoted
     | SsdChanged

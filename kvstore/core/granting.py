@@ -19,7 +19,9 @@ from kvstore.core.instructions import (
     Withdraw,
 )
 from kvstore.core.slabs import Slab
+from kvstore.core.tenants import Tenant
 from kvstore.core.tree import ORPHAN_DEPTH
+from kvstore.core.watching import Cause
 from kvstore.policy.base import BEFORE_ALL
 from kvstore.protocol.keys import ROOT_KEY
 from kvstore.protocol.messages import PutStatus, Reason
@@ -40,20 +42,32 @@ class Granting(Demoting):
         slot_bytes = event.slot_bytes or self.slot_bytes_for(event.record_bytes)
         session = self.sessions[event.session]
         number = None if event.ahead else self._number_of_wanted(event)
+        tenant = self._tenant_of(event.namespace_id) if self.tenants else None
         if session.granted_bytes + slot_bytes > self.limits.grant_bytes_per_session:
             return [Refuse(PutStatus.THROTTLED, Reason.GRANT_LIMIT)]
         if self.granted_bytes + slot_bytes > self.limits.grant_bytes:
             return [Refuse(PutStatus.THROTTLED, Reason.GRANT_LIMIT)]
+        if tenant is not None:
+            if slot_bytes > tenant.limit_bytes:
+                tenant.refused_puts += 1
+                return [Refuse(PutStatus.REJECTED, Reason.QUOTA)]
+            if self.demotes and not event.ahead and not self._quota_has_room(tenant, slot_bytes):
+                return [*self._retire_of(tenant, tenant.granted_bytes + slot_bytes), self._quota_used_up(tenant)]
         if self.demotes and not self._has_room(slot_bytes, 1):
             retired = [] if event.ahead else self._retire_ahead(slot_bytes)
             return [*retired, Refuse(PutStatus.THROTTLED, Reason.DEMOTING if self.retired else Reason.ALL_HELD)]
         slot = self.slabs.allocate(slot_bytes)
         if slot is None:
             return (
-                [Refuse(PutStatus.THROTTLED, Reason.ALL_HELD)] if event.ahead else self._make_room(slot_bytes, number)
+                [Refuse(PutStatus.THROTTLED, Reason.ALL_HELD)]
+                if event.ahead
+                else self._make_room(slot_bytes, number, tenant)
             )
         record = Record(slot, slot_bytes, event.session)
         self.records[slot] = record
+        if tenant is not None:
+            record.tenant = tenant
+            tenant.granted_bytes += slot_bytes
         session.grants[slot] = record
         session.granted_bytes += slot_bytes
         self.granted_bytes += slot_bytes
@@ -79,8 +93,26 @@ class Granting(Demoting):
                 self.policy.touch(parent, 1, number)
         return number
 
-    def _make_room(self, slot_bytes: int, number: int | None) -> list[Instruction]:
-        """Get a slab or a slot of this size: move records together, or evict what was used before an access."""
+    def _tenant_of(self, namespace_id: int) -> Tenant | None:
+        namespace = self.namespaces.by_id.get(namespace_id)
+        return None if namespace is None else namespace.tenant
+
+    def _quota_used_up(self, tenant: Tenant) -> Refuse:
+        """Why a tenant gets no slot for which nothing of it can leave now."""
+        if tenant.retired_bytes:
+            return Refuse(PutStatus.THROTTLED, Reason.DEMOTING)
+        tenant.refused_puts += 1
+        if tenant.leased_bytes:
+            return Refuse(PutStatus.THROTTLED, Reason.ALL_HELD)
+        if tenant.granted_bytes:
+            return Refuse(PutStatus.THROTTLED, Reason.GRANT_LIMIT)
+        return Refuse(PutStatus.REJECTED, Reason.QUOTA)
+
+    def _make_room(self, slot_bytes: int, number: int | None, tenant: Tenant | None) -> list[Instruction]:
+        """Get a slab or a slot of this size: move records together, or evict what was used before an access.
+
+        Where it is for a tenant at its limit, only its own blocks leave.
+        """
         if self.populating:
             return [Refuse(PutStatus.THROTTLED, Reason.POPULATING)]
         waiting = self._limbo_since_ns.get(slot_bytes)
@@ -91,9 +123,11 @@ class Granting(Demoting):
             instructions = self._vacate(slab)
             if instructions:
                 return [*instructions, TryAgain()]
-        slots = self._evict_for_slot(slot_bytes, number)
+        slots = self._evict_for_slot(slot_bytes, number, tenant)
         if slots:
             return [Withdraw(slots), TryAgain()]
+        if tenant is not None and tenant.short_of(tenant.granted_bytes + slot_bytes):
+            return [self._quota_used_up(tenant)]
         if self.demotes:
             # What is on its way comes first; a slab of it is enough for a slot of any size.
             enough = self.retired.slot_bytes >= self.slabs.slab_bytes
@@ -107,12 +141,16 @@ class Granting(Demoting):
         all_there = self.slabs.usable_slabs == len(self.slabs.slabs)
         return [Refuse(PutStatus.THROTTLED, Reason.GRANT_LIMIT if all_there else Reason.MEMORY_LIMIT)]
 
-    def _evict_for_slot(self, slot_bytes: int, number: int | None) -> list[int]:
-        """Evict until a slot of this size, or a slab's worth of another size, comes free; the slots."""
+    def _evict_for_slot(self, slot_bytes: int, number: int | None, tenant: Tenant | None) -> list[int]:
+        """Evict until a slot of this size, or a slab's worth of another size, comes free; the slots.
+
+        A tenant that is at its limit has its own blocks leave for what it was lent, and for this slot.
+        """
         slots: list[int] = []
         missing: dict[int, int] = {}
         for _ in range(EVICTION_BATCH):
-            victim = self._victim_for_slot(number)
+            full = tenant if tenant is not None and tenant.short_of(tenant.granted_bytes + slot_bytes) else None
+            victim = self._victim_for_slot(number, full)
             if victim is None:
                 break
             enough = False
@@ -122,7 +160,7 @@ class Granting(Demoting):
                     missing[size] = self.slabs.slots_short_of_a_slab(size)
                 missing[size] -= 1
                 enough = enough or size == slot_bytes or missing[size] == 0
-            slots += self._evict(victim)
+            slots += self._evict(victim, Cause.EVICTED if full is None else Cause.QUOTA)
             if enough:
                 break
         return slots

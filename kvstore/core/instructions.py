@@ -87,15 +87,26 @@ class Namespaced(msgspec.Struct, frozen=True):
 
 
 class Leased(msgspec.Struct, frozen=True):
-    """Answer to ``LeaseWanted``; 0: there was nothing to lease."""
+    """Answer to ``LeaseWanted``; 0: there was nothing to lease, or no room for what leases may hold.
+
+    ``count``: of the blocks, the first ones that are leased.
+    """
 
     lease: int
+    count: int = 0
 
 
 class Count(msgspec.Struct, frozen=True):
     """Answer to ``RemoveWanted``, ``ClearWanted`` and ``LeaseReleased``: how many blocks or leases."""
 
     count: int
+
+
+class Retained(msgspec.Struct, frozen=True):
+    """Answer to ``RetainWanted``: how many of the blocks are in DRAM and retained, and how many will be when back."""
+
+    count: int
+    waiting: int
 
 
 Instruction = (
@@ -111,5 +122,6 @@ Instruction = (
     | Answer
     | Namespaced
     | Leased
+    | Retained
     | Count
 )

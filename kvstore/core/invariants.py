@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections import Counter
 
 from kvstore.core.block import Block, RecordState
+from kvstore.core.holds_invariants import check_holds, check_tenants, require
 from kvstore.core.journal import UNTOLD
 from kvstore.core.namespaces import NamespaceState
 from kvstore.core.ssd_invariants import validate_ssd
-from kvstore.core.ssd_record import SsdBlock
 from kvstore.core.store import Store
-from kvstore.errors import InvariantViolation
 from kvstore.format.constants import FIDELITY_EXACT
 from kvstore.protocol.keys import ROOT_KEY
 
@@ -26,24 +25,25 @@ def validate_state(store: Store) -> None:
     blocks: set[Block] = set()
     members = Counter(namespace for session in store.sessions.values() for namespace in session.namespaces)
     for identity, namespace in store.namespaces.by_id.items():
-        _require(namespace.id == identity, f"namespace {namespace.id} is filed under {identity}")
-        _require(namespace.members == members.pop(namespace, 0), f"namespace {identity} miscounts its members")
+        require(namespace.id == identity, f"namespace {namespace.id} is filed under {identity}")
+        require(namespace.members == members.pop(namespace, 0), f"namespace {identity} miscounts its members")
         _check_tree(namespace)
         blocks.update(namespace.blocks.values())
-    _require(not members, "a namespace was forgotten that has members")
-    _require(len(blocks) == store.block_count, f"{store.block_count} blocks counted, {len(blocks)} found")
+    require(not members, "a namespace was forgotten that has members")
+    require(len(blocks) == store.block_count, f"{store.block_count} blocks counted, {len(blocks)} found")
     staying = len(blocks) - len(store.retired)
-    _require(store.policy.held() == staying, f"policy holds {store.policy.held()} of {staying} blocks")
+    require(store.policy.held() == staying, f"policy holds {store.policy.held()} of {staying} blocks")
     _check_retired(store, blocks)
     if store.ssd is not None:
         validate_ssd(store.ssd)
-    _check_leases(store)
+    check_holds(store)
+    check_tenants(store)
     _check_journal(store, blocks)
     for block in blocks:
         for part, record in block.parts.items():
-            _require(record.block is block and record.part == part, f"record of slot {record.slot} is of no block")
-            _require(record.state is RecordState.RESIDENT, f"slot {record.slot} of a block is {record.state.name}")
-            _require(store.records.get(record.slot) is record, f"slot {record.slot} has two records")
+            require(record.block is block and record.part == part, f"record of slot {record.slot} is of no block")
+            require(record.state is RecordState.RESIDENT, f"slot {record.slot} of a block is {record.state.name}")
+            require(store.records.get(record.slot) is record, f"slot {record.slot} has two records")
 
 
 def _check_retired(store: Store, blocks: set[Block]) -> None:
@@ -52,24 +52,19 @@ def _check_retired(store: Store, blocks: set[Block]) -> None:
     seen: set[Block] = set()
     for block, clean in retired.all().items():
         name = block.key.hex()[:12]
-        _require(block in blocks and block.retired, f"block {name} is retired and gone")
-        _require(not block.children and not block.leases, f"block {name} is retired and in use")
+        require(block in blocks and block.retired, f"block {name} is retired and gone")
+        require(not block.children and not block.leases, f"block {name} is retired and in use")
         seen.add(block)
         slot_bytes += block.slot_bytes
         clean_bytes += block.slot_bytes if clean else 0
         records += len(block.parts)
         clean_records += len(block.parts) if clean else 0
-    _require(len(seen) == sum(block.retired for block in blocks), "a block is marked as retired and is not")
-    _require(
+    require(len(seen) == sum(block.retired for block in blocks), "a block is marked as retired and is not")
+    require(
         (slot_bytes, clean_bytes, records, clean_records)
         == (retired.slot_bytes, retired.clean_bytes, retired.records, retired.clean_records),
         "retired blocks are miscounted",
     )
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise InvariantViolation(message)
 
 
 def _check_accounting(store: Store) -> None:
@@ -77,12 +72,12 @@ def _check_accounting(store: Store) -> None:
     counts: Counter[RecordState] = Counter()
     record_bytes = 0
     for slot, record in store.records.items():
-        _require(slot == record.slot, f"record of slot {record.slot} is filed under slot {slot}")
+        require(slot == record.slot, f"record of slot {record.slot} is filed under slot {slot}")
         sums[record.state] += record.slot_bytes
         counts[record.state] += 1
         if record.state is RecordState.RESIDENT:
             record_bytes += record.record_bytes
-            _require(
+            require(
                 0 < record.record_bytes <= record.slot_bytes,
                 f"{record.record_bytes} bytes in a slot of {record.slot_bytes}",
             )
@@ -92,27 +87,27 @@ def _check_accounting(store: Store) -> None:
         RecordState.LIMBO: store.limbo_bytes,
     }
     for state, value in expected.items():
-        _require(sums[state] == value, f"{state.name} bytes are {sums[state]}, accounted are {value}")
-    _require(not counts[RecordState.FREE], "a free record is still filed")
-    _require(counts[RecordState.GRANTED] == store.granted_count, "granted records are miscounted")
-    _require(counts[RecordState.RESIDENT] == store.record_count, "resident records are miscounted")
-    _require(record_bytes == store.resident_record_bytes, "resident record bytes are miscounted")
+        require(sums[state] == value, f"{state.name} bytes are {sums[state]}, accounted are {value}")
+    require(not counts[RecordState.FREE], "a free record is still filed")
+    require(counts[RecordState.GRANTED] == store.granted_count, "granted records are miscounted")
+    require(counts[RecordState.RESIDENT] == store.record_count, "resident records are miscounted")
+    require(record_bytes == store.resident_record_bytes, "resident record bytes are miscounted")
     limits = store.limits
-    _require(store.resident_bytes <= limits.capacity_bytes, f"{store.resident_bytes} resident bytes, over capacity")
-    _require(store.record_count <= limits.max_records, f"{store.record_count} records, over the limit")
-    _require(store.granted_bytes <= limits.grant_bytes, f"{store.granted_bytes} granted bytes, over the limit")
+    require(store.resident_bytes <= limits.capacity_bytes, f"{store.resident_bytes} resident bytes, over capacity")
+    require(store.record_count <= limits.max_records, f"{store.record_count} records, over the limit")
+    require(store.granted_bytes <= limits.grant_bytes, f"{store.granted_bytes} granted bytes, over the limit")
     granted = 0
     for session in store.sessions.values():
         held = sum(record.slot_bytes for record in session.grants.values())
-        _require(held == session.granted_bytes, f"session {session.id} holds {held}, not {session.granted_bytes}")
-        _require(held <= limits.grant_bytes_per_session, f"session {session.id} holds {held} granted bytes")
+        require(held == session.granted_bytes, f"session {session.id} holds {held}, not {session.granted_bytes}")
+        require(held <= limits.grant_bytes_per_session, f"session {session.id} holds {held} granted bytes")
         for slot, record in session.grants.items():
-            _require(
+            require(
                 store.records.get(slot) is record and record.state is RecordState.GRANTED,
                 f"session {session.id} holds slot {slot}, which is no grant",
             )
         granted += held
-    _require(granted == store.granted_bytes, f"sessions hold {granted} granted bytes, accounted {store.granted_bytes}")
+    require(granted == store.granted_bytes, f"sessions hold {granted} granted bytes, accounted {store.granted_bytes}")
 
 
 def _check_slabs(store: Store) -> None:
@@ -120,74 +115,62 @@ def _check_slabs(store: Store) -> None:
     for slot, record in store.records.items():
         slab = store.slabs.slab_of(slot)
         used[slab.index] += 1
-        _require(slab.usable and slab.slot_pages * 4096 == record.slot_bytes, f"slot {slot} is not of its slab's class")
-        _require((slot - slab.first_page) % slab.slot_pages == 0, f"slot {slot} is not on a slot's border")
-        _require(slot not in slab.free, f"slot {slot} is used and free")
+        require(slab.usable and slab.slot_pages * 4096 == record.slot_bytes, f"slot {slot} is not of its slab's class")
+        require((slot - slab.first_page) % slab.slot_pages == 0, f"slot {slot} is not on a slot's border")
+        require(slot not in slab.free, f"slot {slot} is used and free")
     free_slabs = 0
     for slab in store.slabs.slabs:
-        _require(slab.used == used[slab.index], f"slab {slab.index} counts {slab.used} slots, {used[slab.index]} found")
-        _require(slab.cut == slab.used + len(slab.free), f"slab {slab.index} lost a slot")
-        _require(len(set(slab.free)) == len(slab.free), f"slab {slab.index} has a slot free twice")
+        require(slab.used == used[slab.index], f"slab {slab.index} counts {slab.used} slots, {used[slab.index]} found")
+        require(slab.cut == slab.used + len(slab.free), f"slab {slab.index} lost a slot")
+        require(len(set(slab.free)) == len(slab.free), f"slab {slab.index} has a slot free twice")
         free_slabs += slab.usable and not slab.slot_pages and slab.within is None
-    _require(free_slabs == store.slabs.free_slabs, "empty slabs are miscounted")
+    require(free_slabs == store.slabs.free_slabs, "empty slabs are miscounted")
     for slots in store.slabs.classes.values():
         slabs = slots.slabs.values()
-        _require(sum(slab.used for slab in slabs) == slots.used_slots, f"class {slots.slot_pages}: used slots")
+        require(sum(slab.used for slab in slabs) == slots.used_slots, f"class {slots.slot_pages}: used slots")
         free = sum(slab.slots - slab.used for slab in slabs if not slab.draining)
-        _require(
+        require(
             free == slots.free_slots, f"class {slots.slot_pages} counts {slots.free_slots} free slots, {free} found"
         )
         gives = {slab.index for slab in slabs if not slab.draining and slab.used < slab.slots}
-        _require(gives == set(slots.open), f"class {slots.slot_pages}: slabs that can give a slot")
+        require(gives == set(slots.open), f"class {slots.slot_pages}: slabs that can give a slot")
 
 
 def _check_tree(namespace: NamespaceState) -> None:
-    _require(namespace.current or not namespace.blocks, f"invalidated namespace {namespace.id} holds blocks")
+    require(namespace.current or not namespace.blocks, f"invalidated namespace {namespace.id} holds blocks")
     slot_bytes = lossy_records = 0
     for key, block in namespace.blocks.items():
         name = key.hex()[:12]
-        _require(block.key == key and block.namespace is namespace, f"block {name} is filed wrongly")
-        _require(bool(block.parts), f"block {name} has no parts")
-        _require(len(block.parts) <= namespace.parts, f"block {name} has too many parts")
+        require(block.key == key and block.namespace is namespace, f"block {name} is filed wrongly")
+        require(bool(block.parts), f"block {name} has no parts")
+        require(len(block.parts) <= namespace.parts, f"block {name} has too many parts")
         held = sum(record.slot_bytes for record in block.parts.values())
-        _require(held == block.slot_bytes, f"block {name} accounts {block.slot_bytes}, holds {held}")
+        require(held == block.slot_bytes, f"block {name} accounts {block.slot_bytes}, holds {held}")
         slot_bytes += held
         for part, record in block.parts.items():
-            _require(record.codec in namespace.codecs, f"block {name} part {part} is of codec {record.codec}")
+            require(record.codec in namespace.codecs, f"block {name} part {part} is of codec {record.codec}")
             lossy_records += record.fidelity < FIDELITY_EXACT
         parent = namespace.blocks.get(block.parent_key)
-        _require(block.parent is parent, f"block {name} is not linked to its parent")
+        require(block.parent is parent, f"block {name} is not linked to its parent")
         if parent is not None:
-            _require(
+            require(
                 (block in (parent.children or ())) is not block.retired,
                 f"block {name} is not its parent's child, or is",
             )
-            _require(block.retired or not parent.retired, f"block {name} stays and its parent is retired")
-            _require(block.depth == parent.depth + 1, f"block {name} has depth {block.depth}")
+            require(block.retired or not parent.retired, f"block {name} stays and its parent is retired")
+            require(block.depth == parent.depth + 1, f"block {name} has depth {block.depth}")
         elif block.parent_key != ROOT_KEY:
-            _require(block in namespace.orphans.get(block.parent_key, ()), f"orphan {name} is not noted")
+            require(block in namespace.orphans.get(block.parent_key, ()), f"orphan {name} is not noted")
         for child in block.children or ():
-            _require(namespace.blocks.get(child.key) is child, f"a child of {name} is gone")
-    _require(slot_bytes == namespace.slot_bytes, f"namespace {namespace.id} slot bytes are miscounted")
-    _require(lossy_records == namespace.lossy_records, f"namespace {namespace.id} lossy records are miscounted")
-    _require(not (namespace.exact and lossy_records), f"namespace {namespace.id} is exact and holds lossy records")
+            require(namespace.blocks.get(child.key) is child, f"a child of {name} is gone")
+    require(slot_bytes == namespace.slot_bytes, f"namespace {namespace.id} slot bytes are miscounted")
+    require(lossy_records == namespace.lossy_records, f"namespace {namespace.id} lossy records are miscounted")
+    require(not (namespace.exact and lossy_records), f"namespace {namespace.id} is exact and holds lossy records")
     for key, waiting in namespace.orphans.items():
-        _require(key not in namespace.blocks, "orphans wait for a parent that is there")
-        _require(bool(waiting), "an empty set of orphans is kept")
+        require(key not in namespace.blocks, "orphans wait for a parent that is there")
+        require(bool(waiting), "an empty set of orphans is kept")
         for block in waiting:
-            _require(namespace.blocks.get(block.key) is block, "an orphan is gone")
-
-
-def _check_leases(store: Store) -> None:
-    held: Counter[Block | SsdBlock] = Counter()
-    for lease in store.leases.all():
-        _require(lease.session in store.sessions, f"lease {lease.id} belongs to no session")
-        held.update(lease.blocks)
-    for namespace in store.namespaces.by_id.values():
-        for block in namespace.blocks.values():
-            _require(block.leases == held[block], f"block {block.key.hex()[:12]} counts {block.leases} leases")
-        for copy in () if namespace.ssd is None else namespace.ssd.tree.blocks.values():
-            _require(copy.leases == held[copy], f"SSD block {copy.key.hex()[:12]} counts {copy.leases} leases")
+            require(namespace.blocks.get(block.key) is block, "an orphan is gone")
 
 
 def _check_journal(store: Store, blocks: set[Block]) -> None:
@@ -195,11 +178,11 @@ def _check_journal(store: Store, blocks: set[Block]) -> None:
     if journal is None:
         return
     told, waiting = journal.told(), set(journal.waiting_blocks())
-    _require(len(told) == len(journal), f"the journal counts {len(journal)} blocks as told, {len(told)} found")
+    require(len(told) == len(journal), f"the journal counts {len(journal)} blocks as told, {len(told)} found")
     for block in told:
         name = block.key.hex()[:12]
-        _require(block.told != UNTOLD, f"block {name} was told and does not know it")
-        _require(block in blocks or block in waiting, f"block {name} is gone, and nobody will be told")
+        require(block.told != UNTOLD, f"block {name} was told and does not know it")
+        require(block in blocks or block in waiting, f"block {name} is gone, and nobody will be told")
     for block in blocks | waiting:
         changed = block.complete != (block.told != UNTOLD)
-        _require(changed == (block in waiting), f"block {block.key.hex()[:12]}: what waits is not the change")
+        require(changed == (block in waiting), f"block {block.key.hex()[:12]}: what waits is not the change")

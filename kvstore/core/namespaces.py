@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Final
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Final
 
 from kvstore.core.block import Block
 from kvstore.core.ssd_record import SsdBlock, SsdNamespace
@@ -11,6 +11,10 @@ from kvstore.core.tree import ORPHAN_DEPTH, PrefixTree
 from kvstore.errors import InvalidArgument
 from kvstore.protocol.keys import ROOT_KEY
 from kvstore.protocol.namespace import Namespace, namespace_digest
+
+if TYPE_CHECKING:
+    from kvstore.core.retention import Retained
+    from kvstore.core.tenants import Tenant
 
 MAX_NAMESPACE_ID: Final = (1 << 16) - 1
 
@@ -33,6 +37,8 @@ class NamespaceState(PrefixTree[Block]):
         exact: only records of effective fidelity 255 may be in it.
         lossy_records: resident records whose effective fidelity is below 255.
         ssd: its blocks on the SSD, None where there never were any.
+        tenant: whose quota its blocks in DRAM count for, None where nobody's.
+        retained: retentions by key.
     """
 
     __slots__ = (
@@ -47,12 +53,21 @@ class NamespaceState(PrefixTree[Block]):
         "lossy_records",
         "members",
         "parts",
+        "retained",
         "salt",
         "slot_bytes",
         "ssd",
+        "tenant",
     )
 
-    def __init__(self, identity: int, description: Namespace, generation: int, canonical: bytes) -> None:
+    def __init__(
+        self,
+        identity: int,
+        description: Namespace,
+        generation: int,
+        canonical: bytes,
+        tenant: Tenant | None = None,
+    ) -> None:
         super().__init__()
         self.id = identity
         self.canonical = canonical
@@ -68,6 +83,8 @@ class NamespaceState(PrefixTree[Block]):
         self.members = 0
         self.current = True
         self.ssd: SsdNamespace | None = None
+        self.tenant = tenant
+        self.retained: dict[bytes, Retained] = {}
 
     @property
     def idle(self) -> bool:
@@ -149,9 +166,14 @@ class NamespaceState(PrefixTree[Block]):
 
 
 class Namespaces:
-    """All namespaces of one incarnation. Ids begin at 1 and are never used twice."""
+    """All namespaces of one incarnation. Ids begin at 1 and are never used twice.
 
-    def __init__(self) -> None:
+    Args:
+        tenants: those with a quota in DRAM, by the name of their namespaces.
+    """
+
+    def __init__(self, tenants: Mapping[str, Tenant] | None = None) -> None:
+        self._tenants = tenants or {}
         self.by_id: dict[int, NamespaceState] = {}
         self._current: dict[bytes, NamespaceState] = {}
         self._idle: dict[int, NamespaceState] = {}
@@ -224,7 +246,7 @@ class Namespaces:
                 "together); restart it"
             )
         self._last_id = identity
-        state = NamespaceState(identity, description, generation, canonical)
+        state = NamespaceState(identity, description, generation, canonical, self._tenants.get(description.name))
         self.by_id[identity] = state
         self._current[canonical] = state
         return state

@@ -17,7 +17,9 @@ from kvstore.core.instructions import (
     Withdraw,
 )
 from kvstore.core.namespaces import NamespaceState
+from kvstore.core.tenants import Tenant
 from kvstore.core.tree import ORPHAN_DEPTH, descendants
+from kvstore.core.watching import Cause
 from kvstore.format.constants import FIDELITY_EXACT
 from kvstore.protocol.messages import PutStatus, Reason
 
@@ -151,6 +153,10 @@ class Placing(Demoting):
                 left += self._stay(parent, access)
             if namespace.closes_circle(commit.key, commit.parent_key):
                 return PutStatus.REJECTED, Reason.BAD_PARENT
+            if namespace.tenant is not None or self.leases.held_bytes:
+                refusal = self._no_place(record.slot_bytes, commit, namespace, access, placing, left)
+                if refusal is not None:
+                    return refusal
             block = Block(namespace, commit.key, commit.parent_key)
             if self._short_of(record.slot_bytes, 1) and (placing.promoted or namespace.reaches(commit.parent_key)):
                 left += self._make_way(block, record.slot_bytes, access, placing)
@@ -164,6 +170,11 @@ class Placing(Demoting):
             self._admit(block, access, placing)
             return PutStatus.STORED, Reason.NONE
         placing.touched.append((block, access))
+        if block.leases or namespace.tenant is not None:
+            growth = record.slot_bytes - (0 if before is None else before.slot_bytes)
+            refusal = self._no_room_to_grow(growth, block, access, placing, left)
+            if refusal is not None:
+                return refusal
         held_bytes = block.slot_bytes
         self._settle(record, block, commit)
         if before is not None:
@@ -180,6 +191,8 @@ class Placing(Demoting):
         self._change(record, RecordState.RESIDENT, commit.key, "committed")
         self.granted_bytes -= record.slot_bytes
         self.granted_count -= 1
+        if record.tenant is not None:
+            record.tenant.take_back(record)
 
     def _make_way(self, block: Block, slot_bytes: int, access: int, placing: _Placing) -> list[int]:
         """Have others leave for a new block that is in no tree yet, but neither its parent nor what was used later.
@@ -212,7 +225,75 @@ class Placing(Demoting):
             parent.leases -= 1
             if not parent.leases:
                 self.policy.released(parent)
+            if parent.namespace.retained:
+                self.retention.may_leave(parent)
         return slots
+
+    def _no_place(
+        self,
+        slot_bytes: int,
+        commit: CommittedRecord,
+        namespace: NamespaceState,
+        access: int,
+        placing: _Placing,
+        left: list[int],
+    ) -> tuple[PutStatus, Reason] | None:
+        """Why a new block gets no place whatever may leave; None where it gets one. ``left``: gets slots that leave."""
+        parent = namespace.blocks.get(commit.parent_key)
+        if self.leases and commit.key in namespace.orphans:
+            more = self.leases.adopting_bytes(namespace.orphans[commit.key], parent, slot_bytes)
+            if more and not self.leases.has_room(more):
+                # As the parent of leased blocks it could not leave, and what cannot leave has its limit.
+                return PutStatus.THROTTLED, Reason.ALL_HELD
+        tenant = namespace.tenant
+        if tenant is None or not tenant.short_of(slot_bytes):
+            return None
+        if placing.promoted or namespace.reaches(commit.parent_key):
+            self._fit_quota(tenant, slot_bytes, parent, access, placing, left)
+        return self._over_quota(tenant) if tenant.short_of(slot_bytes) else None
+
+    def _no_room_to_grow(
+        self, growth: int, block: Block, access: int, placing: _Placing, left: list[int]
+    ) -> tuple[PutStatus, Reason] | None:
+        """Why a block that is there may not get a larger record or another one, as ``_no_place``."""
+        if growth <= 0:
+            return None
+        if block.held and not self.leases.has_room(growth):
+            return PutStatus.THROTTLED, Reason.ALL_HELD
+        tenant = block.namespace.tenant
+        if tenant is None or not tenant.short_of(growth):
+            return None
+        if block.depth < ORPHAN_DEPTH or placing.promoted:
+            self._fit_quota(tenant, growth, block, access, placing, left)
+        return self._over_quota(tenant) if tenant.short_of(growth) else None
+
+    def _fit_quota(
+        self,
+        tenant: Tenant,
+        slot_bytes: int,
+        stays: Block | None,
+        access: int,
+        placing: _Placing,
+        left: list[int],
+    ) -> None:
+        """Have a tenant's own blocks leave, as far as may be, until so much more fits into its quota."""
+        self._touch_placed(placing)
+        if stays is not None:
+            stays.leases += 1
+        while slot_bytes <= tenant.limit_bytes and tenant.short_of(slot_bytes):
+            victim = tenant.first_retired() or self._next_victim(access, tenant)
+            if victim is None:
+                break
+            left += self._evict(victim, Cause.QUOTA)
+        if stays is not None:
+            stays.leases -= 1
+            self._released([stays])
+
+    def _over_quota(self, tenant: Tenant) -> tuple[PutStatus, Reason]:
+        tenant.refused_puts += 1
+        if tenant.leased_bytes:
+            return PutStatus.THROTTLED, Reason.ALL_HELD
+        return PutStatus.REJECTED, Reason.QUOTA
 
     def _admit(self, block: Block, access: int, placing: _Placing) -> None:
         """Tell of a new block, which has its record and its place in the tree."""
@@ -224,6 +305,10 @@ class Placing(Demoting):
                 self.policy.touch(below, 1, access)
         if self.explainer is not None:
             self.explainer.stored(block)
+        if block.children and self.leases.held_bytes:
+            self.leases.adopted(block)
+        if block.namespace.retained:
+            self._retained_came(block)
         for watcher in self.watchers:
             watcher.stored(block, access, promoted=placing.promoted)
 
@@ -329,9 +414,10 @@ class Placing(Demoting):
         if record.block is None:
             return []
         others = [other.block for slot in event.others if (other := self.records.get(slot)) and other.block]
-        free = [block for block in others if block is not record.block and not block.leases]
-        # Better one that nothing depends on; better any other than the one that was just put.
+        others = [block for block in others if block is not record.block]
+        free = [block for block in others if not block.leases]
+        # Better one that nothing depends on; better any other, also one that is retained, than the one just put.
         leaves = [block for block in free if not block.children]
-        for block in leaves or free:
+        for block in leaves or free or [block for block in others if not block.held]:
             return [Withdraw(self._evict(block)), Publish([record])]
         return [Withdraw(self._evict(record.block))]

@@ -51,6 +51,10 @@ class Retired:
         self._dirty[block] = parts
         self.slot_bytes += block.slot_bytes
         self.records += len(block.parts)
+        tenant = block.namespace.tenant
+        if tenant is not None:
+            tenant.dirty[block] = None
+            tenant.retired_bytes += block.slot_bytes
         if not parts:
             self.clean(block)
 
@@ -69,6 +73,11 @@ class Retired:
             self._clean[block] = None
             self.clean_bytes += block.slot_bytes
             self.clean_records += len(block.parts)
+            tenant = block.namespace.tenant
+            if tenant is not None:
+                del tenant.dirty[block]
+                tenant.clean[block] = None
+                tenant.clean_bytes += block.slot_bytes
 
     def is_clean(self, block: Block) -> bool:
         """Whether a retired block may leave."""
@@ -96,6 +105,13 @@ class Retired:
 
     def take(self, block: Block) -> None:
         """A block comes back or leaves: its parent's child again, if that is there."""
+        tenant = block.namespace.tenant
+        if tenant is not None:
+            tenant.retired_bytes -= block.slot_bytes
+            if tenant.clean.pop(block, 0) is None:
+                tenant.clean_bytes -= block.slot_bytes
+            else:
+                del tenant.dirty[block]
         if block in self._clean:
             del self._clean[block]
             self.clean_bytes -= block.slot_bytes

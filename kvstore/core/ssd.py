@@ -44,7 +44,7 @@ class SsdStore(SsdRoom, SsdRestoring):
     def namespace(self, description: bytes, generation: int) -> SsdNamespace:
         """A namespace that gets its first block here."""
         self._last_number += 1
-        found = SsdNamespace(self._last_number, description, generation)
+        found = SsdNamespace(self._last_number, description, generation, self.tenants)
         self.namespaces[found.number] = found
         return found
 

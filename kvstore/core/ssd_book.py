@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from kvstore.core.slabs import SlabAllocator
 from kvstore.core.ssd_record import SSD_TRANSITIONS, SsdBlock, SsdNamespace, SsdRecord, SsdState
+from kvstore.core.tenants import Tenant
 from kvstore.core.watching import Cause
 from kvstore.errors import InvalidTransition
 from kvstore.format.ssd_log import Entry
@@ -34,9 +35,13 @@ class SsdBook:
         slabs: the slab file's slots; this alone allocates from it.
         policy: chooses what leaves; of its own, not the DRAM tier's.
         max_records: records at a time, for which the log and the checkpoints have room.
+        tenants: those with a quota on the SSD; ``policy`` must know them, see ``kvstore.core.pools``.
     """
 
-    def __init__(self, slabs: SlabAllocator, policy: EvictionPolicy, max_records: int) -> None:
+    def __init__(
+        self, slabs: SlabAllocator, policy: EvictionPolicy, max_records: int, tenants: Iterable[Tenant] = ()
+    ) -> None:
+        self.tenants = {tenant.name: tenant for tenant in tenants}
         self.slabs = slabs
         self.policy = policy
         self.max_records = max_records
@@ -119,7 +124,10 @@ class SsdBook:
 
     def _count(self, block: SsdBlock, record: SsdRecord, by: int) -> None:
         block.slot_bytes += by * record.slot_bytes
-        block.namespace.slot_bytes += by * record.slot_bytes
+        namespace = block.namespace
+        namespace.slot_bytes += by * record.slot_bytes
+        if namespace.tenant is not None:
+            namespace.tenant.slot_bytes += by * record.slot_bytes
         self.resident_bytes += by * record.slot_bytes
         self.record_bytes += by * record.record_bytes
         self.record_count += by

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import IntEnum
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from kvstore.core.tree import PrefixTree, TreeBlock
 from kvstore.protocol.namespace import Namespace, namespace_digest
+
+if TYPE_CHECKING:
+    from kvstore.core.tenants import Tenant
 
 
 class SsdState(IntEnum):
@@ -110,6 +114,7 @@ class SsdNamespace:
         salt: as of ``NamespaceState``.
         tree: blocks with stored records.
         writing: records on their way, by key and part.
+        tenant: whose quota on the SSD its records count for, None where nobody's.
         ended: grows whenever something of it is removed.
         told: the log knows its number and generation, or will with the next group.
         logged_generation: the generation that the log has durably, -1 for none.
@@ -126,16 +131,21 @@ class SsdNamespace:
         "salt",
         "slot_bytes",
         "state",
+        "tenant",
         "told",
         "tree",
         "writing",
     )
 
-    def __init__(self, number: int, description: bytes, generation: int) -> None:
+    def __init__(
+        self, number: int, description: bytes, generation: int, tenants: Mapping[str, Tenant] | None = None
+    ) -> None:
         self.number = number
         self.description = description
         self.salt = hash(description)
-        self.block_tokens = Namespace.from_canonical(description).block_tokens
+        described = Namespace.from_canonical(description)
+        self.block_tokens = described.block_tokens
+        self.tenant = (tenants or {}).get(described.name)
         self.state = 0
         self.ended = 0
         self.told = False

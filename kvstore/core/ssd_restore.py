@@ -91,7 +91,7 @@ class SsdRestoring(SsdBook):
         return self.record_count
 
     def _restored(self, entry: NamespaceEntry) -> SsdNamespace:
-        namespace = SsdNamespace(entry.namespace, entry.description, entry.generation)
+        namespace = SsdNamespace(entry.namespace, entry.description, entry.generation, self.tenants)
         namespace.told = True
         namespace.logged_generation = entry.generation
         self._last_number = max(self._last_number, entry.namespace)

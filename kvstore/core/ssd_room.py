@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Final
 
+from kvstore.core.pools import Pools
 from kvstore.core.ssd_book import SsdBook
 from kvstore.core.ssd_record import SsdBlock, SsdNamespace, SsdRecord, SsdState
+from kvstore.core.tenants import Tenant
 from kvstore.core.watching import Cause
 from kvstore.format.constants import PAGE_BYTES
 
@@ -42,9 +44,15 @@ class SsdRoom(SsdBook):
     ) -> SsdRecord | None:
         """Take a slot for a record; None where there is none yet: room is being made, try again after the next group.
 
+        None as well where ``over_quota``, and where that stays so as long as nothing else of the tenant can leave.
+
         ``depth`` and ``access``: its block's depth, and the access number of its last use. Precondition: nothing of
         that key and part is being written.
         """
+        if self.over_limit(namespace, slot_bytes) and not self._fit_quota(
+            namespace, slot_bytes, parent_key, depth, access
+        ):
+            return None
         self._keep_records_ahead()
         if len(self.records) >= self.max_records:
             return None
@@ -60,7 +68,56 @@ class SsdRoom(SsdBook):
         self.records[slot] = record
         namespace.writing[key, part] = record
         self.writing_bytes += slot_bytes
+        if namespace.tenant is not None:
+            namespace.tenant.slot_bytes += slot_bytes
         return record
+
+    def over_limit(self, namespace: SsdNamespace, slot_bytes: int) -> bool:
+        """Whether something of a namespace's tenant must leave before so much more fits into its quota."""
+        return namespace.tenant is not None and namespace.tenant.short_of(slot_bytes)
+
+    def over_quota(self, namespace: SsdNamespace, slot_bytes: int) -> bool:
+        """Whether a record is more than its tenant's quota has room for, and nothing of it is on its way."""
+        if not self.over_limit(namespace, slot_bytes):
+            return False
+        tenant = namespace.tenant
+        return not any(other.writing for other in self.namespaces.values() if other.tenant is tenant)
+
+    def _fit_quota(self, namespace: SsdNamespace, slot_bytes: int, parent_key: bytes, depth: int, access: int) -> bool:
+        """Have a tenant's own blocks leave until a record fits into its quota; whether it does.
+
+        Of a chain that is longer than the quota the beginning stays, in whichever order it is written.
+        """
+        tenant = namespace.tenant
+        assert tenant is not None
+        assert isinstance(self.policy, Pools)
+        parent = namespace.tree.blocks.get(parent_key)
+        if parent is not None:
+            parent.leases += 1
+        while slot_bytes <= tenant.limit_bytes and tenant.short_of(slot_bytes):
+            victim = self.policy.victim_of(tenant)
+            assert victim is None or isinstance(victim, SsdBlock)
+            if victim is None or (victim.used == access and victim.depth <= depth):
+                break
+            self._evict_for_quota(tenant, victim)
+        if parent is not None:
+            parent.leases -= 1
+            if not parent.leases:
+                self.policy.released(parent)
+        return not tenant.short_of(slot_bytes)
+
+    def _evict_for_quota(self, tenant: Tenant, victim: SsdBlock) -> None:
+        self.evict(victim)
+        tenant.evicted_blocks += 1
+
+    def keep_quotas(self) -> None:
+        """Have blocks leave of tenants whose quotas are less than what was found of them at the start."""
+        for tenant in self.tenants.values():
+            assert isinstance(self.policy, Pools)
+            while tenant.short_of(0):
+                victim = self.policy.victim_of(tenant)
+                assert isinstance(victim, SsdBlock)
+                self._evict_for_quota(tenant, victim)
 
     def written(self, record: SsdRecord) -> None:
         """Its bytes were written, or will not be: nothing touches its slot any more."""
@@ -80,6 +137,8 @@ class SsdRoom(SsdBook):
         namespace = record.namespace
         del namespace.writing[record.key, record.part]
         self.writing_bytes -= record.slot_bytes
+        if namespace.tenant is not None:
+            namespace.tenant.slot_bytes -= record.slot_bytes
         if not namespace.writing and not namespace.tree.blocks:
             self._emptied[namespace] = None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -15,16 +15,19 @@ from kvstore.core.instructions import (
 from kvstore.core.journal import Journal
 from kvstore.core.leases import Leases
 from kvstore.core.namespaces import MOST_RESTORED, Namespaces, NamespaceState
+from kvstore.core.pools import Pools
+from kvstore.core.retention import ALL, NORMAL, Retention
 from kvstore.core.retired import Retired
 from kvstore.core.slabs import SlabAllocator
 from kvstore.core.ssd import SsdStore
 from kvstore.core.ssd_record import SsdBlock
 from kvstore.core.story import Story
+from kvstore.core.tenants import NO_LIMIT, Tenant
 from kvstore.core.watching import Cause, Explainer, Watcher
 from kvstore.errors import InvalidTransition
 from kvstore.format.constants import FIDELITY_EXACT, PAGE_BYTES
 from kvstore.policy.admission import Admission, AdmitAll
-from kvstore.policy.base import EvictionPolicy
+from kvstore.policy.base import Evictable, EvictionPolicy
 from kvstore.protocol.messages import Reason
 
 ACCESS_IDS: Final = 65_536
@@ -32,6 +35,9 @@ ACCESS_IDS: Final = 65_536
 
 _MOST_SLOT_BYTES: Final = (1 << 32) - PAGE_BYTES
 """An index entry has 32 bits for a record's length."""
+
+_EVICTED: Final = Cause.EVICTED
+_QUOTA: Final = Cause.QUOTA
 
 RESERVE_SHARE: Final = 4
 """What is kept free or clean for puts is at most this part of the capacity."""
@@ -47,6 +53,9 @@ class StoreLimits:
         grant_bytes_per_session: of these, what one client may hold.
         leases_per_session: leases that one client may hold.
         max_records: resident records, for which the index has room.
+        lease_bytes: what leases may hold together.
+        ssd_lease_bytes: likewise on the SSD.
+        retention_bytes: what may be retained together.
     """
 
     capacity_bytes: int
@@ -54,6 +63,9 @@ class StoreLimits:
     grant_bytes_per_session: int
     leases_per_session: int = 4096
     max_records: int = 1 << 62
+    lease_bytes: int = NO_LIMIT
+    ssd_lease_bytes: int = NO_LIMIT
+    retention_bytes: int = NO_LIMIT
 
 
 @dataclass(slots=True)
@@ -91,6 +103,7 @@ class StoreState:
         journal: is told of each block that becomes complete or stops being so; None where nobody wants to know.
         ssd: the tier below, None where there is none.
         admission: what is written below; None: everything.
+        tenants: those with a quota in DRAM; ``policy`` must know them, see ``kvstore.core.pools``.
     """
 
     def __init__(
@@ -101,6 +114,7 @@ class StoreState:
         journal: Journal | None = None,
         ssd: SsdStore | None = None,
         admission: Admission | None = None,
+        tenants: Iterable[Tenant] = (),
     ) -> None:
         self.limits = limits
         self.slabs = slabs
@@ -113,8 +127,12 @@ class StoreState:
         self.retired = Retired()
         self.demotes = False
         """Whether what leaves is written below first."""
-        self.namespaces = Namespaces()
-        self.leases = Leases()
+        self.tenants = {tenant.name: tenant for tenant in tenants}
+        self.namespaces = Namespaces(self.tenants)
+        self.leases = Leases(limits.lease_bytes, limits.ssd_lease_bytes)
+        self.retention = Retention(
+            limits.retention_bytes, limits.capacity_bytes, self.tenants.values(), lambda block: self._released([block])
+        )
         self.sessions: dict[int, SessionState] = {}
         self.records: dict[int, Record] = {}
         self.counters = StoreCounters()
@@ -230,8 +248,12 @@ class StoreState:
         assert block is not None
         block.parts[record.part] = record
         block.slot_bytes += record.slot_bytes
+        if block.leases:
+            self._held_resized(block, record.slot_bytes)
         namespace = block.namespace
         namespace.slot_bytes += record.slot_bytes
+        if namespace.tenant is not None:
+            namespace.tenant.slot_bytes += record.slot_bytes
         if record.fidelity < FIDELITY_EXACT:
             namespace.lossy_records += 1
         self.resident_bytes += record.slot_bytes
@@ -246,8 +268,12 @@ class StoreState:
         assert block is not None
         del block.parts[record.part]
         block.slot_bytes -= record.slot_bytes
+        if block.leases:
+            self._held_resized(block, -record.slot_bytes)
         namespace = block.namespace
         namespace.slot_bytes -= record.slot_bytes
+        if namespace.tenant is not None:
+            namespace.tenant.slot_bytes -= record.slot_bytes
         if record.fidelity < FIDELITY_EXACT:
             namespace.lossy_records -= 1
         self._count_resident(record, -1)
@@ -269,21 +295,56 @@ class StoreState:
     def _over_capacity(self) -> bool:
         return self.resident_bytes > self.limits.capacity_bytes or self.record_count > self.limits.max_records
 
-    def _next_victim(self, before: int | None = None) -> Block | None:
-        victim = self.policy.next_victim(before)
+    def _held_resized(self, block: Block, by: int) -> None:
+        self.leases.resized(block, by)
+        if block.namespace.retained:
+            self.retention.resized(block, by)
+            self.retention.keep_budget(block.namespace)
+
+    def _released(self, blocks: Iterable[Block | SsdBlock]) -> None:
+        """They are held by no lease any more, or by no retention."""
+        for block in blocks:
+            if type(block) is Block:
+                if not block.leases:
+                    self.policy.released(block)
+                if block.namespace.retained:
+                    self.retention.may_leave(block)
+            elif self.ssd is not None:
+                self.ssd.policy.released(block)
+
+    def _next_victim(self, before: int | None = None, tenant: Tenant | None = None) -> Block | None:
+        """The block that leaves next: of low priority, else as the policy has it, else of those that are retained.
+
+        Args:
+            before: as in ``EvictionPolicy``.
+            tenant: whose blocks; None: anybody's.
+        """
+        victim: Evictable | None = None
+        if self.retention.low_blocks:
+            victim = self.retention.next_victim(NORMAL, before, self.policy.used, tenant)
+        if victim is None:
+            victim = self.policy.next_victim(before) if tenant is None else self._victim_of(tenant, before)
+            if victim is None:
+                victim = self.retention.next_victim(ALL, before, self.policy.used, tenant)
         assert victim is None or isinstance(victim, Block)
         return victim
 
-    def _evict(self, block: Block) -> list[int]:
+    def _victim_of(self, tenant: Tenant, before: int | None) -> Evictable | None:
+        assert isinstance(self.policy, Pools)
+        return self.policy.victim_of(tenant, before)
+
+    def _evict(self, block: Block, cause: Cause = _EVICTED) -> list[int]:
         """Its slots, to be withdrawn."""
         self.counters.evicted_blocks += 1
         self.counters.evicted_bytes += block.slot_bytes
+        if cause is not _EVICTED and block.namespace.tenant is not None:
+            block.namespace.tenant.evicted_blocks += 1
         if self.ssd is None:
-            return self._unlink(block, Cause.EVICTED)
+            return self._unlink(block, cause)
         on_its_way = block.retired and not self.retired.is_clean(block)
         if not on_its_way and self.missing_below(block):
             self.counters.dropped_blocks += 1
-        slots = self._unlink(block, Cause.EVICTED)
+        slots = self._unlink(block, cause)
         # What is being written goes on to be.
         block.retired = on_its_way
         return slots
@@ -301,26 +362,39 @@ class StoreState:
             self.explainer.left(block, cause)
         for watcher in self.watchers:
             watcher.left(block, cause)
+        namespace = block.namespace
+        evicted = cause is _EVICTED or cause is _QUOTA
+        parent: Block | None = None
+        freed: Sequence[Block | SsdBlock] = ()
+        if block.leases or namespace.retained:
+            parent = block.parent
+            freed = self.leases.left(block)
+            # What leaves for others may come back from below.
+            self.retention.left(block, forget=not evicted or self.ssd is None, gave_way=evicted)
         if block.retired:
             self.retired.take(block)
         else:
-            self.policy.discard(block, evicted=cause is Cause.EVICTED)
+            self.policy.discard(block, evicted=evicted)
         if self.ssd is not None:
             self.retired.part_from(block)
-        namespace = block.namespace
         namespace.remove(block)
         if not namespace.blocks:
             self.namespaces.note_idle(namespace)
         namespace.slot_bytes -= block.slot_bytes
+        if namespace.tenant is not None:
+            namespace.tenant.slot_bytes -= block.slot_bytes
         self.block_count -= 1
         if namespace.lossy_records:
             namespace.lossy_records -= sum(record.fidelity < FIDELITY_EXACT for record in block.parts.values())
-        told = why or cause.value
+        told = why or cause
         slots = [self._to_limbo(record, told) for record in block.parts.values()]
         block.parts = {}
         block.slot_bytes = 0
         if self.journal is not None:
             self.journal.note(block)
+        if parent is not None:
+            self._released(freed)
+            self.retention.may_leave(parent)
         return slots
 
     def _to_limbo(self, record: Record, cause: str, *, counted: bool = True) -> int:
@@ -328,6 +402,8 @@ class StoreState:
         if record.state is RecordState.GRANTED:
             self.granted_bytes -= record.slot_bytes
             self.granted_count -= 1
+            if record.tenant is not None:
+                record.tenant.take_back(record)
         elif counted:
             self.resident_bytes -= record.slot_bytes
             self.resident_record_bytes -= record.record_bytes
@@ -344,6 +420,8 @@ class StoreState:
         self._change(record, RecordState.FREE, key, cause)
         self.granted_bytes -= record.slot_bytes
         self.granted_count -= 1
+        if record.tenant is not None:
+            record.tenant.take_back(record)
         del self.records[record.slot]
         self.slabs.free(record.slot)
 

@@ -20,6 +20,7 @@ from kvstore.core.events import (
     Event,
     FoundCorrupt,
     GrantsReturned,
+    Hinted,
     InvalidateWanted,
     Joined,
     LeaseReleased,
@@ -30,6 +31,7 @@ from kvstore.core.events import (
     PopulationEnded,
     Quiesced,
     RemoveWanted,
+    RetainWanted,
     SessionClosed,
     SessionOpened,
     SlabPopulated,
@@ -54,7 +56,7 @@ from kvstore.core.slabs import SlabAllocator
 from kvstore.core.ssd import SsdStore
 from kvstore.core.ssd_record import SsdBlock
 from kvstore.core.state import SessionState, StoreLimits
-from kvstore.core.tree import descendants
+from kvstore.core.tenants import Tenant
 from kvstore.core.watching import Cause
 from kvstore.policy.admission import Admission
 from kvstore.policy.base import EvictionPolicy
@@ -73,8 +75,9 @@ class Store(Granting, Placing):
         journal: Journal | None = None,
         ssd: SsdStore | None = None,
         admission: Admission | None = None,
+        tenants: Iterable[Tenant] = (),
     ) -> None:
-        super().__init__(limits, slabs, policy, journal, ssd, admission)
+        super().__init__(limits, slabs, policy, journal, ssd, admission, tenants)
         self._handlers: dict[type, Callable[[Any], list[Instruction]]] = {
             SlabPopulated: self._slab_populated,
             PopulationEnded: self._population_ended,
@@ -100,6 +103,8 @@ class Store(Granting, Placing):
             PersistWanted: self._persist_wanted,
             PolicyChanged: self._policy_changed,
             AdmissionChanged: self._admission_changed,
+            RetainWanted: self._retain_wanted,
+            Hinted: self._hinted,
         }
 
     def handle(self, event: Event, now_ns: int) -> list[Instruction]:
@@ -127,14 +132,6 @@ class Store(Granting, Placing):
         self._released(self.leases.end_session(event.session))
         return []
 
-    def _released(self, blocks: Iterable[Block | SsdBlock]) -> None:
-        """The last lease on each of them ended."""
-        for block in blocks:
-            if isinstance(block, Block):
-                self.policy.released(block)
-            elif self.ssd is not None:
-                self.ssd.policy.released(block)
-
     def _session_closed(self, event: SessionClosed) -> list[Instruction]:
         session = self.sessions.pop(event.session)
         self._leases_ended(event)
@@ -151,6 +148,7 @@ class Store(Granting, Placing):
                 self.namespaces.note_idle(emptied)
         forgotten = self.namespaces.forget_idle()
         for state in forgotten:
+            self.retention.forget(state)
             if state.ssd is not None and self.ssd is not None:
                 del self.ssd.namespaces[state.ssd.number]
         return [EndNamespace(state.id) for state in forgotten]
@@ -184,6 +182,7 @@ class Store(Granting, Placing):
     def _advance(self, namespace: NamespaceState, generation: int, session: int) -> list[Instruction]:
         # First what may fail for want of ids: the blocks are not lost for nothing then.
         successor = self.namespaces.advance(namespace, generation)
+        self.retention.forget(namespace)
         withdrawn = self._withdraw_all(list(namespace.blocks.values()), Cause.INVALIDATED)
         if successor.ssd is not None and self.ssd is not None:
             self.ssd.advance(successor.ssd, generation)
@@ -218,7 +217,12 @@ class Store(Granting, Placing):
             return [Leased(0)]
         if self.leases.count_of(event.session) >= self.limits.leases_per_session:
             return [Refuse(PutStatus.THROTTLED, Reason.ALL_HELD)]
-        return [Leased(self.leases.take(event.session, blocks, self._now_ns + event.duration_ns))]
+        taken, count = self.leases.fitting(blocks)
+        if not count:
+            self.leases.refused += 1
+            return [Leased(0)]
+        self.leases.cut += count < len(blocks)
+        return [Leased(self.leases.take(event.session, taken, self._now_ns + event.duration_ns), count)]
 
     def _lease_released(self, event: LeaseReleased) -> list[Instruction]:
         freed = self.leases.end(event.lease, event.session)
@@ -229,31 +233,15 @@ class Store(Granting, Placing):
         namespace = self.namespaces.by_id.get(event.namespace_id)
         if namespace is None:
             return [Count(0)]
-        slots: list[int] = []
-        orphaned: list[Block] = []
-        removed = 0
-        for key in event.keys:
-            below = self.ssd is not None and namespace.ssd is not None and self.ssd.remove_key(namespace.ssd, key)
-            block = namespace.blocks.get(key)
-            if block is not None:
-                orphaned += block.children or ()
-                slots += self._unlink(block, Cause.REMOVED)
-            elif below:
-                orphaned += namespace.orphans.get(key, ())
-            removed += block is not None or below
-        # Only now, because some of them were removed as well: a whole chain costs no more than its length.
-        # What is retired is nobody's child, and no policy's.
-        stay = [block for block in orphaned if block.parts and not block.retired]
-        condemned = [below for block in stay for below in (block, *descendants(block))]
-        if condemned:
-            self.policy.condemn(sorted(condemned, key=lambda block: block.depth))
-        self.counters.removed_blocks += removed
+        slots, removed = self._remove_keys(namespace, event.keys, Cause.REMOVED)
         return [Withdraw(slots), Count(removed)] if slots else [Count(removed)]
 
     def _clear_wanted(self, event: ClearWanted) -> list[Instruction]:
         namespace = self.namespaces.by_id.get(event.namespace_id)
         blocks = [] if namespace is None else list(namespace.blocks.values())
         below = 0
+        if namespace is not None:
+            self.retention.forget(namespace)
         if namespace is not None and namespace.ssd is not None and self.ssd is not None:
             below = sum(key not in namespace.blocks for key in namespace.ssd.tree.blocks)
             self.ssd.empty(namespace.ssd)
@@ -295,4 +283,4 @@ class Store(Granting, Placing):
 
     def _ticked(self, event: Ticked) -> list[Instruction]:
         self._released(self.leases.expire(self._now_ns))
-        return [*self._forget_namespaces(), *self._retire_ahead()]
+        return [*self._end_retentions(), *self._forget_namespaces(), *self._retire_ahead()]

@@ -16,9 +16,10 @@ class TreeBlock:
 
     Attributes:
         branched: there is or was a block behind it.
+        held: how many of its marks in ``leases`` are of leases; the rest are of retentions.
     """
 
-    __slots__ = ("access", "branched", "children", "depth", "key", "leases", "parent", "parent_key")
+    __slots__ = ("access", "branched", "children", "depth", "held", "key", "leases", "parent", "parent_key")
 
     def __init__(self, key: bytes, parent_key: bytes) -> None:
         self.key = key
@@ -27,6 +28,7 @@ class TreeBlock:
         self.children: set[Self] | None = None
         self.depth = 0
         self.leases = 0
+        self.held = 0
         self.access = -1
         self.branched = False
 

@@ -23,6 +23,10 @@ class Cause(StrEnum):
 
     EVICTED = "evicted"
     """For others."""
+    QUOTA = "quota"
+    """For others of its tenant, whose quota was used up."""
+    EXPIRED = "expired"
+    """Its time was over, as a client had wanted."""
     REMOVED = "removed"
     """By a client, by key."""
     CLEARED = "cleared"

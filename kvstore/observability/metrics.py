@@ -25,8 +25,10 @@ from kvstore.protocol.statistics import (
     MissStats,
     NamespaceStats,
     PutStats,
+    RetentionStats,
     ServerStats,
     SsdStats,
+    TenantStats,
 )
 
 __all__ = ["CONTENT_TYPE", "MAX_NAMESPACE_LABELS", "StatsCollector", "make_registry", "render_metrics"]
@@ -68,6 +70,10 @@ class StatsCollector(Collector):
         yield from _puts(stats.puts)
         yield from _evictions(stats.eviction)
         yield from _server(stats.server)
+        if stats.retention is not None:
+            yield from _retention(stats.retention)
+        if stats.tenants:
+            yield from _tenants(stats.tenants)
         if stats.events is not None:
             yield from _events(stats.events)
         if stats.curve is not None:
@@ -247,6 +253,44 @@ def _evictions(eviction: EvictionStats) -> Iterator[Metric]:
     yield _counter("kvstore_removed_blocks", "Blocks removed by clients.", eviction.removed_blocks)
     yield _counter("kvstore_moved_records", "Records moved to empty a slab.", eviction.moved_records)
     yield _counter("kvstore_corrupt_records", "Records whose checksum was wrong.", eviction.corrupt_records)
+
+
+def _retention(retention: RetentionStats) -> Iterator[Metric]:
+    for name, documentation, value in (
+        ("retention_budget_bytes", "Most bytes of slots that are retained.", retention.budget_bytes),
+        ("retained_bytes", "Bytes of slots of retained blocks.", retention.retained_bytes),
+        ("retained_blocks", "Retained blocks in DRAM.", retention.retained_blocks),
+        ("low_priority_blocks", "Blocks in DRAM that leave before all others.", retention.low_blocks),
+        ("retention_waiting_blocks", "Blocks with a retention that are not in DRAM.", retention.waiting_blocks),
+        ("lease_limit_bytes", "Most bytes of slots that leases hold.", retention.lease_limit_bytes),
+        ("leased_bytes", "Bytes of slots of leased blocks.", retention.leased_bytes),
+    ):
+        yield _gauge(f"kvstore_{name}", documentation, value)
+    ends = {
+        "budget": retention.over_budget_blocks,
+        "room": retention.gave_way_blocks,
+        "time": retention.ended_blocks,
+        "dropped": retention.dropped_blocks,
+    }
+    yield _counters("kvstore_retention_ends", "Retentions that ended, by cause.", "cause", ends)
+    leases = {"cut": retention.leases_cut, "refused": retention.leases_refused}
+    yield _counters("kvstore_leases_limited", "Leases that were given in part, or not.", "answer", leases)
+
+
+def _tenants(tenants: Iterable[TenantStats]) -> Iterator[Metric]:
+    """As many labels as there are quotas in the settings."""
+    some = list(tenants)
+    for name, documentation, values in (
+        ("used_bytes", "Bytes of DRAM slots of a tenant's blocks.", {one.name: one.used_bytes for one in some}),
+        ("quota_bytes", "What they may be; 0: no quota.", {one.name: one.limit_bytes for one in some}),
+        ("ssd_used_bytes", "Bytes of SSD slots of a tenant's records.", {one.name: one.ssd_used_bytes for one in some}),
+        ("ssd_quota_bytes", "What they may be; 0: no quota.", {one.name: one.ssd_limit_bytes for one in some}),
+    ):
+        yield _gauges(f"kvstore_tenant_{name}", documentation, "tenant", values)
+    evicted = {one.name: one.evicted_blocks for one in some}
+    yield _counters("kvstore_tenant_evicted_blocks", "Blocks that left DRAM for a quota.", "tenant", evicted)
+    refused = {one.name: one.refused_puts for one in some}
+    yield _counters("kvstore_tenant_refused_puts", "Records that a quota had no room for.", "tenant", refused)
 
 
 def _server(server: ServerStats) -> Iterator[Metric]:

@@ -81,9 +81,13 @@ class Reason(IntEnum):
     """No tier of this daemon outlives it, or the one that does cannot be written. Since version 4."""
     MISSING = 16
     """The block is in no tier. Since version 4."""
+    QUOTA = 17
+    """The blocks before it in its own chain fill its tenant's quota, or it is larger than that. Since version 5."""
 
     def known_in(self, version: int) -> Reason:
         """The reason that a peer of a protocol version is told."""
+        if version < 5 and self is Reason.QUOTA:
+            return Reason.NO_ROOM
         if version < 4 and self >= Reason.DEMOTING:
             return Reason.ALL_HELD if self is Reason.DEMOTING else Reason.BAD_RECORD
         return Reason.BAD_RECORD if version < 3 and self >= Reason.NOT_EXACT else self
@@ -291,6 +295,22 @@ class Record(Request, tag=23):
     action: Ident = ""
 
 
+class Retain(Request, tag=22):
+    """Asks to have blocks leave later than others, or earlier. Counts as no access. Since version 5.
+
+    Attributes:
+        keys: of the blocks. Those before them in DRAM are retained as well, where the priority is above the normal one.
+        priority: 0 to 100, 50 is normal: blocks of a lower one leave before all others, of a higher one after them.
+        ttl_ms: after which they are normal blocks again, 0 for no end.
+        drop: they are removed then.
+    """
+
+    keys: Keys
+    priority: Unsigned = 50
+    ttl_ms: Unsigned = 0
+    drop: bool = False
+
+
 class Ping(Request, tag=15):
     """Asks for nothing."""
 
@@ -321,6 +341,7 @@ AnyRequest = (
     | Hint
     | Configure
     | Record
+    | Retain
 )
 
 # ------------------------------------------------------------------ replies
@@ -460,6 +481,13 @@ class Recorded(Reply, tag=117):
     recording: RecordStats
 
 
+class Retained(Reply, tag=116):
+    """Answer to retain: how many of the blocks have now what was asked for; ``waiting``: those that will, once back."""
+
+    count: Unsigned
+    waiting: Unsigned = 0
+
+
 class StatsReply(Reply, tag=110):
     """Statistics at one moment."""
 
@@ -491,6 +519,7 @@ AnyReply = (
     | Persisted
     | Configured
     | Recorded
+    | Retained
 )
 
 TierName = Literal["hbm", "dram", "ssd", "remote"]

@@ -31,6 +31,11 @@ MAX_GENERATION: Final = 1 << 62
 """Latest generation that a client may name: far enough from 2**64 that counting on never overflows."""
 
 MAX_LEASE_MS: Final = 10 * 60 * 1000
+MAX_PRIORITY: Final = 100
+NORMAL_PRIORITY: Final = 50
+MAX_TTL_MS: Final = 366 * 24 * 3600 * 1000
+"""Longest time of a retention that has an end."""
+
 MAX_OUTSTANDING_REQUESTS: Final = 512
 """Requests that one client may have unanswered; the daemon's send queue per client is deeper than this."""
 

@@ -9,8 +9,9 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -20,9 +21,11 @@ import kvstore
 from kvstore.core.events import PopulationEnded, SlabPopulated, Ticked
 from kvstore.core.journal import Journal
 from kvstore.core.misses import Misses
+from kvstore.core.pools import pooled
 from kvstore.core.slabs import SlabAllocator
 from kvstore.core.state import StoreLimits
 from kvstore.core.store import Store
+from kvstore.core.tenants import Tenant, tenants_of
 from kvstore.errors import InvalidArgument, KVStoreError, SettingsError
 from kvstore.format.constants import PAGE_BYTES
 from kvstore.mapped.arena import FIRST_SLAB_PAGE, STATE_OFFSET, ArenaHeader, ArenaState
@@ -214,6 +217,7 @@ class Daemon:
             mapping=mapping,
             below=below,
             recorder=recorder,
+            hint_ns=int(settings.retention.hint_s * 1e9),
             clock=self._clock,
             log=self._log,
         )
@@ -283,9 +287,9 @@ class Daemon:
             **_told_of(tier),
         )
 
-    def _policy(self, setting: str, name: str, capacity_bytes: int) -> EvictionPolicy:
+    def _policy(self, setting: str, name: str, capacity_bytes: int, tenants: Iterable[Tenant]) -> EvictionPolicy:
         try:
-            return make_policy(name, PolicyContext(capacity_bytes, self._clock))
+            return pooled(partial(make_policy, name), PolicyContext(capacity_bytes, self._clock), tenants)
         except InvalidArgument as error:
             raise SettingsError(f"eviction.{setting}: {error}") from None
 
@@ -297,13 +301,15 @@ class Daemon:
         settings = self.settings
         if settings.ssd.directory is None:
             return None
+        tenants = tenants_of(settings.quota.ssd_tenants).values()
         largest = min(self._slab_bytes(), settings.dram.capacity_bytes, settings.dram.grant_bytes)
         return await SsdTier.open(
             settings.ssd,
             largest // PAGE_BYTES * PAGE_BYTES,
-            self._policy("ssd_policy", settings.eviction.ssd_policy, settings.ssd.capacity_bytes or 0),
+            self._policy("ssd_policy", settings.eviction.ssd_policy, settings.ssd.capacity_bytes or 0, tenants),
             self._clock,
             self._log,
+            tenants=tenants,
         )
 
     def _make_store(
@@ -311,7 +317,8 @@ class Daemon:
     ) -> tuple[Store, Arena, Index | None]:
         settings = self.settings
         dram, limits = settings.dram, settings.limits
-        policy = self._policy("policy", settings.eviction.policy, dram.capacity_bytes)
+        tenants = tenants_of(settings.quota.tenants).values()
+        policy = self._policy("policy", settings.eviction.policy, dram.capacity_bytes, tenants)
         slab_bytes = self._slab_bytes()
         slabs = slab_count(dram.capacity_bytes, dram.grant_bytes, slab_bytes)
         header = ArenaHeader(incarnation, slab_bytes, slabs, os.getpid())
@@ -337,12 +344,16 @@ class Daemon:
                 grant_bytes=dram.grant_bytes,
                 grant_bytes_per_session=min(limits.grant_bytes_per_session, dram.grant_bytes),
                 max_records=dram.record_limit if dram.mapped else 1 << 62,
+                lease_bytes=int(dram.capacity_bytes * limits.lease_share),
+                ssd_lease_bytes=int((settings.ssd.capacity_bytes or 0) * limits.lease_share),
+                retention_bytes=settings.retention_budget_bytes,
             ),
             SlabAllocator(slabs, slab_bytes, FIRST_SLAB_PAGE),
             policy,
             Journal() if settings.events.publish else None,
             None if tier is None else tier.ssd,
             make_admission(settings.ssd.admission),
+            tenants,
         )
         return store, arena, index
 

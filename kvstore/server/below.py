@@ -105,15 +105,6 @@ class Below:
         self.tier.refused_loads += len(lower)
         return blocks[:first]
 
-    def hint(self, namespace: NamespaceState | None, keys: list[bytes], *, soon: bool) -> int:
-        """A session with this chain is about to come back, or is over; how many of its blocks are known."""
-        if namespace is None:
-            return 0
-        blocks = namespace.leading_in_tiers(keys)
-        if soon:
-            self.prefetch(namespace, [block for block in blocks if isinstance(block, SsdBlock)])
-        return len(blocks)
-
     # -------------------------------------------------------------- durability
 
     @property

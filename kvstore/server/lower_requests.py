@@ -13,7 +13,6 @@ from kvstore.protocol.messages import (
     Clear,
     CountReply,
     ErrorReply,
-    Hint,
     Invalidate,
     Persist,
     Persisted,
@@ -108,17 +107,6 @@ class LowerRequests:
 
         self.later(session, persisted(), lambda: None)
         return None
-
-    def hint(self, session: Session, request: Hint) -> Reply:
-        """A session is about to come back, or is over."""
-        keys = keys_of(request.keys)
-        if self._below is not None:
-            namespace = self._store.namespaces.by_id.get(request.namespace_id)
-            known = self._below.hint(namespace, keys, soon=request.soon)
-        else:
-            # With one tier there is nothing to bring up, or to let go sooner than the policy does by itself.
-            known = sum(self._there(request.namespace_id, keys))
-        return CountReply(request.id, self._incarnation, known)
 
     def _there(self, namespace_id: int, keys: list[bytes]) -> list[bool]:
         """Whether each block is there, with one part at least."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TypeVar
 
 from kvstore.core.events import AdmissionChanged, PolicyChanged
+from kvstore.core.pools import pooled
+from kvstore.core.tenants import Tenant
 from kvstore.errors import ErrorCode, InvalidArgument
 from kvstore.observability.logs import Log
 from kvstore.policy.admission import make_admission
@@ -44,8 +47,9 @@ class PolicyRequests:
         store = self._executor.store
         if store.ssd is None and (request.ssd_policy or request.admission):
             raise Refused(ErrorCode.BAD_REQUEST, "this daemon has no SSD tier: no policy and no admission of it")
-        policy = self._policy(request.policy, store.limits.capacity_bytes)
-        ssd_policy = self._policy(request.ssd_policy, self._ssd_capacity_bytes)
+        policy = self._policy(request.policy, store.limits.capacity_bytes, store.tenants)
+        below_tenants = {} if store.ssd is None else store.ssd.tenants
+        ssd_policy = self._policy(request.ssd_policy, self._ssd_capacity_bytes, below_tenants)
         admission = _named(make_admission, request.admission)
         if policy is not None and policy.name != store.policy.name:
             self._log.info("policy_changed", tier="dram", before=store.policy.name, after=policy.name, pid=session.pid)
@@ -67,8 +71,9 @@ class PolicyRequests:
             "" if below is None else store.admission.name,
         )
 
-    def _policy(self, name: str, capacity_bytes: int) -> EvictionPolicy | None:
-        return _named(lambda name: make_policy(name, PolicyContext(capacity_bytes, self._clock)), name)
+    def _policy(self, name: str, capacity_bytes: int, tenants: Mapping[str, Tenant]) -> EvictionPolicy | None:
+        context = PolicyContext(capacity_bytes, self._clock)
+        return _named(lambda name: pooled(partial(make_policy, name), context, tenants.values()), name)
 
 
 def _named(make: Callable[[str], T], name: str) -> T | None:

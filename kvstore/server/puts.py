@@ -21,7 +21,7 @@ from kvstore.server.transport import frame_buffer
 RETRY_AFTER_MS = 20
 """Advice with ``throttled``: about the time in which transfers end and slots come back."""
 
-_SHORT_OF_SLOTS = (Reason.GRANT_LIMIT, Reason.ALL_HELD, Reason.NO_ROOM)
+_SHORT_OF_SLOTS = (Reason.GRANT_LIMIT, Reason.ALL_HELD, Reason.NO_ROOM, Reason.QUOTA)
 
 
 class Puts:

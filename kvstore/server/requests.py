@@ -16,13 +16,12 @@ from kvstore.core.events import (
     InvalidateWanted,
     Joined,
     LeaseReleased,
-    LeaseWanted,
     RemoveWanted,
     SessionClosed,
     SessionOpened,
     SlotWanted,
 )
-from kvstore.core.instructions import Count, Leased, Namespaced, Refuse
+from kvstore.core.instructions import Count, Namespaced, Refuse
 from kvstore.core.ssd_record import SsdBlock
 from kvstore.errors import ErrorCode, InvalidArgument
 from kvstore.format.constants import MAX_RECORD_BYTES, RECORD_HEADER_BYTES
@@ -63,6 +62,7 @@ from kvstore.protocol.messages import (
     Reply,
     Reserve,
     Reserved,
+    Retain,
     Stats,
     StatsReply,
     TierId,
@@ -89,6 +89,7 @@ from kvstore.server.puts import Puts, refused
 from kvstore.server.record_requests import RecordRequests
 from kvstore.server.recorder import Recorder
 from kvstore.server.refusal import Refused, keys_of
+from kvstore.server.retention_requests import RetentionRequests
 from kvstore.server.sessions import Session, Sessions, TooManySessions
 from kvstore.server.statistics import Statistics
 from kvstore.server.transport import RouterTransport
@@ -101,6 +102,7 @@ class Requests:
     Args:
         parts: the daemon's other rooms, as named.
         boot_id: of this kernel, to know clients whose clock is ours.
+        hint_ns: how long blocks are retained of which a hint says that they are needed soon.
         clock: nanoseconds, monotonic.
     """
 
@@ -121,6 +123,7 @@ class Requests:
         mapping: Mapping,
         below: Below | None,
         recorder: Recorder,
+        hint_ns: int,
         clock: Callable[[], int],
         log: Log,
     ) -> None:
@@ -141,6 +144,7 @@ class Requests:
         self._clock = clock
         self._log = RepeatedLog(log)
         self._lower = LowerRequests(executor, sessions, below, mapping.drain_all, incarnation, self._send, self._log)
+        self._retentions = RetentionRequests(executor, below, incarnation, hint_ns)
         self._verification: asyncio.Task[Verified] | None = None
         self._waiting: set[asyncio.Task[None]] = set()
         self.transport: RouterTransport | None = None
@@ -161,7 +165,8 @@ class Requests:
             Invalidate: self._invalidate,
             Prefetch: self._lower.prefetch,
             Persist: self._lower.persist,
-            Hint: self._lower.hint,
+            Hint: self._retentions.hint,
+            Retain: self._retentions.retain,
             Release: self._release,
             Reserve: self._reserve,
             Stats: self._stats,
@@ -345,26 +350,23 @@ class Requests:
             found = self._store.leading_in_tiers(request.namespace_id, keys)
             blocks = below.worth_loading(found)
             refused = len(found) - len(blocks)
-        lease = 0
+        lease, worth = 0, blocks
         if request.lease_ms and blocks:
-            answer = self._executor.apply(LeaseWanted(session.id, blocks, request.lease_ms * 1_000_000))
-            if isinstance(answer, Refuse):
-                raise Refused(ErrorCode.THROTTLED, "this client holds too many leases; release some")
-            assert isinstance(answer, Leased)
-            lease = answer.lease
+            lease, count = self._retentions.lease(session, blocks, request.lease_ms)
+            # Where not all may be held, it is for the first ones: what is answered is what stays.
+            blocks = blocks[:count]
         hits = len(blocks)
         tiers = ((int(TierId.DRAM), hits),) if below is None and hits else tiers_of(blocks)
         fidelity = self._store.fidelity_of(blocks)
         self._send(session.identity, MatchReply(request.id, self._incarnation, hits, tiers, lease, fidelity))
         # The client waits for the answer, not for the policy's bookkeeping.
         # A match asks for a chain: its deepest hit was used, and with it all above, as mapped clients report it.
-        runs = deepest_of(blocks)
         report = Accessed(
             session.id,
             request.access,
-            runs,
+            deepest_of(worth),
             len(keys),
-            tuple(keys[hits:]),
+            tuple(keys[len(worth) :]),
             request.namespace_id,
             matched=True,
             refused=refused,

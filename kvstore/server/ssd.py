@@ -10,12 +10,13 @@ import asyncio
 import contextlib
 import errno
 import gc
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Final
 
 from kvstore.core.events import Demoted, SsdChanged
 from kvstore.core.ssd import SsdStore
 from kvstore.core.ssd_record import SsdRecord
+from kvstore.core.tenants import Tenant
 from kvstore.errors import SettingsError
 from kvstore.format.constants import PAGE_BYTES
 from kvstore.observability.logs import Log, RepeatedLog
@@ -94,6 +95,7 @@ class SsdTier:
         clock: Callable[[], int],
         log: Log,
         directory: SsdDirectory | None = None,
+        tenants: Iterable[Tenant] = (),
     ) -> SsdTier:
         """Lock the directory and find out what it holds; nothing runs yet.
 
@@ -104,6 +106,7 @@ class SsdTier:
             clock: see the class.
             log: see the class.
             directory: opened already, else it is opened here.
+            tenants: those with a quota in the tier.
 
         Raises:
             SettingsError: the sizes are impossible, or the directory holds what this daemon must not touch.
@@ -132,7 +135,7 @@ class SsdTier:
                 max_records = most_records(settings, recovered.formatted_slabs * slab_bytes)
                 kept = recovered.puts[-max_records:]
                 slab_counts = recovered.formatted_slabs, data_bytes // slab_bytes
-                ssd = restored(recovered.namespaces, kept, slab_bytes, slab_counts, policy, max_records)
+                ssd = restored(recovered.namespaces, kept, slab_bytes, slab_counts, policy, max_records, tenants)
                 if recovered.dropped or len(kept) < len(recovered.puts):
                     # Else a later start could find them again, after they were removed.
                     await say_what_is_left(directory, recovered, ssd)

@@ -167,7 +167,7 @@ class Demotions:
             record = self._ssd.begin(
                 below, block.key, block.parent_key, waiting.part, slot_bytes, block.depth, waiting.access
             )
-            if record is None and self._ssd.stuck:
+            if record is None and (self._ssd.stuck or self._ssd.over_quota(below, slot_bytes)):
                 # No slabs, or nothing that may leave: those in DRAM must not wait for it.
                 self._drop()
                 given_up.append(block)

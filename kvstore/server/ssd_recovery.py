@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from kvstore.core.slabs import SlabAllocator
 from kvstore.core.ssd import SsdStore
+from kvstore.core.tenants import Tenant
 from kvstore.errors import SettingsError
 from kvstore.format.constants import PAGE_BYTES
 from kvstore.format.ssd_files import (
@@ -126,6 +127,7 @@ def restored(
     slab_counts: tuple[int, int],
     policy: EvictionPolicy,
     max_records: int,
+    tenants: Iterable[Tenant] = (),
 ) -> SsdStore:
     """The state that the files describe.
 
@@ -136,13 +138,15 @@ def restored(
         slab_counts: slabs that are there, and that there may be.
         policy: of the tier.
         max_records: at least as many as there are.
+        tenants: those with a quota in the tier.
     """
     there, most = slab_counts
     slabs = SlabAllocator(most, slab_bytes, FIRST_SSD_PAGE, most_joined=1)
     for index in range(there):
         slabs.make_usable(index)
-    ssd = SsdStore(slabs, policy, max_records)
+    ssd = SsdStore(slabs, policy, max_records, tenants)
     ssd.restore(namespaces, puts)
+    ssd.keep_quotas()
     return ssd
 
 

@@ -21,9 +21,11 @@ from kvstore.protocol.statistics import (
     NamespaceStats,
     PutStats,
     RecordStats,
+    RetentionStats,
     ServerStats,
     SessionStats,
     SlotClassStats,
+    TenantStats,
 )
 from kvstore.server.counters import RequestCounters
 from kvstore.server.events import EventPublisher
@@ -119,6 +121,8 @@ class Statistics:
             ssd=None if self.ssd is None else self.ssd.statistics(),
             curve=None if self.curve is None else self._curve(self.curve),
             misses=None if self.misses is None else self.misses.statistics(now_ns),
+            retention=self._retention(),
+            tenants=self._tenants(),
         )
 
     def _curve(self, curve: LiveCurve) -> CurveStats:
@@ -196,6 +200,46 @@ class Statistics:
             following=following(self.store.policy),
             ssd_following="" if ssd is None else following(ssd.policy),
         )
+
+    def _retention(self) -> RetentionStats:
+        retention, leases = self.store.retention, self.store.leases
+        return RetentionStats(
+            budget_bytes=retention.budget_bytes,
+            retained_blocks=retention.held_blocks,
+            retained_bytes=retention.held_bytes,
+            low_blocks=retention.low_blocks,
+            waiting_blocks=retention.waiting_blocks,
+            over_budget_blocks=retention.over_budget_blocks,
+            gave_way_blocks=retention.gave_way_blocks,
+            ended_blocks=retention.ended_blocks,
+            dropped_blocks=retention.dropped_blocks,
+            lease_limit_bytes=leases.limit_bytes,
+            leased_bytes=leases.held_bytes,
+            leases_cut=leases.cut,
+            leases_refused=leases.refused,
+        )
+
+    def _tenants(self) -> list[TenantStats]:
+        here = self.store.tenants
+        below = {} if self.store.ssd is None else self.store.ssd.tenants
+        stats = []
+        for name in sorted({*here, *below}):
+            tenant, copy = here.get(name), below.get(name)
+            # One with a quota on the SSD only has none to keep to here.
+            spaces = [state for state in self.store.namespaces.by_id.values() if state.description.name == name]
+            stats.append(
+                TenantStats(
+                    name=name,
+                    used_bytes=sum(state.slot_bytes for state in spaces),
+                    limit_bytes=0 if tenant is None else tenant.limit_bytes,
+                    evicted_blocks=0 if tenant is None else tenant.evicted_blocks,
+                    refused_puts=0 if tenant is None else tenant.refused_puts,
+                    ssd_used_bytes=0 if copy is None else copy.slot_bytes,
+                    ssd_limit_bytes=0 if copy is None else copy.limit_bytes,
+                    ssd_evicted_blocks=0 if copy is None else copy.evicted_blocks,
+                )
+            )
+        return stats
 
     def _server(self) -> ServerStats:
         return ServerStats(

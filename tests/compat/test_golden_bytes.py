@@ -55,6 +55,8 @@ from kvstore.protocol.messages import (
     Remove,
     Reserve,
     Reserved,
+    Retain,
+    Retained,
     Stats,
     StatsReply,
     TierId,
@@ -71,10 +73,12 @@ from kvstore.protocol.statistics import (
     NamespaceStats,
     PutStats,
     RecordStats,
+    RetentionStats,
     ServerStats,
     SessionStats,
     SlotClassStats,
     SsdStats,
+    TenantStats,
 )
 
 SESSION, INCARNATION = 0x0807060504030201, 0x1817161514131211
@@ -297,6 +301,7 @@ RECORDING = RecordStats(
 REQUESTS_5: dict[str, AnyRequest] = {
     "configure": Configure(*request(20), "adaptive", "lru", "predicted"),
     "record": Record(*request(23), "start"),
+    "retain": Retain(*request(22), FIRST + SECOND, 80, 60_000, True),
 }
 REQUESTS_4: dict[str, AnyRequest] = {
     "match": Match(*request(4, access=2), FIRST + SECOND + bytes([7] * 32), 1500, True),
@@ -362,6 +367,7 @@ assert isinstance(STATS_4, StatsReply)
 REPLIES_5: dict[str, AnyReply] = {
     "configured": Configured(*reply(20), "adaptive", "lru", "predicted"),
     "recorded": Recorded(*reply(23), RECORDING),
+    "retained": Retained(*reply(22), 1, 1),
     "stats-reply": StatsReply(
         *reply(13),
         msgspec.structs.replace(
@@ -369,6 +375,33 @@ REPLIES_5: dict[str, AnyReply] = {
             eviction=msgspec.structs.replace(
                 STATS_4.stats.eviction, ssd_policy="lru", admission="all", ghost_bytes=1 << 20, switched=2
             ),
+            retention=RetentionStats(
+                budget_bytes=1 << 28,
+                retained_blocks=1,
+                retained_bytes=4096,
+                low_blocks=2,
+                waiting_blocks=3,
+                over_budget_blocks=4,
+                gave_way_blocks=5,
+                ended_blocks=6,
+                dropped_blocks=7,
+                lease_limit_bytes=1 << 29,
+                leased_bytes=8192,
+                leases_cut=8,
+                leases_refused=9,
+            ),
+            tenants=[
+                TenantStats(
+                    name="chat",
+                    used_bytes=8192,
+                    limit_bytes=1 << 20,
+                    evicted_blocks=1,
+                    refused_puts=2,
+                    ssd_used_bytes=4096,
+                    ssd_limit_bytes=1 << 30,
+                    ssd_evicted_blocks=3,
+                )
+            ],
         ),
     ),
 }

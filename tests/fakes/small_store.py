@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from fakes.memory_executor import Identity, MemoryExecutor
 
@@ -21,11 +22,14 @@ from kvstore.core.events import (
 )
 from kvstore.core.instructions import Answer, Leased, Namespaced
 from kvstore.core.namespaces import NamespaceState
+from kvstore.core.pools import pooled
 from kvstore.core.slabs import SlabAllocator
 from kvstore.core.ssd import SsdStore
 from kvstore.core.state import StoreLimits
 from kvstore.core.store import Store
-from kvstore.policy.lru import Lru
+from kvstore.core.tenants import tenants_of
+from kvstore.policy.base import PolicyContext
+from kvstore.policy.registry import make_policy
 from kvstore.protocol.keys import ROOT_KEY
 from kvstore.protocol.messages import PutStatus, Reason
 from kvstore.protocol.namespace import Namespace
@@ -52,6 +56,9 @@ class SmallStore:
         records: most at a time.
         places: the two buckets of each index entry, see ``MemoryExecutor``.
         ssd: the tier below.
+        policy: by name.
+        quotas: pages that tenants may have, by name.
+        lease_pages, retention_pages: that may be leased, and retained, together.
     """
 
     def __init__(
@@ -66,6 +73,10 @@ class SmallStore:
         places: Callable[[Identity], tuple[int, int]] | None = None,
         namespace: Namespace | None = None,
         ssd: SsdStore | None = None,
+        policy: str = "lru",
+        quotas: Mapping[str, int] | None = None,
+        lease_pages: int = 1 << 40,
+        retention_pages: int = 1 << 40,
     ) -> None:
         slabs = slabs or -(-(capacity_pages + grant_pages) // slab_pages)
         limits = StoreLimits(
@@ -73,8 +84,14 @@ class SmallStore:
             grant_bytes=grant_pages * PAGE_BYTES,
             grant_bytes_per_session=grant_pages * PAGE_BYTES,
             max_records=records,
+            lease_bytes=lease_pages * PAGE_BYTES,
+            retention_bytes=retention_pages * PAGE_BYTES,
         )
-        self.store = Store(limits, SlabAllocator(slabs, slab_pages * PAGE_BYTES, FIRST_PAGE), Lru(), ssd=ssd)
+        tenants = tenants_of({name: pages * PAGE_BYTES for name, pages in (quotas or {}).items()}).values()
+        context = PolicyContext(limits.capacity_bytes, lambda: self.executor.now_ns)
+        chosen = pooled(partial(make_policy, policy), context, tenants)
+        allocator = SlabAllocator(slabs, slab_pages * PAGE_BYTES, FIRST_PAGE)
+        self.store = Store(limits, allocator, chosen, ssd=ssd, tenants=tenants)
         self.executor = MemoryExecutor(self.store, places=places)
         for index in range(slabs):
             self.executor.apply(SlabPopulated(index))
@@ -93,10 +110,18 @@ class SmallStore:
         return granted.slot
 
     def record(
-        self, letter: str, parent: str = "", *, part: int = 0, pages: int = 1, fidelity: int = 255, codec: int = 1
+        self,
+        letter: str,
+        parent: str = "",
+        *,
+        part: int = 0,
+        pages: int = 1,
+        fidelity: int = 255,
+        codec: int = 1,
+        slot: int = 0,
     ) -> CommittedRecord:
-        """A granted and written record, ready to be committed."""
-        slot = self.grant(pages)
+        """A granted and written record, ready to be committed; ``slot``: one that was granted before."""
+        slot = slot or self.grant(pages)
         self.executor.write(slot, (letter, part, fidelity))
         above = key_of(parent) if parent else ROOT_KEY
         length = pages * PAGE_BYTES - 1

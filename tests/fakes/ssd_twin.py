@@ -6,6 +6,7 @@ What ``kvstore.server.ssd_demotion``, ``ssd_groups`` and ``ssd_recovery`` do, on
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fakes.memory_executor import MemoryExecutor
@@ -13,15 +14,18 @@ from fakes.memory_executor import MemoryExecutor
 from kvstore.core.block import Block, Record, RecordState
 from kvstore.core.events import Demoted, SsdChanged
 from kvstore.core.instructions import Demote
+from kvstore.core.pools import pooled
 from kvstore.core.slabs import SlabAllocator
 from kvstore.core.ssd import Group, SsdStore
 from kvstore.core.ssd_invariants import validate_ssd
 from kvstore.core.ssd_record import SsdNamespace, SsdRecord, SsdState
 from kvstore.core.ssd_replay import Replayed
+from kvstore.core.tenants import tenants_of
 from kvstore.format.constants import PAGE_BYTES
 from kvstore.format.ssd_files import CHECKPOINT_MAGIC, FILE_HEADER_BYTES, LOG_MAGIC, NumberedHeader
 from kvstore.format.ssd_files import encode_numbered_header as encode_header
 from kvstore.format.ssd_log import EndEntry, Entry, Frames, encode_entry, encode_frame, frame_seed
+from kvstore.policy.base import PolicyContext
 from kvstore.policy.lru import Lru
 
 STORE_ID = bytes(range(16))
@@ -73,12 +77,15 @@ class SsdTwin:
         files: the checkpoint, if there is one, and the logs behind it.
     """
 
-    def __init__(self, slabs: int, slab_pages: int, max_records: int = 1 << 30) -> None:
+    def __init__(
+        self, slabs: int, slab_pages: int, max_records: int = 1 << 30, quotas: Mapping[str, int] | None = None
+    ) -> None:
         self.slabs, self.slab_pages, self.max_records = slabs, slab_pages, max_records
+        self.quotas = quotas or {}
         self.contents: dict[int, object] = {}
         self.unsynced: set[int] = set()
         self.files: list[File] = [File(LOG_MAGIC, 0)]
-        self.ssd = SsdStore(self._allocator(), Lru(), max_records)
+        self.ssd = self._store()
         self._clear()
 
     def _clear(self) -> None:
@@ -89,6 +96,11 @@ class SsdTwin:
         self.writable = True
         self.failures = 0
         self.checkpoint_due = False
+
+    def _store(self) -> SsdStore:
+        tenants = tenants_of(self.quotas).values()
+        policy = pooled(Lru, PolicyContext(self.slabs * self.slab_pages * PAGE_BYTES, lambda: 0), tenants)
+        return SsdStore(self._allocator(), policy, self.max_records, tenants)
 
     def _allocator(self) -> SlabAllocator:
         slabs = SlabAllocator(self.slabs, self.slab_pages * PAGE_BYTES, 1, most_joined=1)
@@ -147,6 +159,10 @@ class SsdTwin:
             record = self.ssd.begin(
                 below, block.key, block.parent_key, waiting.part, waiting.slot_bytes, block.depth, waiting.access
             )
+            if record is None and self.ssd.over_quota(below, waiting.slot_bytes):
+                self._drop()
+                given_up.append(block)
+                continue
             if record is None:
                 break
             assert record.slot not in self.unsynced or record.slot in self.contents
@@ -303,7 +319,7 @@ class SsdTwin:
         puts = state.settle(self.slab_pages * PAGE_BYTES, 1, self.slabs)
         assert not state.dropped, "records contradict each other"
         self.files.append(File(LOG_MAGIC, self.files[-1].number + 1))
-        self.ssd = SsdStore(self._allocator(), Lru(), self.max_records)
+        self.ssd = self._store()
         self.ssd.restore(list(state.namespaces.values()), puts)
         validate_ssd(self.ssd)
         self._clear()

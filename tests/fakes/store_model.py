@@ -33,6 +33,10 @@ class ModelBlock:
             yield child
             yield from child.descendants()
 
+    @property
+    def is_held(self) -> bool:
+        return bool(self.leases) or any(child.is_held for child in self.children)
+
     def __repr__(self) -> str:
         return f"<{self.key.hex()[:4]} of {self.number} at {self.depth}, {self.leases} leases>"
 
@@ -255,9 +259,16 @@ class StoreModel:
         return PutStatus.STORED, Reason.NONE, block
 
     def lease(self, identity: int, session: int, blocks: list[ModelBlock], expires_ns: int) -> None:
+        """Blocks are leased, each once, and with them those before them."""
         assert identity not in self.leases
-        self.leases[identity] = ModelLease(session, blocks, expires_ns)
+        held: list[ModelBlock] = []
         for block in blocks:
+            above: ModelBlock | None = block
+            while above is not None and above not in held:
+                held.append(above)
+                above = above.parent
+        self.leases[identity] = ModelLease(session, held, expires_ns)
+        for block in held:
             block.leases += 1
 
     def end_lease(self, identity: int) -> None:

@@ -238,7 +238,8 @@ class StoreMachine(RuleBasedStateMachine):
         """A block left so that another has a place in the index: one of those in its way, or else itself."""
         own = self.model.slots[event.slot][1]
         others = [self.model.slots[slot][1] for slot in event.others if slot in self.model.slots]
-        free = [block for block in others if block is not own and not block.leases]
+        # What is before a leased block stays with it.
+        free = [block for block in others if block is not own and not block.is_held]
         legal = [block for block in free if not block.children] or free or [own]
         namespace_id, block, _ = self.model.slots[slots[0]]
         assert any(block is other for other in legal), f"{block} left for {own}, expected was one of {legal}"
