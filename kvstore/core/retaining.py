@@ -117,7 +117,8 @@ class Retaining(StoreState):
         orphaned: list[Block] = []
         removed = 0
         for key in keys:
-            below = self.ssd is not None and namespace.ssd is not None and self.ssd.remove_key(namespace.ssd, key)
+            ssd = namespace.ssd
+            below = self.ssd is not None and ssd is not None and self.ssd.remove_key(ssd, key, cause)
             block = namespace.blocks.get(key)
             if block is not None:
                 orphaned += block.children or ()

@@ -204,12 +204,12 @@ class SsdStore(SsdRoom, SsdRestoring):
         if len(self._touched) < MOST_TOUCHES or block in self._touched:
             self._touched[block] = access
 
-    def remove(self, block: SsdBlock) -> None:
+    def remove(self, block: SsdBlock, cause: Cause = Cause.REMOVED) -> None:
         """A block is removed; children keep their depth."""
         self.counters.removed_blocks += 1
-        self._unlink(block, Cause.REMOVED)
+        self._unlink(block, cause)
 
-    def remove_key(self, namespace: SsdNamespace, key: bytes) -> bool:
+    def remove_key(self, namespace: SsdNamespace, key: bytes, cause: Cause = Cause.REMOVED) -> bool:
         """A block is removed, by key, and what of it is being written; whether any of it was stored."""
         namespace.ended += 1
         if namespace.writing:
@@ -217,7 +217,7 @@ class SsdStore(SsdRoom, SsdRestoring):
                 self._cancel(namespace.writing[place])
         block = namespace.tree.blocks.get(key)
         if block is not None:
-            self.remove(block)
+            self.remove(block, cause)
         return block is not None
 
     def corrupt(self, record: SsdRecord) -> None:

@@ -104,7 +104,7 @@ class SsdBook:
         """A block leaves the policy and the tree, with all its records. ``cause`` None: another one takes its place."""
         if cause is not None:
             self.on_left(block, cause)
-        self.policy.discard(block, evicted=cause is Cause.EVICTED)
+        self.policy.discard(block, evicted=cause is Cause.EVICTED or cause is Cause.QUOTA)
         self._let_all_leave(block)
         namespace = block.namespace
         namespace.tree.remove(block)

@@ -107,7 +107,7 @@ class SsdRoom(SsdBook):
         return not tenant.short_of(slot_bytes)
 
     def _evict_for_quota(self, tenant: Tenant, victim: SsdBlock) -> None:
-        self.evict(victim)
+        self.evict(victim, Cause.QUOTA)
         tenant.evicted_blocks += 1
 
     def keep_quotas(self) -> None:
@@ -142,12 +142,12 @@ class SsdRoom(SsdBook):
         if not namespace.writing and not namespace.tree.blocks:
             self._emptied[namespace] = None
 
-    def evict(self, block: SsdBlock) -> None:
+    def evict(self, block: SsdBlock, cause: Cause = Cause.EVICTED) -> None:
         """A block leaves for others."""
         self.counters.evicted_blocks += 1
         self.counters.evicted_bytes += block.slot_bytes
         self.on_evicted(block.key, block.used)
-        self._unlink(block, Cause.EVICTED)
+        self._unlink(block, cause)
 
     def _keep_ahead(self, slot_bytes: int) -> None:
         """Evict as much as is needed for the next slots of a size, so that writers need not wait for groups."""
