@@ -13,9 +13,9 @@ import pytest
 from client_adapter import MAPPING, AnyClient, Connect
 from daemon_process import DaemonProcess, wait_until, wait_until_nothing_is_lent
 
-from kvstore_client import InvalidArgument, Namespace, PutStatus, chain_keys
+from kvstore_client import InvalidArgument, Namespace, PutStatus, Throttled, chain_keys
 
-STORED, EXISTS, REJECTED, THROTTLED = PutStatus.STORED, PutStatus.EXISTS, PutStatus.REJECTED, PutStatus.THROTTLED
+STORED, EXISTS, REJECTED = PutStatus.STORED, PutStatus.EXISTS, PutStatus.REJECTED
 SLOT = 64 * 1024
 PAYLOAD = SLOT - 256
 """Exactly one 64 KiB slot with its header."""
@@ -603,14 +603,14 @@ def test_block_whose_parts_never_fit_together_is_rejected_and_others_stay(connec
 
 def test_lease_keeps_its_blocks_until_released(connect_small: Connect):
     client = connect_small(payload_bytes=[PAYLOAD])
-    keys = chain(10)
+    keys = chain(8)
     put_slots(client, keys)
     lease = client.match(keys, lease=30)
-    assert (len(lease), lease.lease_s) == (10, 30.0)
+    assert (len(lease), lease.lease_s) == (8, 30.0)
     assert lease.lease > 0
     for number in range(1, 30):
         assert client.put(key(number), data(number, PAYLOAD)) is STORED
-    assert len(client.match(keys)) == 10
+    assert len(client.match(keys)) == 8
     assert client.stats().leases == 1
     lease.release()
     lease.release()
@@ -631,15 +631,18 @@ def test_lease_as_context_manager_ends_with_it(connect_small: Connect):
         assert nothing.lease == 0
 
 
-def test_everything_leased_throttles_puts_and_loses_nothing(connect_small: Connect):
+def test_leases_hold_half_of_the_tier_and_puts_go_on(connect_small: Connect):
     client = connect_small(payload_bytes=[PAYLOAD])
     keys = chain(16)
     put_slots(client, keys)
-    with client.match(keys, lease=30):
-        assert client.put(key(1), data(1, PAYLOAD)) is THROTTLED
-        assert client.put_many([key(1), key(2)], [b"x" * PAYLOAD] * 2) == [THROTTLED] * 2
-        assert len(client.match(keys)) == 16
-    assert client.put(key(1), data(1, PAYLOAD)) is STORED
+    with client.match(keys, lease=30) as lease:
+        assert len(lease) == 8
+        with pytest.raises(Throttled, match=r"limits\.lease_share"):
+            client.match(keys[8:], lease=30)
+        for number in range(1, 30):
+            assert client.put(key(number), data(number, PAYLOAD)) is STORED
+        assert client.put_many([key(101), key(102)], [b"x" * PAYLOAD] * 2) == [STORED] * 2
+        assert len(client.match(keys)) == 8
     if not client.mapped:
         assert client.stats().dram.granted_bytes == 0
     wait_until_nothing_is_lent(client.stats)
@@ -647,14 +650,18 @@ def test_everything_leased_throttles_puts_and_loses_nothing(connect_small: Conne
 
 def test_lease_expires_by_itself(connect_small: Connect):
     client = connect_small(payload_bytes=[PAYLOAD])
-    keys = chain(16)
+    keys = chain(8)
     put_slots(client, keys)
     begin = time.monotonic()
     assert client.match(keys, lease=1.5).lease
-    assert client.put(key(1), data(1, PAYLOAD)) is THROTTLED
-    wait_until(lambda: client.put(key(1), data(1, PAYLOAD)) is STORED, 5)
+    for number in range(1, 30):
+        assert client.put(key(number), data(number, PAYLOAD)) is STORED
+    assert client.stats().leases == 0 or len(client.match(keys)) == 8
+    wait_until(lambda: client.stats().leases == 0, 5)
     assert time.monotonic() - begin >= 1.4
-    assert client.stats().leases == 0
+    for number in range(101, 130):
+        assert client.put(key(number), data(number, PAYLOAD)) is STORED
+    assert len(client.match(keys)) == 0
 
 
 def test_leased_block_can_be_removed(connect_small: Connect):
