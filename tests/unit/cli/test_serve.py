@@ -52,7 +52,9 @@ def test_serve_with_every_flag_sets_every_setting(
     mapped = "--set dram.mapped=false --set dram.max_records=1000"
     events = "--set events.publish=true --set events.endpoint=/tmp/e.sock --set events.heartbeat_s=2"
     ssd = "--ssd below --ssd-capacity 2GiB --set ssd.reserve_bytes=0 --set ssd.transcode=raw>lossless-zstd"
-    given = f"{flags} {more} {mapped} {events} {ssd}"
+    quotas = "--set quota.tenants=chat=1GiB,batch=1MiB --set quota.ssd_tenants=chat=2GiB"
+    kept = "--set retention.budget_bytes=3GiB --set retention.hint_s=5"
+    given = f"{flags} {more} {mapped} {events} {ssd} {quotas} {kept}"
     assert kvstore(monkeypatch, "serve", *given.split()) == 0
     (settings,) = started
     assert settings.model_dump(mode="json") == {
@@ -97,6 +99,9 @@ def test_serve_with_every_flag_sets_every_setting(
         "limits": Settings().limits.model_dump() | {"max_sessions": 7},
         "eviction": {"policy": "lru", "ssd_policy": "lru"},
         "record": Settings().record.model_dump(mode="json"),
+        "explain": Settings().explain.model_dump(mode="json"),
+        "quota": {"tenants": {"chat": 1 << 30, "batch": 1 << 20}, "ssd_tenants": {"chat": 2 << 30}},
+        "retention": {"budget_bytes": 3 << 30, "hint_s": 5.0},
     }
 
 
