@@ -45,7 +45,7 @@ SALT_BYTES: Final = 32
 _MAGIC: Final = b"KVLOOKUP"
 _VERSION: Final = 1
 _HASH_BYTES: Final = 4
-# magic 8 | version u16 | header bytes u16 | zero u32 | recording 16 | sequence u32 | zero u32 | started u64 | zero u64
+# magic 8 | version u16 | header bytes u16 | zero u32 | recording 16 | sequence u32 | zero u32 | started u64 | dram u64
 _HEADER: Final = struct.Struct("<8sHHI16sIIQQ")
 _CHECKSUM: Final = struct.Struct("<Q")
 # payload bytes u32 | entries u32 | checksum u64, of these two and the payload
@@ -65,11 +65,13 @@ class LookupFileHeader(NamedTuple):
         recording: 16 bytes, the same in all files of a recording.
         sequence: of the file in it, from 0.
         started_unix_ns: when the recording began, the same in all its files.
+        dram_bytes: what blocks might take of the daemon's memory then, 0 where that is unknown.
     """
 
     recording: bytes
     sequence: int
     started_unix_ns: int
+    dram_bytes: int = 0
 
 
 class NamespaceFacts(NamedTuple):
@@ -129,7 +131,15 @@ class RecordedLookup(NamedTuple):
 def encode_header(header: LookupFileHeader) -> bytes:
     """The first 64 bytes of a file."""
     head = _HEADER.pack(
-        _MAGIC, _VERSION, FILE_HEADER_BYTES, 0, header.recording, header.sequence, 0, header.started_unix_ns, 0
+        _MAGIC,
+        _VERSION,
+        FILE_HEADER_BYTES,
+        0,
+        header.recording,
+        header.sequence,
+        0,
+        header.started_unix_ns,
+        header.dram_bytes,
     )
     return head + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(head))
 
@@ -143,15 +153,15 @@ def decode_header(data: bytes) -> LookupFileHeader:
     if len(data) < FILE_HEADER_BYTES or not data.startswith(_MAGIC):
         raise CorruptRecord("it is no recording of lookups")
     head = data[: _HEADER.size]
-    _, version, header_bytes, zero, recording, sequence, zero_too, started_unix_ns, zeros = _HEADER.unpack(head)
+    _, version, header_bytes, zero, recording, sequence, zero_too, started_unix_ns, dram_bytes = _HEADER.unpack(head)
     if version != _VERSION:
         raise CorruptRecord(f"it is a recording of version {version}; this program knows version {_VERSION}")
     (checksum,) = _CHECKSUM.unpack_from(data, _HEADER.size)
     if checksum != xxhash.xxh3_64_intdigest(head):
         raise CorruptRecord("the recording's header is damaged")
-    if header_bytes != FILE_HEADER_BYTES or zero or zero_too or zeros:
+    if header_bytes != FILE_HEADER_BYTES or zero or zero_too:
         raise CorruptRecord("the recording's header has what version 1 does not know")
-    return LookupFileHeader(recording, sequence, started_unix_ns)
+    return LookupFileHeader(recording, sequence, started_unix_ns, dram_bytes)
 
 
 class LookupEncoder:

@@ -117,6 +117,7 @@ class Recorder:
             started_unix_ns=started_unix_ns,
             max_bytes=self._max_bytes,
             files=self._files,
+            dram_bytes=self._store.limits.capacity_bytes,
         )
         writer.start()
         self._writer = writer

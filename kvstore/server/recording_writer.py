@@ -32,6 +32,7 @@ class RecordingWriter:
         salt: see ``LookupEncoder``.
         started_unix_ns: when it begins.
         max_bytes: of all recordings in the directory.
+        dram_bytes: capacity of the daemon's memory, for the header.
         files: of which so many share ``max_bytes`` evenly; each must hold a request of as many blocks as there may be.
 
     Attributes:
@@ -49,6 +50,7 @@ class RecordingWriter:
         started_unix_ns: int,
         max_bytes: int,
         files: int,
+        dram_bytes: int = 0,
     ) -> None:
         assert len(salt) == SALT_BYTES
         self.written_bytes = 0
@@ -62,6 +64,7 @@ class RecordingWriter:
         self._started_unix_ns = started_unix_ns
         self._max_bytes = max_bytes
         self._file_bytes = max_bytes // files
+        self._dram_bytes = dram_bytes
         self._sequence = 0
         self._open: RecordingFile | None = None
         self._encoder = LookupEncoder(salt)
@@ -156,7 +159,9 @@ class RecordingWriter:
             total -= old.size_bytes
         self.file = f"{self._recording.hex()[:12]}-{self._sequence:06d}{RECORDING_SUFFIX}"
         self._open = self._directory.create(self.file)
-        header = encode_header(LookupFileHeader(self._recording, self._sequence, self._started_unix_ns))
+        header = encode_header(
+            LookupFileHeader(self._recording, self._sequence, self._started_unix_ns, self._dram_bytes)
+        )
         self._open.append(header)
         self.written_bytes += len(header)
         self._sequence += 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -56,11 +57,14 @@ def read_recording(path: Path, limit: int | None = None) -> Trace:
         OSError: it cannot be read.
     """
     files, notes = _files(path)
+    dram_bytes = 0
     decoder = LookupDecoder()
     lookups: list[RecordedLookup] = []
     for file in files:
+        data = file.read_bytes()
         try:
-            lookups += decoder.lookups(file.read_bytes())
+            dram_bytes = decode_header(data).dram_bytes
+            lookups += decoder.lookups(data)
         except CorruptRecord as why:
             raise InvalidArgument(f"{file}: {why}") from None
         if decoder.damage:
@@ -68,7 +72,7 @@ def read_recording(path: Path, limit: int | None = None) -> Trace:
     lookups = lookups[:limit]
     if not lookups:
         raise InvalidArgument(f"the recording {str(path)!r} holds no requests" + "".join(f"; {note}" for note in notes))
-    return _trace(str(path), lookups, decoder.namespaces, notes)
+    return replace(_trace(str(path), lookups, decoder.namespaces, notes), dram_bytes=dram_bytes)
 
 
 def _files(path: Path) -> tuple[list[Path], list[str]]:

@@ -53,6 +53,7 @@ class Trace:
         block_tokens: tokens a block.
         requests: at least one.
         slot_bytes: that a block took on average where it was recorded, 0 where the trace does not say.
+        dram_bytes: of the daemon that recorded it, 0 where the trace does not say.
         codec: that it was stored with there, "" where the trace does not say.
         notes: what a reader should know, for people: damage, or what was left out.
     """
@@ -62,6 +63,7 @@ class Trace:
     block_tokens: int
     requests: Sequence[Request]
     slot_bytes: int = 0
+    dram_bytes: int = 0
     codec: str = ""
     notes: tuple[str, ...] = ()
 

@@ -28,7 +28,7 @@ from kvstore.format.lookup_trace import (
 PAGE = "trace-format.md"
 TEXT = " ".join((DOCS / PAGE).read_text(encoding="utf-8").split())
 CODES = {"u16": "H", "u32": "I", "u64": "Q"}
-HEADER = LookupFileHeader(bytes(range(16)), 2, 1_764_144_000_000_000_000)
+HEADER = LookupFileHeader(bytes(range(16)), 2, 1_764_144_000_000_000_000, 8 << 30)
 SALT = bytes(range(32))
 NAMESPACE = NamespaceFacts(0, 64, 8192, "kivi4")
 A, B, C, D, E, F = (bytes([number]) * 32 for number in range(6))
@@ -97,7 +97,7 @@ def test_lookup_doc_header_is_the_codes():
         "sequence": HEADER.sequence,
         "zero_2": 0,
         "started_unix_ns": HEADER.started_unix_ns,
-        "zero_3": 0,
+        "dram_bytes": 8 << 30,
         "checksum": xxhash.xxh3_64_intdigest(header[:56]),
     }
 

@@ -106,7 +106,11 @@ def test_status_is_in_the_statistics_and_of_the_command(daemon: DaemonProcess, r
             client.record("pause")
 
 
-def test_replay_takes_recordings(recordings: Path) -> None:
+def test_replay_takes_recordings(daemon: DaemonProcess, recordings: Path) -> None:
+    with Client(daemon.endpoint) as client:
+        client.record("start")
+        replayed(daemon, REQUESTS[:80], mapped=False)
+        client.record("stop")
     result = CliRunner().invoke(app, ["replay", str(recordings), "--json", "--capacity-blocks", "150"])
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)

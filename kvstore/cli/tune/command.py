@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -40,7 +41,10 @@ def tune(
     codecs: Annotated[str, typer.Option(help="Codecs to try in the same bytes.", metavar="LIST")] = "raw",
     ssd: Annotated[str, typer.Option(help="SSDs below DRAM to try; 0 is none.", metavar="LIST")] = "0",
     have: Annotated[
-        str | None, typer.Option(help="DRAM that you have: what is recommended is for that.", metavar="SIZE")
+        str | None,
+        typer.Option(
+            help="DRAM that you have: what is recommended is for that. (default: as recorded)", metavar="SIZE"
+        ),
     ] = None,
     exact: Annotated[bool, typer.Option("--exact", help="Simulate all blocks, not a sample of them.")] = False,
     model: Annotated[
@@ -78,6 +82,16 @@ def tune(
     html: Annotated[
         Path | None, typer.Option(help="Write a report for browsers, too: one file of HTML.", metavar="FILE")
     ] = None,
+    apply: Annotated[
+        bool, typer.Option("--apply", help="Have the running daemon use the recommended policy; says what it cannot.")
+    ] = False,
+    endpoint: Annotated[
+        str | None,
+        typer.Option(help="The daemon's endpoint, for --apply.", metavar="ipc://PATH", envvar="KVSTORE_ENDPOINT"),
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds that each call of the daemon may take, for --apply.", min=0.001, metavar="S")
+    ] = 5.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Simulate a trace with other policies, capacities, codecs and tiers, and recommend a configuration.
@@ -88,8 +102,9 @@ def tune(
     import msgspec
 
     from kvstore.cli import render
+    from kvstore.cli.tune.apply import applied, daemon_capacity
     from kvstore.cli.tune.html import check_html, write_html
-    from kvstore.cli.tune.options import parse_capacities, parse_codecs, parse_policies
+    from kvstore.cli.tune.options import Capacity, parse_capacities, parse_codecs, parse_policies
     from kvstore.cli.tune.plot import check_plot, draw_plot
     from kvstore.cli.tune.tables import tune_tables
     from kvstore.cli.tune.tuning import Asked, tuned
@@ -122,10 +137,17 @@ def tune(
         ssd_gb_per_s=ssd_gb_per_s,
         decode_gb_per_s=_decoding(names, decode_gb_per_s),
     )
+    if apply:
+        # Before anything is simulated: a daemon that is not there is said at once.
+        capacity_bytes = daemon_capacity(endpoint, timeout)
+        if asked.have is None:
+            asked = replace(asked, have=Capacity(size_bytes=capacity_bytes))
     read = read_requests(trace, limit, block_tokens)
     sizes = _sizes(read, model, block_bytes, asked.codecs)
     with _progress() as on_progress:
         report = tuned(read, sizes, asked, on_progress)
+    if apply and report.recommendation is not None:
+        report = msgspec.structs.replace(report, applied=applied(report.recommendation, endpoint, timeout))
     if plot is not None:
         draw_plot(report, plot)
     if html is not None:

@@ -11,7 +11,15 @@ from kvstore.policy.registry import SIMULATED
 from kvstore.simulator.clairvoyant import CLAIRVOYANT
 from kvstore.sizes import parse_size
 
-__all__ = ["DEFAULT_POLICIES", "Capacity", "default_capacities", "parse_capacities", "parse_codecs", "parse_policies"]
+__all__ = [
+    "DEFAULT_POLICIES",
+    "Capacity",
+    "capacities_around",
+    "default_capacities",
+    "parse_capacities",
+    "parse_codecs",
+    "parse_policies",
+]
 
 DEFAULT_POLICIES: Final = tuple(
     name for name in ("lru", "adaptive", "s3fifo", "arc", "lrfu-300", CLAIRVOYANT) if name in {*SIMULATED, CLAIRVOYANT}
@@ -76,6 +84,14 @@ def parse_capacities(text: str, option: str = "--capacities", *, zero: bool = Fa
     for part in _parts(text, option):
         found[_capacity(part, option, zero=zero)] = None
     return list(found)
+
+
+def capacities_around(have: Capacity) -> list[Capacity]:
+    """Eight capacities from an eighth to 16 times what there is."""
+    return [
+        Capacity(max(1, have.blocks * 2**power // 8) if have.blocks else 0, have.size_bytes * 2**power // 8)
+        for power in range(_DEFAULT_CAPACITIES)
+    ]
 
 
 def default_capacities(distinct_blocks: int) -> list[Capacity]:

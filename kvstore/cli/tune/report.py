@@ -6,7 +6,7 @@ import msgspec
 
 from kvstore.cli.bench.machine import MachineFacts
 
-__all__ = ["Assumptions", "Point", "Recommendation", "TraceFacts", "TuneReport", "TuneRow"]
+__all__ = ["Applied", "Assumptions", "Point", "Recommendation", "TraceFacts", "TuneReport", "TuneRow"]
 
 
 class TraceFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -117,6 +117,22 @@ class Recommendation(msgspec.Struct, frozen=True, kw_only=True):
     settings: list[str]
 
 
+class Applied(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of the recommendation in a running daemon.
+
+    Attributes:
+        policy_before, policy: eviction from DRAM.
+        ssd_policy_before, ssd_policy: eviction from the SSD, "" without one.
+        not_changed: sentences: what cannot be changed while it runs, and what to set.
+    """
+
+    policy_before: str
+    policy: str
+    ssd_policy_before: str
+    ssd_policy: str
+    not_changed: list[str]
+
+
 class TuneReport(msgspec.Struct, frozen=True, kw_only=True):
     """All of it.
 
@@ -125,6 +141,7 @@ class TuneReport(msgspec.Struct, frozen=True, kw_only=True):
         exact: whether all blocks were simulated everywhere.
         seconds: that it took.
         recommendation: None where no policy was simulated that a daemon can run.
+        applied: with ``--apply``.
         rows: by SSD, codec, capacity and policy.
         lru_curve: uncompressed, in DRAM alone; exact where ``lru_rate`` is 1.
         lru_rate: share of the blocks that the curve rests on.
@@ -139,3 +156,4 @@ class TuneReport(msgspec.Struct, frozen=True, kw_only=True):
     lru_curve: list[Point]
     lru_rate: float
     recommendation: Recommendation | None
+    applied: Applied | None = None

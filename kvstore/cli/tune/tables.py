@@ -12,13 +12,13 @@ from rich.table import Table
 from rich.text import Text
 
 from kvstore.cli import render
-from kvstore.cli.tune.report import TuneReport, TuneRow
+from kvstore.cli.tune.report import Applied, TuneReport, TuneRow
 from kvstore.cli.tune.runs import LRU
 from kvstore.cli.tune.series import group_name, series_of, short_count
 from kvstore.cli.tune.terminal_plot import Curve, Plot
 from kvstore.simulator.clairvoyant import CLAIRVOYANT
 
-__all__ = ["tune_tables"]
+__all__ = ["applied_facts", "tune_tables"]
 
 _WIDTH: Final = 58
 """Cells beside the capacities."""
@@ -27,6 +27,21 @@ _GAP: Final = 3
 _NONE: Final = "Nothing to recommend: none of these policies runs in a daemon."
 _WORTH_A_PLOT: Final = 0.02
 """Hit rates that differ by less are a flat line."""
+
+
+def applied_facts(applied: Applied) -> RenderableType:
+    """What ``--apply`` did."""
+
+    def change(before: str, after: str) -> str:
+        return f"{before} -> {after}" if before != after else f"{after}, as it was"
+
+    rows = [("eviction from DRAM", change(applied.policy_before, applied.policy))]
+    if applied.ssd_policy:
+        rows.append(("eviction from the SSD", change(applied.ssd_policy_before, applied.ssd_policy)))
+    notes = Table.grid(padding=(0, 1))
+    for note in applied.not_changed:
+        notes.add_row("-", Text(note))
+    return Group(render.facts("Applied to the running daemon", rows), notes)
 
 
 def tune_tables(report: TuneReport) -> RenderableType:
@@ -41,7 +56,10 @@ def tune_tables(report: TuneReport) -> RenderableType:
             parts += [_times(f"Estimated time to the first token with {codec}", rows, some), ""]
         if len(_by_capacity(rows)) > 1 and _spread(rows) >= _WORTH_A_PLOT:
             parts += [_plot(report, codec, ssd_bytes, rows), ""]
-    return Group(*parts, _advice(report), "", _meanings(report))
+    parts += [_advice(report), "", _meanings(report)]
+    if report.applied is not None:
+        parts += ["", applied_facts(report.applied)]
+    return Group(*parts)
 
 
 def _trace(report: TuneReport) -> Table:

@@ -10,7 +10,7 @@ from typing import Final
 from kvstore.cli.bench.machine import machine_facts
 from kvstore.cli.tune.costs import CostModel
 from kvstore.cli.tune.grid import Grid, grid_rows
-from kvstore.cli.tune.options import DEFAULT_POLICIES, Capacity, default_capacities
+from kvstore.cli.tune.options import DEFAULT_POLICIES, Capacity, capacities_around, default_capacities
 from kvstore.cli.tune.recommend import Question, recommended, starting_bytes
 from kvstore.cli.tune.report import Assumptions, Point, TraceFacts, TuneReport
 from kvstore.cli.tune.runs import carry_out, lru_rate, planned
@@ -40,7 +40,7 @@ class Asked:
         capacities: of DRAM; None for round ones up to all blocks of the trace.
         codecs: names.
         ssd: capacities of the SSD, 0 for none.
-        have: DRAM to recommend for; None for where more gains little.
+        have: DRAM to recommend for; None for that of the daemon that recorded it, or where more gains little.
         exact: simulate all blocks.
         prefill_tokens_per_s, dram_gb_per_s, ssd_gb_per_s: see ``CostModel``.
         decode_gb_per_s: by codec, see ``CostModel``.
@@ -81,9 +81,15 @@ def tuned(
     policies = asked.policies or DEFAULT_POLICIES
     if set(policies) == {CLAIRVOYANT}:
         raise InvalidArgument(f"--policies: {CLAIRVOYANT} is a bound that no daemon can run; name a policy beside it")
-    capacities = [*(asked.capacities or default_capacities(workload.distinct_blocks))]
-    if asked.have is not None and asked.have not in capacities:
-        capacities.append(asked.have)
+    have = asked.have
+    if have is None and trace.dram_bytes and asked.capacities is None:
+        have = Capacity(size_bytes=trace.dram_bytes)
+    if asked.capacities is not None:
+        capacities = [*asked.capacities]
+    else:
+        capacities = default_capacities(workload.distinct_blocks) if have is None else capacities_around(have)
+    if have is not None and have not in capacities:
+        capacities.append(have)
     grid = Grid(sizes, capacities, asked.codecs, asked.ssd)
     curve_rate = lru_rate(workload, exact=asked.exact)
     on_progress("curve of LRU", 0, 1)
@@ -104,8 +110,8 @@ def tuned(
         asked_blocks=workload.asked.whole / len(trace.requests),
     )
     rows = list(grid_rows(grid.tiers, policies, workload, curve, curve_rate, runs, results, costs))
-    here = starting_bytes(grid, curve) if asked.have is None else grid.bytes_of(asked.have)
-    question = Question(rows, workload, curve, grid, costs, here, asked.have is not None)
+    here = starting_bytes(grid, curve) if have is None else grid.bytes_of(have)
+    question = Question(rows, workload, curve, grid, costs, here, have is not None)
     return TuneReport(
         machine=machine,
         trace=_facts(trace, workload),

@@ -40,7 +40,11 @@ class World:
         self.path = path
         self.now_ns = 5 * SECOND_NS
         self.namespace = NamespaceState(3, Namespace(name="secret", block_tokens=64, codec="kivi4"), 0, b"")
-        self.store = SimpleNamespace(watchers=[], namespaces=SimpleNamespace(by_id={3: self.namespace}))
+        self.store = SimpleNamespace(
+            watchers=[],
+            namespaces=SimpleNamespace(by_id={3: self.namespace}),
+            limits=SimpleNamespace(capacity_bytes=1 << 30),
+        )
         self.recorder = Recorder(self.store, path, max_bytes, files, lambda: self.now_ns, directory)  # type: ignore[arg-type]
 
     def resident(self, numbers: Sequence[int], slot_bytes: int = 8192) -> Block:
