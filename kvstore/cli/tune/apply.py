@@ -55,7 +55,8 @@ def _not_changed(advice: Recommendation, dram_bytes: int, ssd_bytes: int, policy
     if dram_bytes != advice.capacity_bytes:
         yield (
             f"DRAM stays as it is, {render.size(dram_bytes)}: its size is set when the daemon starts. The "
-            f"recommendation is for {render.size(advice.capacity_bytes)}: [dram] capacity_bytes = {advice.capacity_bytes}."
+            f"recommendation is for {render.size(advice.capacity_bytes)}: [dram] capacity_bytes = "
+            f"{advice.capacity_bytes}."
         )
     if ssd_bytes != advice.ssd_bytes:
         now = render.size(ssd_bytes) if ssd_bytes else "none"
