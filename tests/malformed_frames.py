@@ -45,9 +45,12 @@ from kvstore.protocol.messages import (
     Verify,
     VerifyReply,
     Welcome,
+    Why,
+    WhyReply,
 )
 from kvstore.protocol.namespace import Namespace
 from kvstore.protocol.statistics import RecordStats
+from kvstore.protocol.stories import KeyStory
 
 HEAD = (7, 3, 1, 123_456_789, 5000, 0, 42)
 KEYS = bytes(range(1, 97))
@@ -67,6 +70,7 @@ REQUESTS = [
     Persist(*HEAD, KEYS),
     Hint(*HEAD, KEYS, False),
     Configure(*HEAD, "adaptive", "lru", "all"),
+    Why(*HEAD, bytes(range(64)), True, ("0f1e2d3c",), "aabbccdd"),
     Record(*HEAD, "start"),
     Release(*HEAD, 99),
     Stats(*HEAD),
@@ -89,6 +93,7 @@ REPLIES = [
     Reserved(7, 5, 69_632, 60),
     Persisted(7, 5, b"\1\4", b"\0\x10"),
     Configured(7, 5, "adaptive", "lru", "all"),
+    WhyReply(7, 5, "chat", "aa" * 32, 0, 64, 1, [KeyStory(key=bytes(range(32)), state="unknown", cause="never_seen")]),
     Recorded(7, 5, RecordStats(state="on", directory="/recordings", max_bytes=1 << 28, file="a.lookups", requests=3)),
     VerifyReply(7, 5, 10, 4096, 0.25, ["slot 3: wrong checksum"]),
 ]

@@ -19,6 +19,7 @@ from kvstore.protocol.statistics import DaemonStats
 from kvstore_client.aio import AsyncClient, AsyncMatch
 from kvstore_client.client import Client, Match
 from kvstore_client.results import FlushResult
+from kvstore_client.why import Explanation, Story
 
 __all__ = [
     "AsyncClient",
@@ -28,6 +29,7 @@ __all__ = [
     "DaemonStats",
     "DaemonUnavailable",
     "DeadlineExceeded",
+    "Explanation",
     "FlushResult",
     "ForkedClient",
     "InvalidArgument",
@@ -39,6 +41,7 @@ __all__ = [
     "PutStatus",
     "Reason",
     "RemoteError",
+    "Story",
     "Throttled",
     "chain_keys",
 ]

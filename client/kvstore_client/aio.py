@@ -25,6 +25,7 @@ from kvstore_client.operations import MISSED, NOT_THERE
 from kvstore_client.results import FlushResult, MatchResult
 from kvstore_client.session import Ask, Steps, Told, is_lost_session
 from kvstore_client.views import AsyncView
+from kvstore_client.why import Explanation
 
 if TYPE_CHECKING:
     from kvstore_client.mapped_session import MappedSession
@@ -265,6 +266,12 @@ class AsyncClient(BaseClient):
     ) -> int:
         """See ``Client.retain``."""
         return await self._run(self._operations.retain(keys, priority, ttl_s, drop))
+
+    async def why(
+        self, keys: Sequence[bytes], *, chained: bool = True, prefixes: Sequence[str] = (), namespace: str = ""
+    ) -> Explanation:
+        """See ``Client.why``."""
+        return await self._run(self._operations.why(keys, chained, prefixes, namespace))
 
     async def stats(self) -> DaemonStats:
         """See ``Client.stats``."""

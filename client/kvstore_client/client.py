@@ -31,6 +31,7 @@ from kvstore_client.operations import MISSED, NOT_THERE
 from kvstore_client.results import FlushResult, MatchResult
 from kvstore_client.session import Ask, Steps, Told, is_lost_session
 from kvstore_client.views import View
+from kvstore_client.why import Explanation
 
 if TYPE_CHECKING:
     from kvstore_client.mapped_session import MappedSession
@@ -334,6 +335,26 @@ class Client(BaseClient):
             ProtocolMismatch: the daemon is too old for this.
         """
         return self._run(self._operations.retain(keys, priority, ttl_s, drop))
+
+    def why(
+        self, keys: Sequence[bytes], *, chained: bool = True, prefixes: Sequence[str] = (), namespace: str = ""
+    ) -> Explanation:
+        """Why keys hit or miss: where their blocks are, what became of them, and what would have kept them.
+
+        Counts as no access. ``print(client.why(keys).text)`` is for people.
+
+        Args:
+            keys: of blocks, at most 4096, whether they are there or not.
+            chained: they are a prompt's, from its first block on, as ``chain_keys`` gives them; False: each for itself.
+            prefixes: first hexadecimal digits (8 or more) of further keys, of which one is known.
+            namespace: first hexadecimal digits (8 or more) of another namespace's digest; "": this client's.
+
+        Raises:
+            InvalidArgument: too many keys, digits that begin no key or several, an unknown namespace, or a daemon
+                that does not explain misses (``explain.memory_bytes`` is 0).
+            ProtocolMismatch: the daemon is too old for this.
+        """
+        return self._run(self._operations.why(keys, chained, prefixes, namespace))
 
     def stats(self) -> DaemonStats:
         """The daemon's statistics."""

@@ -44,6 +44,8 @@ from kvstore.protocol.messages import (
     TierName,
     Verify,
     VerifyReply,
+    Why,
+    WhyReply,
 )
 from kvstore.protocol.statistics import DaemonStats, RecordStats
 from kvstore.protocol.version import MAX_KEYS_PER_REQUEST, MAX_LEASE_MS
@@ -51,6 +53,7 @@ from kvstore_client.arguments import batches, buffer_of, check_part, check_reque
 from kvstore_client.puts import PutOperations
 from kvstore_client.results import MatchResult
 from kvstore_client.session import Ask, Session, Steps, expect
+from kvstore_client.why import Explanation, explanation_of
 
 if TYPE_CHECKING:
     from kvstore_client.mapped_session import MappedSession
@@ -358,6 +361,11 @@ class Operations(PutOperations):
             if session.number == greeted:
                 session.joined(attached)
                 return
+
+    def why(self, keys: Sequence[bytes], chained: bool, prefixes: Sequence[str], namespace: str) -> Steps[Explanation]:
+        """The stories of keys, and of those that begin with some digits."""
+        ask = Ask(Why, (join_keys(keys), bool(chained), tuple(prefixes), namespace))
+        return explanation_of(expect((yield ask), WhyReply), bool(chained))
 
     def stats(self) -> Steps[DaemonStats]:
         """The daemon's statistics."""

@@ -44,6 +44,7 @@ from kvstore.protocol.messages import (
     Request,
     Retain,
     Welcome,
+    Why,
 )
 from kvstore.protocol.namespace import Namespace
 from kvstore.protocol.version import PROTOCOL_OLDEST, PROTOCOL_VERSION
@@ -51,7 +52,7 @@ from kvstore.protocol.version import PROTOCOL_OLDEST, PROTOCOL_VERSION
 if TYPE_CHECKING:
     from kvstore_client.mapped_session import MappedSession
 
-_SINCE: Final[dict[type[Request], int]] = {Persist: 4, Hint: 4, Configure: 5, Record: 5, Retain: 5}
+_SINCE: Final[dict[type[Request], int]] = {Persist: 4, Hint: 4, Configure: 5, Record: 5, Retain: 5, Why: 5}
 """Protocol versions with which requests came; what is not listed may always be sent, or is the session's own affair."""
 _WAITED: Final = 0.9
 """Share of the time that is left within which the daemon is to answer a request that waits there."""

@@ -250,6 +250,11 @@ class Ghosts:
             asked, places = asked[further], self._before_array[places[further]] - 1
         return found
 
+    def all_keys(self) -> list[bytes]:
+        """Keys of all ghosts, each once; O(places). May be asked in any thread."""
+        joined = self._keys[: KEY_BYTES * len(self)].tobytes()
+        return list(dict.fromkeys(joined[at : at + KEY_BYTES] for at in range(0, len(joined), KEY_BYTES)))
+
     def key(self, place: int) -> bytes:
         """Whose departure it was."""
         return bytes(self._keys[KEY_BYTES * place : KEY_BYTES * (place + 1)])

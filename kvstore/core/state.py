@@ -162,6 +162,11 @@ class StoreState:
     # -------------------------------------------------------------- reading
 
     @property
+    def access(self) -> int:
+        """Number of the last engine request."""
+        return self._access
+
+    @property
     def now_ns(self) -> int:
         """When the last event came."""
         return self._now_ns

@@ -33,15 +33,16 @@ class Story:
 
     def of(self, key: bytes) -> list[Chapter]:
         """What is still remembered of a key, oldest first."""
-        return [chapter for chapter in self._all() if chapter.key == key]
+        return [chapter for chapter in self.all() if chapter.key == key]
 
     def tell(self, key: bytes, slot: int) -> str:
         """The story of a key or, where it has none yet, of a slot, as text."""
-        chapters = [chapter for chapter in self._all() if chapter.key == key or chapter.slot == slot]
+        chapters = [chapter for chapter in self.all() if chapter.key == key or chapter.slot == slot]
         return "; ".join(
             f"{chapter.now_ns} slot {chapter.slot} {chapter.before.name} -> {chapter.after.name} ({chapter.cause})"
             for chapter in chapters[-16:]
         )
 
-    def _all(self) -> Iterator[Chapter]:
+    def all(self) -> Iterator[Chapter]:
+        """All that is remembered, oldest first."""
         return map(Chapter._make, self._chapters)

@@ -16,11 +16,13 @@ from kvstore.format.constants import FIDELITY_EXACT
 from kvstore.protocol.keys import KEY_BYTES
 from kvstore.protocol.namespace import Namespace
 from kvstore.protocol.statistics import DaemonStats, RecordStats, Unsigned
+from kvstore.protocol.stories import KeyStory
 from kvstore.protocol.version import (
     MAX_DECLARED_SIZES,
     MAX_GENERATION,
     MAX_IDENT_CHARACTERS,
     MAX_KEYS_PER_REQUEST,
+    MAX_PREFIXES,
 )
 
 Keys = Annotated[bytes, msgspec.Meta(max_length=KEY_BYTES * MAX_KEYS_PER_REQUEST)]
@@ -311,6 +313,22 @@ class Retain(Request, tag=22):
     drop: bool = False
 
 
+class Why(Request, tag=21):
+    """Asks for the story of keys: where their blocks are, what became of them, why they miss. Counts as no access.
+
+    Attributes:
+        keys: of blocks.
+        chained: they are a prompt's, from its first block on: each is of use only with all before it.
+        prefixes: first hexadecimal digits of further keys, at least 8 each, that begin only one that is known.
+        namespace: first hexadecimal digits, at least 8, of the digest of the namespace that is meant; empty: its own.
+    """
+
+    keys: Keys
+    chained: bool = True
+    prefixes: Annotated[tuple[Ident, ...], msgspec.Meta(max_length=MAX_PREFIXES)] = ()
+    namespace: Ident = ""
+
+
 class Ping(Request, tag=15):
     """Asks for nothing."""
 
@@ -342,6 +360,7 @@ AnyRequest = (
     | Configure
     | Record
     | Retain
+    | Why
 )
 
 # ------------------------------------------------------------------ replies
@@ -488,6 +507,24 @@ class Retained(Reply, tag=116):
     waiting: Unsigned = 0
 
 
+class WhyReply(Reply, tag=115):
+    """The story of each key, and then of each prefix.
+
+    Attributes:
+        namespace, digest, generation: of the namespace: its label, and its digest as hexadecimal digits.
+        block_tokens: tokens a block, 0 where the namespace does not say.
+        parts: that make a block complete.
+        stories: one a key.
+    """
+
+    namespace: str
+    digest: str
+    generation: Unsigned
+    block_tokens: Unsigned
+    parts: Unsigned
+    stories: list[KeyStory]
+
+
 class StatsReply(Reply, tag=110):
     """Statistics at one moment."""
 
@@ -520,6 +557,7 @@ AnyReply = (
     | Configured
     | Recorded
     | Retained
+    | WhyReply
 )
 
 TierName = Literal["hbm", "dram", "ssd", "remote"]

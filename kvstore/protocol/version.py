@@ -24,6 +24,9 @@ MAX_PAYLOAD_FRAMES: Final = 2 * 4096
 MAX_DECLARED_SIZES: Final = 64
 """Payload sizes that one client may declare when it joins a namespace."""
 
+MAX_PREFIXES: Final = 64
+"""Keys that one request may name by their first digits."""
+
 MAX_IDENT_CHARACTERS: Final = 128
 """Longest version or boot id in a greeting."""
 

@@ -69,6 +69,7 @@ from kvstore.protocol.messages import (
     Verify,
     VerifyReply,
     Welcome,
+    Why,
 )
 from kvstore.protocol.version import (
     PROTOCOL_OLDEST,
@@ -94,6 +95,7 @@ from kvstore.server.sessions import Session, Sessions, TooManySessions
 from kvstore.server.statistics import Statistics
 from kvstore.server.transport import RouterTransport
 from kvstore.server.verification import Verified, verify
+from kvstore.server.why_requests import WhyRequests
 
 
 class Requests:
@@ -174,6 +176,7 @@ class Requests:
                 executor, 0 if below is None else below.tier.settings.capacity_bytes or 0, clock, incarnation, log
             ).configure,
             Record: RecordRequests(recorder, mapping.drain_all, self._lower.later, self._send, incarnation, log).record,
+            Why: WhyRequests(executor, incarnation, clock, self._send, self._lower.later).why,
         }
 
     # -------------------------------------------------------------- dispatch

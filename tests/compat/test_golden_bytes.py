@@ -63,6 +63,8 @@ from kvstore.protocol.messages import (
     Verify,
     VerifyReply,
     Welcome,
+    Why,
+    WhyReply,
 )
 from kvstore.protocol.namespace import Namespace
 from kvstore.protocol.statistics import (
@@ -80,6 +82,7 @@ from kvstore.protocol.statistics import (
     SsdStats,
     TenantStats,
 )
+from kvstore.protocol.stories import ChapterStory, GhostStory, KeyStory
 
 SESSION, INCARNATION = 0x0807060504030201, 0x1817161514131211
 BOOT_ID = "1b4e28ba-2fa1-11d2-883f-0016d3cca427"
@@ -300,6 +303,7 @@ RECORDING = RecordStats(
 # What changed in version 4, or is new there: a tier below DRAM, which outlives the daemon.
 REQUESTS_5: dict[str, AnyRequest] = {
     "configure": Configure(*request(20), "adaptive", "lru", "predicted"),
+    "why": Why(*request(21), FIRST + SECOND, False, ("0f1e2d3c",), DIGEST.hex()[:8]),
     "record": Record(*request(23), "start"),
     "retain": Retain(*request(22), FIRST + SECOND, 80, 60_000, True),
 }
@@ -368,6 +372,39 @@ REPLIES_5: dict[str, AnyReply] = {
     "configured": Configured(*reply(20), "adaptive", "lru", "predicted"),
     "recorded": Recorded(*reply(23), RECORDING),
     "retained": Retained(*reply(22), 1, 1),
+    "why-reply": WhyReply(
+        *reply(21),
+        "chat",
+        DIGEST.hex(),
+        0,
+        64,
+        1,
+        [
+            KeyStory(
+                key=FIRST,
+                state="resident",
+                tiers=["dram"],
+                depth=0,
+                parent="root",
+                children=1,
+                branched=True,
+                parts=1,
+                used_ago=3,
+                slot_bytes=4096,
+                codec="raw",
+                chapters=[
+                    ChapterStory(ago_s=12.5, part=0, before="granted", after="resident", cause="committed"),
+                ],
+            ),
+            KeyStory(
+                key=SECOND,
+                state="gone",
+                cause="evicted",
+                depth=1,
+                ghost=GhostStory(cause="evicted", ago_s=2.5, tier="dram", policy="lru", extra_bytes=8192),
+            ),
+        ],
+    ),
     "stats-reply": StatsReply(
         *reply(13),
         msgspec.structs.replace(

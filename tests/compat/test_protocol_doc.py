@@ -29,6 +29,7 @@ from kvstore.protocol.endpoint import IPC_PATH_BYTES
 from kvstore.protocol.messages import GetStatus, PutStatus, Reason, Reply, Request, TierId
 from kvstore.protocol.namespace import _MAX_TEXT, MAX_PARTS, Namespace
 from kvstore.protocol.statistics import DaemonStats
+from kvstore.protocol.stories import KeyStory
 from kvstore.settings import LimitSettings
 
 PAGE = "protocol.md"
@@ -134,7 +135,9 @@ def structures(struct: type[msgspec.Struct]) -> set[type[msgspec.Struct]]:
 
 
 @pytest.mark.parametrize(
-    "struct", sorted(structures(DaemonStats), key=lambda one: one.__name__), ids=lambda one: one.__name__
+    "struct",
+    sorted(structures(DaemonStats) | structures(KeyStory), key=lambda one: one.__name__),
+    ids=lambda one: one.__name__,
 )
 def test_protocol_doc_statistics_are_the_codes(struct: type[msgspec.Struct]):
     rows = table(PAGE, struct.__name__).rows

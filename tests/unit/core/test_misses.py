@@ -8,11 +8,10 @@ from fakes.small_ssd import SmallSsd
 from fakes.small_store import PAGE_BYTES, SESSION, SmallStore, key_of
 
 from kvstore.core.block import Block
-from kvstore.core.events import Accessed, FoundCorrupt, InvalidateWanted
+from kvstore.core.events import Accessed, FoundCorrupt, InvalidateWanted, RetainWanted, Ticked
 from kvstore.core.instructions import Namespaced
 from kvstore.core.misses import Misses
 from kvstore.core.ssd_record import SsdBlock
-from kvstore.core.watching import Cause
 from kvstore.protocol.messages import PutStatus, Reason, TierId
 from kvstore.protocol.misses import MissCause
 
@@ -173,16 +172,23 @@ def test_corrupt_block() -> None:
     assert store.ask("ab") == "b:corrupt"
 
 
-def test_blocks_that_left_for_their_time_or_quota() -> None:
-    names = {cause.value for cause in Cause}
+def test_block_whose_time_was_over_expired() -> None:
     store = Explained()
-    store.put("a")
-    for name in {"expired", "quota"} & names:
-        store.misses.left(store.blocks("a")[0], Cause(name))
-        store.misses.settle()
-        place = store.misses.ghosts.find(store.namespace.salt, key_of("a"))
-        assert store.misses.ghosts.cause(place) == name
-        assert store.misses.ghosts.out[place] == 0
+    store.put("ab")
+    store.executor.apply(RetainWanted(store.namespace.id, [key_of("b")], 50, 100, drop=True))
+    store.executor.now_ns = 200
+    store.executor.apply(Ticked())
+    assert store.ask("ab") == "b:expired"
+
+
+def test_block_that_left_for_its_tenants_quota() -> None:
+    store = Explained(8, quotas={"small": 2})
+    store.put("ab")
+    store.put("x")
+    assert store.ask("ab") == "b:quota"
+    # More room in the tier would not have kept it.
+    place = store.misses.ghosts.find(store.namespace.salt, key_of("b"))
+    assert store.misses.ghosts.out[place] == 0
 
 
 def test_block_without_one_of_its_parts() -> None:

@@ -59,6 +59,7 @@ RELEASED = {
     18: ("Persist", f"{REQUEST_FIELDS} keys"),
     19: ("Hint", f"{REQUEST_FIELDS} keys soon"),
     20: ("Configure", f"{REQUEST_FIELDS} policy ssd_policy admission"),
+    21: ("Why", f"{REQUEST_FIELDS} keys chained prefixes namespace"),
     23: ("Record", f"{REQUEST_FIELDS} action"),
     101: ("ErrorReply", f"{REPLY_FIELDS} code message"),
     102: (
@@ -78,6 +79,7 @@ RELEASED = {
     112: ("Reserved", f"{REPLY_FIELDS} slot_bytes slots reason"),
     113: ("Persisted", f"{REPLY_FIELDS} statuses reasons"),
     114: ("Configured", f"{REPLY_FIELDS} policy ssd_policy admission"),
+    115: ("WhyReply", f"{REPLY_FIELDS} namespace digest generation block_tokens parts stories"),
     117: ("Recorded", f"{REPLY_FIELDS} recording"),
 }
 

@@ -1,0 +1,197 @@
+"""``kvstore why``: the story of a key, or of a prompt: where its blocks are, why it misses, what would have kept it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+from kvstore.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from kvstore.protocol.statistics import NamespaceStats
+    from kvstore_client import Client, Explanation
+
+__all__ = ["why"]
+
+_KEY_DIGITS: Final = 64
+_FEWEST_DIGITS: Final = 8
+_MOST_TOKENS_BYTES: Final = 64 << 20
+
+
+def why(
+    keys: Annotated[
+        list[str] | None, typer.Argument(help="Keys: 64 hexadecimal digits, or the first 8 or more.", metavar="KEY...")
+    ] = None,
+    tokens: Annotated[
+        Path | None,
+        typer.Option(help="A prompt: its token ids, as a JSON list or with blanks between them.", metavar="FILE"),
+    ] = None,
+    namespace: Annotated[
+        str, typer.Option(help="Name of the namespace, or the first digits of its digest.", metavar="NAME")
+    ] = "",
+    block_tokens: Annotated[
+        int, typer.Option(help="Tokens a block, where the namespace does not say.", metavar="N", min=0)
+    ] = 0,
+    salt: Annotated[str, typer.Option(help="Salt of the prompt's first block, as text.", metavar="TEXT")] = "",
+    endpoint: Annotated[
+        str | None, typer.Option(help="The daemon's endpoint.", metavar="ipc://PATH", envvar="KVSTORE_ENDPOINT")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for the daemon.", min=0.001, metavar="S")] = 5.0,
+) -> None:
+    """Say why a key or a prompt hits or misses, and what would have kept it."""
+    if bool(keys) == (tokens is not None):
+        raise InvalidArgument("give keys, or a prompt (--tokens FILE)")
+    wanted = [_digits(key) for key in keys or ()]
+    prompt = [] if tokens is None else _read_tokens(tokens)
+
+    from kvstore_client import Client
+
+    with Client(endpoint, timeout=timeout, mapped=False) as client:
+        chosen = _namespaces(client, namespace)
+        if tokens is None:
+            found = _explain_keys(client, wanted, chosen)
+        else:
+            found = [_explain_prompt(client, prompt, chosen, block_tokens, salt.encode())]
+    if as_json:
+        _print_json(found, tokens=tokens is not None)
+        return
+
+    from kvstore.cli import render
+    from kvstore.cli.why_view import why_view
+
+    render.console().print(why_view(found))
+
+
+def _digits(key: str) -> str:
+    digits = key.lower()
+    if not _FEWEST_DIGITS <= len(digits) <= _KEY_DIGITS or digits.strip("0123456789abcdef"):
+        raise InvalidArgument(f"a key has 64 hexadecimal digits, of which the first 8 or more are given; got {key!r}")
+    return digits
+
+
+def _read_tokens(path: Path) -> list[int]:
+    """Token ids of a file.
+
+    Raises:
+        InvalidArgument: it cannot be read, or holds something else.
+    """
+    try:
+        if path.stat().st_size > _MOST_TOKENS_BYTES:
+            raise InvalidArgument(f"{path} has more than {_MOST_TOKENS_BYTES >> 20} MiB: that is no prompt")
+        text = path.read_text("utf-8")
+    except OSError as error:
+        raise InvalidArgument(f"cannot read {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise InvalidArgument(f"{path} is not text: token ids are a JSON list, or have blanks between them") from None
+    values: Any
+    if text.lstrip().startswith("["):
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise InvalidArgument(f"{path} is no JSON list of token ids: {error}") from None
+    else:
+        values = text.replace(",", " ").split()
+    ids: list[int] = []
+    for index, value in enumerate(values):
+        whole = isinstance(value, (int, str)) and not isinstance(value, bool)
+        if not whole or not str(value).isascii() or not str(value).isdigit() or int(value) >= 1 << 32:
+            raise InvalidArgument(f"{path}: token {index} is {str(value)[:40]!r}, no number from 0 to 2**32 - 1")
+        ids.append(int(value))
+    return ids
+
+
+def _namespaces(client: Client, name: str) -> list[NamespaceStats]:
+    """The namespaces that are meant: those of that name or digest, or where none was given all that hold something.
+
+    Raises:
+        InvalidArgument: there is none, or several have that name.
+    """
+    known = client.stats().namespaces
+    listed = ", ".join(f"{one.label} ({one.digest})" for one in known) or "none"
+    if not name:
+        # Whoever only asks joins one that is empty.
+        return [one for one in known if one.blocks] or known
+    fitting = [one for one in known if name in (one.label, one.name)]
+    if not fitting and len(name) >= _FEWEST_DIGITS:
+        fitting = [one for one in known if one.digest and name.lower().startswith(one.digest)]
+    if not fitting:
+        raise InvalidArgument(f"the daemon knows no namespace {name!r}; there are: {listed}")
+    if len(fitting) > 1:
+        several = ", ".join(one.digest for one in fitting)
+        raise InvalidArgument(f"{len(fitting)} namespaces are called {name!r}: say which by its digest ({several})")
+    return fitting
+
+
+def _explain_keys(client: Client, keys: Sequence[str], namespaces: Sequence[NamespaceStats]) -> list[Explanation]:
+    """Each key in a namespace that knows it, or where none does in the first."""
+    return [_explain_key(client, key, namespaces) for key in keys]
+
+
+def _explain_key(client: Client, key: str, namespaces: Sequence[NamespaceStats]) -> Explanation:
+    whole = [bytes.fromhex(key)] if len(key) == _KEY_DIGITS else []
+    prefixes = [] if whole else [key]
+    unknown: Explanation | None = None
+    for one in namespaces:
+        try:
+            explained = client.why(whole, chained=False, prefixes=prefixes, namespace=one.digest)
+        except InvalidArgument:
+            if len(namespaces) == 1:
+                raise
+            continue
+        if explained[0].state != "unknown":
+            return explained
+        unknown = unknown or explained
+    if unknown is None:
+        listed = ", ".join(f"{one.label} ({one.digest})" for one in namespaces)
+        raise InvalidArgument(f"{key} begins no key, or several, in any namespace; name one (--namespace): {listed}")
+    return unknown
+
+
+def _explain_prompt(
+    client: Client, tokens: Sequence[int], namespaces: Sequence[NamespaceStats], block_tokens: int, salt: bytes
+) -> Explanation:
+    from kvstore_client import chain_keys
+
+    if len(namespaces) != 1:
+        listed = ", ".join(f"{one.label} ({one.digest})" for one in namespaces)
+        raise InvalidArgument(f"say in which namespace (--namespace): {listed}")
+    digest = namespaces[0].digest
+    known = client.why([], namespace=digest).block_tokens
+    if known and block_tokens and known != block_tokens:
+        raise InvalidArgument(f"blocks of {namespaces[0].label} have {known} tokens, not {block_tokens}")
+    if not known and not block_tokens:
+        raise InvalidArgument(f"{namespaces[0].label} does not say how many tokens a block has: --block-tokens N")
+    keys = chain_keys(list(tokens), known or block_tokens, salt=salt)
+    if not keys:
+        raise InvalidArgument(f"{len(tokens)} tokens are no whole block of {known or block_tokens}")
+    return client.why(keys, namespace=digest)
+
+
+def _print_json(found: Sequence[Explanation], *, tokens: bool) -> None:
+    from dataclasses import asdict
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, bytes):
+            return value.hex()
+        if isinstance(value, dict):
+            return {name: plain(one) for name, one in value.items()}
+        return [plain(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+    if tokens:
+        (explained,) = found
+        shown = {**plain(asdict(explained)), "hits": explained.hits, "text": explained.text}
+        told = list(explained)
+    else:
+        # Each in the namespace that knows it.
+        where = [{"namespace": one.namespace, "digest": one.digest, "generation": one.generation} for one in found]
+        stories = [plain(asdict(one[0])) for one in found]
+        shown = {"stories": [{**story, **place} for story, place in zip(stories, where, strict=True)]}
+        told = [one[0] for one in found]
+    for story, one in zip(shown["stories"], told, strict=True):
+        story["text"] = one.reason
+    print(json.dumps(shown))
