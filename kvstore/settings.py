@@ -154,6 +154,12 @@ def _check_pair(name: str) -> str:
     return name
 
 
+def _check_warm(wanted: str) -> str:
+    if wanted not in ("", "hottest") and not wanted.startswith("/"):
+        parse_size(wanted)
+    return wanted
+
+
 def _check_event_endpoint(endpoint: str) -> str:
     return check_event_endpoint(endpoint) if endpoint else ""
 
@@ -342,6 +348,12 @@ class SsdSettings(_Section):
 
     transcode: Annotated[str, AfterValidator(_check_pair)] = ""
     """Codecs of records on their way down, as ``raw>lossless``; empty: as they are."""
+
+    prefetch_bytes: SizeBytes | None = None
+    """Most bytes that wait to be brought up ahead of their use, half of it for one client; None: half of the DRAM."""
+
+    warm: Annotated[str, AfterValidator(_check_warm)] = ""
+    """What comes up into memory at the start: "hottest", a size of that, a list's path; empty: nothing."""
 
     prefill_tokens_per_s: Annotated[float, BeforeValidator(_no_bool), Field(ge=0, allow_inf_nan=False)] = 0.0
     """What the engine computes in a second; loads that would take longer are refused. 0: unknown, none is."""

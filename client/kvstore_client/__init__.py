@@ -18,12 +18,13 @@ from kvstore.protocol.namespace import Namespace
 from kvstore.protocol.statistics import DaemonStats
 from kvstore_client.aio import AsyncClient, AsyncMatch
 from kvstore_client.client import Client, Match
-from kvstore_client.results import FlushResult
+from kvstore_client.results import Chain, FlushResult, WarmResult
 from kvstore_client.why import Explanation, Story
 
 __all__ = [
     "AsyncClient",
     "AsyncMatch",
+    "Chain",
     "Client",
     "ConnectionLost",
     "DaemonStats",
@@ -43,5 +44,6 @@ __all__ = [
     "RemoteError",
     "Story",
     "Throttled",
+    "WarmResult",
     "chain_keys",
 ]

@@ -15,7 +15,7 @@ import zmq
 from kvstore.errors import ConnectionLost, DeadlineExceeded, KVStoreError
 from kvstore.format.record import RecordHeader
 from kvstore.protocol.framing import decode_reply, encode
-from kvstore.protocol.messages import Bye, Configured, PutStatus, TierName, VerifyReply
+from kvstore.protocol.messages import Bye, Configured, PutStatus, VerifyReply
 from kvstore.protocol.statistics import DaemonStats, RecordStats
 from kvstore.protocol.version import MAX_OUTSTANDING_REQUESTS
 from kvstore_client.arguments import check_durable, check_read
@@ -25,6 +25,7 @@ from kvstore_client.operations import MISSED, NOT_THERE
 from kvstore_client.results import FlushResult, MatchResult
 from kvstore_client.session import Ask, Steps, Told, is_lost_session
 from kvstore_client.views import AsyncView
+from kvstore_client.warming import AsyncWarmingCalls
 from kvstore_client.why import Explanation
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class AsyncMatch(MatchResult):
         await self.release()
 
 
-class AsyncClient(BaseClient):
+class AsyncClient(AsyncWarmingCalls, BaseClient):
     """A connection to a daemon on an asyncio loop; any number of operations may be under way.
 
     Use it with ``async with``, or call ``connect`` and ``close``. All calls must come from one loop. A cancelled
@@ -216,15 +217,17 @@ class AsyncClient(BaseClient):
         """See ``Client.view``."""
         return AsyncView(self, key, part, request)
 
-    async def match(self, keys: Sequence[bytes], *, lease: float | None = None, prefetch: bool = False) -> AsyncMatch:
+    async def match(
+        self, keys: Sequence[bytes], *, lease: float | None = None, prefetch: bool | float = False
+    ) -> AsyncMatch:
         """See ``Client.match``."""
         mapped = await self._mapping()
         if mapped is not None and lease is None and not self._puts:
             known = self._match_mapped(mapped, keys)
             if known is not None:
-                return AsyncMatch(known[0], DRAM * known[0], known[1], 0, 0.0, known[2], self, 0)
+                return AsyncMatch(known[0], DRAM * known[0], known[1], 0, 0.0, known[2], 0, self, 0)
         found = await self._run(self._operations.match(keys, lease, prefetch))
-        fields = (found.hits, found.tiers, found.request, found.lease, found.lease_s, found.fidelity)
+        fields = (found.hits, found.tiers, found.request, found.lease, found.lease_s, found.fidelity, found.recompute)
         return AsyncMatch(*fields, self, self._session.number)
 
     async def release(self, lease: int) -> bool:
@@ -252,14 +255,6 @@ class AsyncClient(BaseClient):
     async def invalidate(self) -> None:
         """See ``Client.invalidate``."""
         await self._run(self._operations.invalidate())
-
-    async def prefetch(self, keys: Sequence[bytes], tier: TierName = "dram", *, wait: bool = False) -> int:
-        """See ``Client.prefetch``."""
-        return await self._run(self._operations.prefetch(keys, tier, wait))
-
-    async def hint(self, keys: Sequence[bytes], *, soon: bool = True) -> int:
-        """See ``Client.hint``."""
-        return await self._run(self._operations.hint(keys, soon))
 
     async def retain(
         self, keys: Sequence[bytes], *, priority: int = 80, ttl_s: float | None = None, drop: bool = False

@@ -8,7 +8,7 @@ from typing import Any
 
 from kvstore.errors import InvalidArgument
 from kvstore.protocol.keys import join_keys
-from kvstore.protocol.version import MAX_KEYS_PER_REQUEST, MAX_PRIORITY, MAX_TTL_MS, NORMAL_PRIORITY
+from kvstore.protocol.version import MAX_KEYS_PER_REQUEST, MAX_PRIORITY, MAX_TTL_MS, MAX_WAIT_MS, NORMAL_PRIORITY
 
 
 def buffer_of(data: object, what: str, *, writable: bool = False) -> memoryview:
@@ -54,6 +54,19 @@ def _torch_bytes(tensor: Any, what: str) -> Any:
 
 def _uint8_of(tensor: Any) -> Any:
     return sys.modules[type(tensor).__module__.partition(".")[0]].uint8
+
+
+def milliseconds(seconds: object, what: str) -> int:
+    """A time ahead on the wire, at least a millisecond.
+
+    Raises:
+        InvalidArgument: not a number of seconds above 0, or more than a day.
+    """
+    good = isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and 0 < seconds <= MAX_WAIT_MS / 1000
+    if not good:
+        raise InvalidArgument(f"{what} must be more than 0 and at most {MAX_WAIT_MS // 1000} seconds, got {seconds!r}")
+    assert isinstance(seconds, (int, float))
+    return max(round(seconds * 1000), 1)
 
 
 def list_of(items: Sequence[Any]) -> list[Any]:

@@ -15,7 +15,7 @@ import zmq
 from kvstore.errors import ConnectionLost, DeadlineExceeded, KVStoreError
 from kvstore.format.record import RecordHeader
 from kvstore.protocol.framing import decode_reply, encode
-from kvstore.protocol.messages import Bye, Configured, PutStatus, TierName, VerifyReply
+from kvstore.protocol.messages import Bye, Configured, PutStatus, VerifyReply
 from kvstore.protocol.statistics import DaemonStats, RecordStats
 from kvstore_client.arguments import check_durable, check_read
 from kvstore_client.base import (
@@ -31,6 +31,7 @@ from kvstore_client.operations import MISSED, NOT_THERE
 from kvstore_client.results import FlushResult, MatchResult
 from kvstore_client.session import Ask, Steps, Told, is_lost_session
 from kvstore_client.views import View
+from kvstore_client.warming import WarmingCalls
 from kvstore_client.why import Explanation
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class Match(MatchResult):
         self.release()
 
 
-class Client(BaseClient):
+class Client(WarmingCalls, BaseClient):
     """A connection to a daemon, for threads that may wait.
 
     Thread-safe: calls of several threads are served one after the other; a client a thread runs in parallel. Made by
@@ -242,14 +243,15 @@ class Client(BaseClient):
         """
         return View(self, key, part, request)
 
-    def match(self, keys: Sequence[bytes], *, lease: float | None = None, prefetch: bool = False) -> Match:
+    def match(self, keys: Sequence[bytes], *, lease: float | None = None, prefetch: bool | float = False) -> Match:
         """How many leading blocks are complete, and in which tiers.
 
         Args:
             keys: a chain's keys, from the first block on.
             lease: seconds for which the hits must not be evicted. Leases of a client that dies end at once. Where they
                 may not hold as much as that (``limits.lease_share``), the hits are the leading blocks that are held.
-            prefetch: those of the hits that are in tiers below DRAM begin to come up; the gets then wait less.
+            prefetch: those of the hits that are in tiers below DRAM begin to come up; the gets then wait less. As a
+                number: what did not begin to within so many seconds is dropped (True: 30).
 
         Raises:
             InvalidArgument: a lease longer than the daemon's ``limits.max_lease_s``.
@@ -259,9 +261,9 @@ class Client(BaseClient):
         if mapped is not None and lease is None and not self._unwaited:
             known = self._match_mapped(mapped, keys)
             if known is not None:
-                return Match(known[0], DRAM * known[0], known[1], 0, 0.0, known[2], self, 0)
+                return Match(known[0], DRAM * known[0], known[1], 0, 0.0, known[2], 0, self, 0)
         found = self._run(self._operations.match(keys, lease, prefetch))
-        fields = (found.hits, found.tiers, found.request, found.lease, found.lease_s, found.fidelity)
+        fields = (found.hits, found.tiers, found.request, found.lease, found.lease_s, found.fidelity, found.recompute)
         return Match(*fields, self, self._session.number)
 
     def release(self, lease: int) -> bool:
@@ -291,25 +293,6 @@ class Client(BaseClient):
         one joins the current generation. Clients that do not say so read misses and their puts are rejected.
         """
         self._run(self._operations.invalidate())
-
-    def prefetch(self, keys: Sequence[bytes], tier: TierName = "dram", *, wait: bool = False) -> int:
-        """Ask to have blocks in a tier soon; how many are there or on their way.
-
-        ``wait``: return when they came or will not come; how many are there then.
-        """
-        return self._run(self._operations.prefetch(keys, tier, wait))
-
-    def hint(self, keys: Sequence[bytes], *, soon: bool = True) -> int:
-        """Say that a session which uses these blocks is about to come back, or with ``soon=False`` that it is over.
-
-        What comes back soon is brought up, and retained for a while (``retention.hint_s``). Of a session that is over,
-        the end of its chain that nothing else goes on behind leaves first, unless it is used again. Nothing is
-        promised. How many of the blocks the daemon knows.
-
-        Raises:
-            ProtocolMismatch: the daemon is too old for hints.
-        """
-        return self._run(self._operations.hint(keys, soon))
 
     def retain(
         self, keys: Sequence[bytes], *, priority: int = 80, ttl_s: float | None = None, drop: bool = False

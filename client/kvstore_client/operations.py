@@ -49,7 +49,7 @@ from kvstore.protocol.messages import (
 )
 from kvstore.protocol.statistics import DaemonStats, RecordStats
 from kvstore.protocol.version import MAX_KEYS_PER_REQUEST, MAX_LEASE_MS
-from kvstore_client.arguments import batches, buffer_of, check_part, check_request, check_retention
+from kvstore_client.arguments import batches, buffer_of, check_part, check_request, check_retention, milliseconds
 from kvstore_client.puts import PutOperations
 from kvstore_client.results import MatchResult
 from kvstore_client.session import Ask, Session, Steps, expect
@@ -260,8 +260,9 @@ class Operations(PutOperations):
 
     # -------------------------------------------------------------- the rest
 
-    def match(self, keys: Sequence[bytes], lease: float | None, prefetch: bool) -> Steps[MatchResult]:
+    def match(self, keys: Sequence[bytes], lease: float | None, prefetch: bool | float) -> Steps[MatchResult]:
         """Count leading blocks, lease them, and have those below DRAM begin to come up."""
+        prefetch_ms = 0 if isinstance(prefetch, bool) else milliseconds(prefetch, "prefetch")
         lease_ms = 0
         if lease is not None:
             if not 0 < lease <= MAX_LEASE_MS / 1000:
@@ -273,10 +274,11 @@ class Operations(PutOperations):
         if len(keys) > MAX_KEYS_PER_REQUEST:
             raise InvalidArgument(f"match takes at most {MAX_KEYS_PER_REQUEST} keys, got {len(keys)}")
         access = self.next_access()
-        reply = expect((yield Ask(Match, (joined, lease_ms, bool(prefetch)), access)), MatchReply)
+        wanted = prefetch is True or prefetch_ms > 0
+        reply = expect((yield Ask(Match, (joined, lease_ms, wanted, prefetch_ms), access)), MatchReply)
         tiers = [_TIER_NAMES[tier] for tier, count in reply.tiers for _ in range(count)]
         lease_s = lease_ms / 1000 if reply.lease else 0.0
-        return MatchResult(reply.hits, tiers, access, reply.lease, lease_s, reply.fidelity)
+        return MatchResult(reply.hits, tiers, access, reply.lease, lease_s, reply.fidelity, reply.recompute)
 
     def exists(self, keys: Sequence[bytes]) -> Steps[list[bool]]:
         """Whether each block is complete."""
@@ -302,21 +304,23 @@ class Operations(PutOperations):
             removed += expect((yield Ask(Remove, (some,))), CountReply).count
         return removed
 
-    def prefetch(self, keys: Sequence[bytes], tier: str, wait: bool) -> Steps[int]:
+    def prefetch(self, keys: Sequence[bytes], tier: str, wait: bool, within_s: float | None) -> Steps[int]:
         """Ask to have blocks in a tier; how many are there or on their way, or with ``wait`` in the end are there."""
+        within_ms = 0 if within_s is None else milliseconds(within_s, "within_s")
         if tier not in get_args(TierName):
             raise InvalidArgument(f"unknown tier {tier!r}; there are: {', '.join(get_args(TierName))}")
         count = 0
         for some in batches(keys):
-            ask = Ask(Prefetch, (some, TierId[tier.upper()], bool(wait)), waits=bool(wait))
+            ask = Ask(Prefetch, (some, TierId[tier.upper()], bool(wait), within_ms), waits=bool(wait))
             count += expect((yield ask), CountReply).count
         return count
 
-    def hint(self, keys: Sequence[bytes], soon: bool) -> Steps[int]:
+    def hint(self, keys: Sequence[bytes], soon: bool, within_s: float | None) -> Steps[int]:
         """Say that a session comes back soon, or is over; how many of its blocks the daemon knows."""
+        within_ms = 0 if within_s is None else milliseconds(within_s, "within_s")
         known = 0
         for some in batches(keys):
-            known += expect((yield Ask(Hint, (some, bool(soon)))), CountReply).count
+            known += expect((yield Ask(Hint, (some, bool(soon), within_ms))), CountReply).count
         return known
 
     def configure(self, policy: str, ssd_policy: str, admission: str) -> Steps[Configured]:

@@ -22,6 +22,7 @@ class MatchResult:
         lease_s: how long the lease holds from the answer on.
         fidelity: the lowest effective fidelity among the hits' records, 255 where all are exact: the lineage of what is
             computed on them.
+        recompute: blocks behind the hits that are in a tier below, and are computed sooner than they are loaded.
     """
 
     hits: int
@@ -30,9 +31,47 @@ class MatchResult:
     lease: int = 0
     lease_s: float = 0.0
     fidelity: int = FIDELITY_EXACT
+    recompute: int = 0
 
     def __len__(self) -> int:
         return self.hits
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """A chain of blocks, or a part of one, in a list of what a tier holds.
+
+    Attributes:
+        digest: of its namespace's generation.
+        namespace: the namespace's name.
+        keys: parents first; what comes before the first is in a chain before it in the list, or nowhere.
+    """
+
+    digest: bytes
+    namespace: str
+    keys: list[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class WarmResult:
+    """What became of the blocks of chains that were to come up into memory.
+
+    Attributes:
+        brought, brought_bytes: that came up, and their slots.
+        there: that were in memory already.
+        unknown: that no tier has.
+        no_room: for which there was no room.
+        failed: that could not be read.
+        not_tried: for which the budget or the time was used up.
+    """
+
+    brought: int = 0
+    brought_bytes: int = 0
+    there: int = 0
+    unknown: int = 0
+    no_room: int = 0
+    failed: int = 0
+    not_tried: int = 0
 
 
 @dataclass(slots=True)

@@ -31,6 +31,7 @@ from kvstore.protocol.messages import (
     AnyReply,
     Attach,
     Attached,
+    Chains,
     Configure,
     ErrorReply,
     Hello,
@@ -41,8 +42,10 @@ from kvstore.protocol.messages import (
     Reason,
     Record,
     Reply,
+    ReportPrefill,
     Request,
     Retain,
+    Warm,
     Welcome,
     Why,
 )
@@ -52,7 +55,17 @@ from kvstore.protocol.version import PROTOCOL_OLDEST, PROTOCOL_VERSION
 if TYPE_CHECKING:
     from kvstore_client.mapped_session import MappedSession
 
-_SINCE: Final[dict[type[Request], int]] = {Persist: 4, Hint: 4, Configure: 5, Record: 5, Retain: 5, Why: 5}
+_SINCE: Final[dict[type[Request], int]] = {
+    Persist: 4,
+    Hint: 4,
+    Configure: 5,
+    Record: 5,
+    Retain: 5,
+    Why: 5,
+    ReportPrefill: 5,
+    Warm: 5,
+    Chains: 5,
+}
 """Protocol versions with which requests came; what is not listed may always be sent, or is the session's own affair."""
 _WAITED: Final = 0.9
 """Share of the time that is left within which the daemon is to answer a request that waits there."""

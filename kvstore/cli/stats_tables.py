@@ -16,6 +16,7 @@ from rich.text import Text
 
 from kvstore.cli import render
 from kvstore.cli.retention_tables import quota_table, retention_facts
+from kvstore.cli.stats_ahead import ahead_tables
 from kvstore.protocol.statistics import (
     DaemonStats,
     DramStats,
@@ -55,6 +56,7 @@ def stats_tables(stats: DaemonStats, since: DaemonStats | None = None) -> Render
         quota_table(stats.tenants),
         _memory(stats.dram),
         *(_ssd(stats.ssd) if stats.ssd is not None else ()),
+        *ahead_tables(stats),
         _slots(stats.dram),
         _namespaces(stats.namespaces),
         _clients(stats.sessions),

@@ -48,6 +48,17 @@ class Demoting(Retaining):
         tenant = block.namespace.tenant
         return self._has_room(slot_bytes, records) and (tenant is None or self._quota_has_room(tenant, slot_bytes))
 
+    def has_free_room(self, slot_bytes: int, session: int) -> bool:
+        """Whether a slot can be filled for which nothing has to leave, now or to keep room for puts of others.
+
+        What the session was granted already is filled, too.
+        """
+        limits = self.limits
+        mine_bytes = self.sessions[session].granted_bytes
+        kept_bytes = max(self._reserve_bytes, self.granted_bytes - mine_bytes)
+        free_bytes = limits.capacity_bytes - self.resident_bytes - mine_bytes - slot_bytes
+        return free_bytes >= kept_bytes and limits.max_records - self.record_count > self.granted_count + 1
+
     def _victim_for_slot(self, number: int | None, tenant: Tenant | None = None) -> Block | None:
         """The block that leaves next for a slot: of those that were retired, or where nothing is demoted any.
 

@@ -93,7 +93,8 @@ class Committed(msgspec.Struct, frozen=True):
     """A session wrote granted slots.
 
     ``access`` is the engine request, 0 for one of their own: of all records together, or where they are ``separate``
-    of each. ``promoted``: they are wanted here at this moment, whether or not their chain leads to them.
+    of each. ``promoted``: they are wanted here at this moment, whether or not their chain leads to them. ``used``:
+    nobody uses them at this moment; number of the access that did last, 0: this one.
     """
 
     session: int
@@ -102,6 +103,7 @@ class Committed(msgspec.Struct, frozen=True):
     access: int = 0
     separate: bool = False
     promoted: bool = False
+    used: int = 0
 
 
 class GrantsReturned(msgspec.Struct, frozen=True):

@@ -57,6 +57,8 @@ class Placing(Demoting):
         session = self.sessions[event.session]
         namespace = self.namespaces.by_id.get(event.namespace_id)
         access = self._access_number(event.session, event.access)
+        if event.used:
+            access = min(access, event.used)
         statuses: list[PutStatus] = []
         reasons: list[Reason] = []
         placing = _Placing(promoted=event.promoted)

@@ -21,9 +21,11 @@ from kvstore.protocol.statistics import (
     DramStats,
     EventStats,
     EvictionStats,
+    LoadingStats,
     LookupStats,
     MissStats,
     NamespaceStats,
+    PrefetchStats,
     PutStats,
     RetentionStats,
     ServerStats,
@@ -78,6 +80,10 @@ class StatsCollector(Collector):
             yield from _events(stats.events)
         if stats.curve is not None:
             yield from _curve(stats.curve)
+        if stats.prefetch is not None:
+            yield from _prefetch(stats.prefetch)
+        if stats.loading is not None:
+            yield from _loading(stats.loading)
         yield _gauge("kvstore_sessions", "Clients connected.", len(stats.sessions))
         yield _gauge("kvstore_leases", "Leases held by clients.", stats.leases)
         yield from self._namespaces(stats.namespaces)
@@ -329,3 +335,40 @@ def _curve(curve: CurveStats) -> Iterator[Metric]:
     yield _gauge("kvstore_curve_sampled_blocks", "Blocks in the sample.", curve.sampled_blocks)
     if curve.ssd_bytes:
         yield _gauge("kvstore_curve_ssd_hit_ratio", "The same with the SSD's capacity added.", curve.ssd_hit_rate)
+
+
+def _prefetch(prefetch: PrefetchStats) -> Iterator[Metric]:
+    blocks = {
+        "brought": prefetch.blocks,
+        "used": prefetch.used_blocks,
+        "left_unused": prefetch.left_blocks,
+    }
+    size_bytes = {
+        "brought": prefetch.bytes,
+        "used": prefetch.used_bytes,
+        "left_unused": prefetch.left_bytes,
+    }
+    yield _counters("kvstore_prefetch_blocks", "Blocks brought up ahead of their use, by what became.", "what", blocks)
+    yield _counters("kvstore_prefetch_bytes", "Slot bytes of those blocks.", "what", size_bytes)
+    yield _counters("kvstore_prefetch_wanted", "Blocks wanted ahead of their use.", "by", prefetch.wanted)
+    dropped = {"expired": prefetch.expired, "cancelled": prefetch.cancelled}
+    yield _counters("kvstore_prefetch_dropped", "Records that did not begin to come up in time.", "why", dropped)
+    yield _counters("kvstore_prefetch_refused", "Blocks that were not taken on, by bound.", "bound", prefetch.refused)
+    yield _counter("kvstore_prefetch_merged", "Records that were on their way already.", prefetch.merged)
+    hints = {"all": prefetch.hints, "delayed": prefetch.delayed_hints}
+    yield _counters("kvstore_hints", "Hints of sessions that come back.", "kind", hints)
+    yield _gauge("kvstore_prefetch_unused_blocks", "Blocks brought up and not used yet.", prefetch.unused_blocks)
+    yield _gauge("kvstore_load_waiting_bytes", "Slot bytes that wait to be loaded.", prefetch.waiting_bytes)
+    yield _gauge("kvstore_load_flying_bytes", "Slot bytes that are being loaded.", prefetch.flying_bytes)
+    yield _gauge("kvstore_residence_seconds", "How long unused blocks stay in DRAM, 0 unknown.", prefetch.residence_s)
+
+
+def _loading(loading: LoadingStats) -> Iterator[Metric]:
+    yield _gauge("kvstore_load_bytes_per_second", "Rate of loads, 0 while unknown.", loading.read_bytes_per_s)
+    yield _gauge("kvstore_load_latency_seconds", "Latency of a load.", loading.latency_s)
+    yield _gauge(
+        "kvstore_prefill_tokens_per_second", "Rate of the engine, 0 while unknown.", loading.prefill_tokens_per_s
+    )
+    yield _counters("kvstore_load_decisions", "Matches by what was worth loading.", "kind", loading.decisions)
+    saved = {"loading": loading.load_saved_s, "computing": loading.refusal_saved_s}
+    yield _counters("kvstore_load_saved_seconds", "Estimated seconds saved by deciding so.", "by", saved)

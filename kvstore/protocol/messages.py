@@ -185,12 +185,14 @@ class Get(Request, tag=4):
 class Match(Request, tag=5):
     """Counts leading complete blocks; takes a lease on them when ``lease_ms`` is not 0.
 
-    ``prefetch``: those of them that are below DRAM begin to come up.
+    ``prefetch``: those of them that are below DRAM begin to come up; what did not begin to within ``prefetch_ms`` is
+    dropped (0: as the daemon has it).
     """
 
     keys: Keys
     lease_ms: Unsigned = 0
     prefetch: bool = False
+    prefetch_ms: Unsigned = 0
 
 
 class Exists(Request, tag=6):
@@ -220,11 +222,15 @@ class Invalidate(Request, tag=10):
 
 
 class Prefetch(Request, tag=11):
-    """Asks to have blocks in a tier soon; ``wait``: to be answered when they are there, or cannot be."""
+    """Asks to have blocks in a tier soon; ``wait``: to be answered when they are there, or cannot be.
+
+    ``within_ms``: without ``wait``, what did not begin to come up by then is dropped (0: as the daemon has it).
+    """
 
     keys: Keys
     tier: TierId = TierId.DRAM
     wait: bool = False
+    within_ms: Unsigned = 0
 
 
 class Release(Request, tag=12):
@@ -271,10 +277,58 @@ class Hint(Request, tag=19):
     Attributes:
         keys: the chain's, parents first.
         soon: True: it comes back soon. False: it is over.
+        within_ms: how soon, at the latest; 0: the client does not say.
     """
 
     keys: Keys
     soon: bool = True
+    within_ms: Unsigned = 0
+
+
+class ReportPrefill(Request, tag=30):
+    """Says how fast the engine of this namespace computes prompts, which decides what is worth loading.
+
+    Answered by ``Done``.
+
+    Attributes:
+        tokens: that were computed, without those that were loaded.
+        micros: how long that took.
+    """
+
+    tokens: Unsigned
+    micros: Unsigned
+
+
+class Warm(Request, tag=31):
+    """Asks to have a chain, or a part of one, in DRAM because it is likely to be used. Counts as no access.
+
+    Answered by ``Warmed``, when that is done or cannot be.
+
+    Attributes:
+        keys: parents first.
+        digest: of the namespace's generation, or its first bytes, four at least; empty: the session's own.
+        evict: others may leave for it, as for a use; else it takes free room only, and is the first to leave.
+        budget_bytes: most bytes of slots to bring up; 0: as there is room.
+    """
+
+    keys: Keys
+    digest: bytes = b""
+    evict: bool = False
+    budget_bytes: Unsigned = 0
+
+
+class Chains(Request, tag=32):
+    """Asks which chains a tier holds, those first that were used last. Counts as no access.
+
+    Answered by ``ChainsReply``.
+
+    Attributes:
+        tier: DRAM or SSD.
+        budget_bytes: blocks that take so many bytes in DRAM together; 0: all.
+    """
+
+    tier: TierId = TierId.DRAM
+    budget_bytes: Unsigned = 0
 
 
 class Configure(Request, tag=20):
@@ -361,6 +415,9 @@ AnyRequest = (
     | Record
     | Retain
     | Why
+    | ReportPrefill
+    | Warm
+    | Chains
 )
 
 # ------------------------------------------------------------------ replies
@@ -438,13 +495,15 @@ class GetReply(Reply, tag=105):
 class MatchReply(Reply, tag=106):
     """``hits`` leading blocks; their tiers as (TierId, count) runs; the lease, 0 for none.
 
-    ``fidelity`` is the lowest effective fidelity among their records, 255 where all are exact.
+    ``fidelity`` is the lowest effective fidelity among their records, 255 where all are exact. ``recompute``: how many
+    blocks behind the hits are in tiers below, and are computed sooner than they are loaded.
     """
 
     hits: Unsigned
     tiers: tuple[tuple[Unsigned, Unsigned], ...] = ()
     lease: Unsigned = 0
     fidelity: Unsigned = FIDELITY_EXACT
+    recompute: Unsigned = 0
 
 
 class ExistsReply(Reply, tag=107):
@@ -525,6 +584,43 @@ class WhyReply(Reply, tag=115):
     stories: list[KeyStory]
 
 
+class Warmed(Reply, tag=130):
+    """Answer to ``Warm``, in blocks.
+
+    Attributes:
+        brought, brought_bytes: that were read, and their slots.
+        there: that were in DRAM already.
+        unknown: that no tier has.
+        no_room: for which there was no room within what was allowed, or no time.
+        failed: that could not be read.
+    """
+
+    brought: Unsigned
+    brought_bytes: Unsigned
+    there: Unsigned
+    unknown: Unsigned
+    no_room: Unsigned
+    failed: Unsigned
+
+
+class ChainsReply(Reply, tag=131):
+    """Answer to ``Chains``: segments of chains, the first of which was used last; three payload frames.
+
+    The first has their keys, 32 bytes each, parents first: a segment goes on behind a block of one before it, or behind
+    nothing. The second has the number of keys of each segment, u32 little-endian, the third the index in ``digests`` of
+    its namespace, u32 too.
+
+    Attributes:
+        digests: of the namespaces' generations, 32 bytes each.
+        names: what people call them.
+        slot_bytes: what all the blocks take in DRAM.
+    """
+
+    digests: tuple[bytes, ...] = ()
+    names: tuple[str, ...] = ()
+    slot_bytes: Unsigned = 0
+
+
 class StatsReply(Reply, tag=110):
     """Statistics at one moment."""
 
@@ -558,6 +654,8 @@ AnyReply = (
     | Recorded
     | Retained
     | WhyReply
+    | Warmed
+    | ChainsReply
 )
 
 TierName = Literal["hbm", "dram", "ssd", "remote"]

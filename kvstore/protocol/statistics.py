@@ -157,6 +157,71 @@ class SsdStats(msgspec.Struct, kw_only=True):
     clean_bytes: Unsigned
 
 
+class LoadingStats(msgspec.Struct, kw_only=True):
+    """What blocks on the SSD cost to load and to compute anew, and what was decided for matches that found some.
+
+    Attributes:
+        read_bytes_per_s, latency_s: of loads, measured from asking to verified; 0 while unknown.
+        queued_bytes: slots that wait to be loaded, or are being loaded.
+        prefill_tokens_per_s: of the engine; 0 while unknown.
+        prefill_source: "set", "reported" by the engine, or "".
+        decisions: matches by what of their blocks was worth loading: "all", "none", "part", "unknown" (no prefill rate,
+            or nothing was measured yet) or "probe" (let through to measure again).
+        refused_blocks: that were not worth loading.
+        load_saved_s: what loading saved against computing, as estimated.
+        refusal_saved_s: what computing saved against loading.
+    """
+
+    read_bytes_per_s: float
+    latency_s: float
+    queued_bytes: Unsigned
+    prefill_tokens_per_s: float
+    prefill_source: str
+    decisions: dict[str, int]
+    refused_blocks: Unsigned
+    load_saved_s: float
+    refusal_saved_s: float
+
+
+class PrefetchStats(msgspec.Struct, kw_only=True):
+    """Blocks that were brought up ahead of their use. Counts are since the daemon's start.
+
+    Attributes:
+        wanted: blocks by who wanted them: "arrived" (a match), "ahead" (a prefetch), "hinted" or "warming".
+        blocks, bytes: that came up, and their slots.
+        used_blocks, used_bytes: of those, used since.
+        unused_blocks: of those, in DRAM and not used yet.
+        left_blocks, left_bytes: of those, evicted before anybody used them.
+        merged: records that were wanted, or on their way, already.
+        expired: records whose time was over before they began to come up.
+        cancelled: records whose client was gone before.
+        refused: blocks by the bound that they met: "bytes", "client_bytes", "no_room" or "hints".
+        waiting_bytes, flying_bytes, most_bytes: slots that wait, slots that are being read, and most of both.
+        hints: of sessions that come back and have blocks below.
+        delayed_hints: of those, begun later: what comes up sooner would have left again by then.
+        residence_s: how long blocks stay in DRAM that nobody uses; 0 while unknown.
+    """
+
+    wanted: dict[str, int]
+    blocks: Unsigned
+    bytes: Unsigned
+    used_blocks: Unsigned
+    used_bytes: Unsigned
+    unused_blocks: Unsigned
+    left_blocks: Unsigned
+    left_bytes: Unsigned
+    merged: Unsigned
+    expired: Unsigned
+    cancelled: Unsigned
+    refused: dict[str, int]
+    waiting_bytes: Unsigned
+    flying_bytes: Unsigned
+    most_bytes: Unsigned
+    hints: Unsigned
+    delayed_hints: Unsigned
+    residence_s: float
+
+
 class LookupStats(msgspec.Struct, kw_only=True):
     """Lookups since the start. A request's match, gets and puts with one access id count each once.
 
@@ -448,3 +513,5 @@ class DaemonStats(msgspec.Struct, kw_only=True, omit_defaults=True):
     curve: CurveStats | None = None
     misses: MissStats | None = None
     recording: RecordStats | None = None
+    prefetch: PrefetchStats | None = None
+    loading: LoadingStats | None = None

@@ -33,6 +33,9 @@ MAX_IDENT_CHARACTERS: Final = 128
 MAX_GENERATION: Final = 1 << 62
 """Latest generation that a client may name: far enough from 2**64 that counting on never overflows."""
 
+MAX_WAIT_MS: Final = 24 * 3600 * 1000
+"""Longest time ahead that a client may name for what is to come up."""
+
 MAX_LEASE_MS: Final = 10 * 60 * 1000
 MAX_PRIORITY: Final = 100
 NORMAL_PRIORITY: Final = 50

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import os
 import secrets
@@ -55,6 +56,7 @@ from kvstore.server.sessions import Sessions
 from kvstore.server.ssd import SsdTier
 from kvstore.server.statistics import Statistics
 from kvstore.server.transport import RouterTransport
+from kvstore.server.warming import WarmOutcome, Warmup
 from kvstore.settings import Settings
 from kvstore.tiers.dram import Arena, automatic_slab_bytes, slab_count
 from kvstore.tiers.files import Doorbell, OwnerLock, make_directory, read_text, remove_stale, require_socket_or_nothing
@@ -83,6 +85,7 @@ class Daemon:
         self._log: Log = get_log()
         self._undo = contextlib.AsyncExitStack()
         self._ticker: asyncio.Task[None] | None = None
+        self._warming: asyncio.Task[WarmOutcome] | None = None
         self.ready = False
         self.problem = ""
 
@@ -135,6 +138,7 @@ class Daemon:
             self._log.warning("removed_stale_arena", directory=str(directory), why="a daemon did not stop cleanly")
 
         incarnation = secrets.randbits(62) | 1
+        warmup = Warmup(settings.ssd.warm) if settings.ssd.directory is not None and settings.ssd.warm else None
         tier = await self._open_ssd()
         store, arena, index = self._make_store(directory, incarnation, mode, gid, tier)
         below_bytes = 0 if tier is None else settings.ssd.capacity_bytes or 0
@@ -184,7 +188,7 @@ class Daemon:
         if tier is not None:
             tier.start(executor)
             self._undo.push_async_callback(tier.stop)
-            below = Below(tier, executor, self._clock)
+            below = Below(tier, executor, self._clock, lambda: curve.residence_s)
         mapping = Mapping(
             executor,
             sessions,
@@ -251,6 +255,7 @@ class Daemon:
             curve=curve,
             misses=misses,
             recorder=recorder,
+            below=below,
         )
         if settings.record.enabled:
             self._start_recording(recorder)
@@ -272,6 +277,10 @@ class Daemon:
         population = Population(arena, loop, self._slab_populated, self._population_ended)
         population.start()
         self._undo.callback(population.stop)
+        if below is not None and warmup is not None:
+            self._warming = asyncio.create_task(warmup.run(below, store, self._clock, self._log))
+            self._warming.add_done_callback(functools.partial(_log_failure, self._log))
+            self._undo.push_async_callback(self._end_warming)
         self.ready = True
         self._log.info(
             "ready",
@@ -401,6 +410,12 @@ class Daemon:
                 # A defect of ours, and loud; without further ticks no lease would expire and no death be noticed.
                 self._log.error("tick_failed", error=repr(error), exc_info=error)
 
+    async def _end_warming(self) -> None:
+        if self._warming is not None:
+            self._warming.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._warming
+
     async def _end_ticker(self) -> None:
         if self._ticker is not None:
             self._ticker.cancel()
@@ -411,6 +426,12 @@ class Daemon:
 async def _end_recording(recorder: Recorder) -> None:
     recorder.stop()
     await asyncio.to_thread(recorder.finished)
+
+
+def _log_failure(log: Log, task: asyncio.Task[WarmOutcome]) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        error = task.exception()
+        log.error("warming_failed", error=repr(error), exc_info=error)
 
 
 def _hazard_bytes(settings: Settings) -> int:

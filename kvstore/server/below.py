@@ -9,9 +9,14 @@ from typing import Final
 from kvstore.core.block import Block
 from kvstore.core.events import PersistWanted
 from kvstore.core.namespaces import NamespaceState
+from kvstore.core.prefetched import Prefetched
 from kvstore.core.ssd_record import SsdBlock
+from kvstore.policy.prefetch import Outcome, Urgency
+from kvstore.protocol.keys import KEY_BYTES, split_keys
 from kvstore.protocol.messages import PutStatus, Reason, TierId
+from kvstore.protocol.statistics import LoadingStats, PrefetchStats
 from kvstore.server.executor import Executor
+from kvstore.server.loads import Loads
 from kvstore.server.ssd import SsdTier
 
 _ANSWER_SHARE: Final = 0.9
@@ -19,8 +24,16 @@ _ANSWER_SHARE: Final = 0.9
 
 _NO_DEADLINE_S: Final = 5.0
 _PREFETCH_S: Final = 30.0
-_PREFETCH_SHARE: Final = 4
-"""What is brought up ahead of one request is at most this part of the DRAM tier."""
+"""How long a prefetch may take whose client does not say."""
+
+_AHEAD_SHARE: Final = 2
+"""What waits to be brought up ahead is by default at most this part of the DRAM tier; of one client half of that."""
+
+_LEAD_SHARE: Final = 0.5
+"""A hint of something that is further ahead than blocks stay is begun this part of their stay before its time."""
+
+_MOST_HINTED_KEYS: Final = 1 << 18
+"""Keys of hints that wait for their time."""
 
 _AT_ONCE_SHARE: Final = 2
 """What is brought up for one request is at most this part of it: the last must not push out the first."""
@@ -33,14 +46,34 @@ class Below:
         tier: the SSD tier.
         executor: of the store.
         clock: nanoseconds, monotonic.
+        residence_s: how long blocks stay in DRAM that nobody uses; None where that is not known.
     """
 
-    def __init__(self, tier: SsdTier, executor: Executor, clock: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        tier: SsdTier,
+        executor: Executor,
+        clock: Callable[[], int],
+        residence_s: Callable[[], float | None] = lambda: None,
+    ) -> None:
         self.tier = tier
         self._executor = executor
         self._store = executor.store
         self._clock = clock
-        self._prefetches: set[asyncio.Task[None]] = set()
+        self._residence_s = residence_s
+        limits = self._store.limits
+        prefetched = Prefetched()
+        self._store.watchers.append(prefetched)
+        self.loads = Loads(
+            tier.promotions,
+            prefetched,
+            tier.settings.prefetch_bytes or limits.capacity_bytes // _AHEAD_SHARE,
+            min(limits.grant_bytes, limits.grant_bytes_per_session),
+            clock,
+        )
+        self._hints = 0
+        self._delayed_hints = 0
+        self._hinted_keys = 0
 
     def deadline_ns(self, timeout_ms: int) -> int:
         """When a request that waits so long must be answered."""
@@ -67,19 +100,27 @@ class Below:
                 found.append(copy)
         return found
 
-    async def promote(self, namespace: NamespaceState, blocks: Sequence[SsdBlock], deadline_ns: int) -> None:
+    async def promote(
+        self, namespace: NamespaceState, blocks: Sequence[SsdBlock], deadline_ns: int, session: int = 0
+    ) -> None:
         """Bring blocks up, as many as there may be at once; ends when that is done, or cannot be, or time is over."""
-        before = self.tier.promotions.blocks
-        await self.tier.promotions.promote(namespace, self._leading(blocks, _AT_ONCE_SHARE), deadline_ns)
-        self.tier.hits += self.tier.promotions.blocks - before
+        await self.loads.bring_up(namespace, self._leading(blocks, _AT_ONCE_SHARE), deadline_ns, session)
 
-    def prefetch(self, namespace: NamespaceState, blocks: Sequence[SsdBlock]) -> None:
-        """Begin to bring blocks up, as many as a share of DRAM takes."""
-        some = self._leading(blocks, _PREFETCH_SHARE)
-        if some:
-            task = asyncio.ensure_future(self.promote(namespace, some, self._clock() + int(_PREFETCH_S * 1e9)))
-            self._prefetches.add(task)
-            task.add_done_callback(self._prefetches.discard)
+    def prefetch(
+        self,
+        namespace: NamespaceState,
+        blocks: Sequence[SsdBlock],
+        urgency: Urgency = Urgency.AHEAD,
+        within_ms: int = 0,
+        session: int = 0,
+    ) -> int:
+        """Begin to bring blocks up, as many as may wait for that; how many.
+
+        What did not begin to come up within so many milliseconds (0: 30 s), or by the time that its client is gone, is
+        dropped.
+        """
+        seconds = within_ms / 1000 if within_ms else _PREFETCH_S
+        return self.loads.prefetch(namespace, blocks, urgency, self._clock() + int(seconds * 1e9), session)
 
     def _leading(self, blocks: Sequence[SsdBlock], share: int) -> Sequence[SsdBlock]:
         """The first blocks, at least one, up to a part of the DRAM tier."""
@@ -90,20 +131,109 @@ class Below:
                 return blocks[: max(index, 1)]
         return blocks
 
-    def worth_loading(self, blocks: list[Block | SsdBlock]) -> list[Block | SsdBlock]:
-        """Leading blocks without those that take longer to load than to compute anew."""
-        rate = self.tier.settings.prefill_tokens_per_s
-        bytes_per_s = self.tier.promotions.bytes_per_s
-        first = next((index for index, block in enumerate(blocks) if isinstance(block, SsdBlock)), len(blocks))
-        if not rate or not bytes_per_s or first == len(blocks):
+    def within(self, blocks: Sequence[SsdBlock], budget_bytes: int, *, evict: bool) -> Sequence[SsdBlock]:
+        """The first blocks that a number of bytes has room for (0: all), and no more than may push others out."""
+        room = budget_bytes or self._store.limits.capacity_bytes
+        if evict:
+            room = min(room, self._store.limits.capacity_bytes // _AT_ONCE_SHARE)
+        for index, block in enumerate(blocks):
+            room -= sum(record.home_bytes for record in block.parts.values())
+            if room < 0:
+                return blocks[:index]
+        return blocks
+
+    def worth_loading(self, namespace_id: int, blocks: list[Block | SsdBlock]) -> list[Block | SsdBlock]:
+        """The leading blocks that are worth taking: loading them takes no longer than computing them anew."""
+        lower = [block for block in blocks if isinstance(block, SsdBlock)]
+        if not lower:
             return blocks
-        lower = [block for block in blocks[first:] if isinstance(block, SsdBlock)]
-        tokens = len(lower) * lower[0].namespace.block_tokens
-        slot_bytes = sum(block.slot_bytes for block in lower)
-        if not tokens or slot_bytes / bytes_per_s <= tokens / rate:
-            return blocks
-        self.tier.refused_loads += len(lower)
-        return blocks[:first]
+        queue = self.loads.queue
+        coming_bytes = sum(
+            record.home_bytes for block in lower for record in block.parts.values() if queue.holds(record)
+        )
+        decision = self.tier.costs.decide(
+            namespace_id,
+            [max(block.slot_bytes, 1) if isinstance(block, SsdBlock) else 0 for block in blocks],
+            lower[0].namespace.block_tokens,
+            # What comes up for this chain already is in its own loads.
+            max(self.loads.queued_bytes(Urgency.ARRIVED) - coming_bytes, 0),
+        )
+        return blocks[: decision.blocks]
+
+    def hint(self, namespace: NamespaceState, keys: list[bytes], within_ms: int = 0, session: int = 0) -> None:
+        """A session with this chain is about to come back, within so many milliseconds.
+
+        What would leave DRAM again before its time comes up later.
+        """
+        blocks = namespace.leading_in_tiers(keys)
+        lower = [block for block in blocks if isinstance(block, SsdBlock)]
+        if not lower:
+            return
+        self._hints += 1
+        residence_s = self._residence_s()
+        lead_s = within_ms / 1000
+        if residence_s is None or lead_s <= residence_s:
+            self.prefetch(namespace, lower, Urgency.HINTED, within_ms, session)
+            return
+        if self._hinted_keys + len(blocks) > _MOST_HINTED_KEYS:
+            self.loads.refused["hints"] += len(lower)
+            return
+        self._delayed_hints += 1
+        self._hinted_keys += len(blocks)
+        identity, joined, left_ms = namespace.id, b"".join(keys[: len(blocks)]), int(residence_s * _LEAD_SHARE * 1000)
+
+        def begin(*, dropped: bool) -> None:
+            self._hinted_keys -= len(joined) // KEY_BYTES
+            current = self._store.namespaces.by_id.get(identity)
+            if current is not None and not dropped:
+                found = self.lacking(current, split_keys(joined))
+                self.prefetch(current, found, Urgency.HINTED, max(left_ms, 1), session)
+
+        self.loads.later(self._clock() + within_ms * 1_000_000 - left_ms * 1_000_000, session, begin)
+
+    def client_gone(self, session: int) -> None:
+        """What only this client wanted is wanted no more."""
+        self.loads.client_gone(session)
+
+    def loading_statistics(self) -> LoadingStats:
+        """See ``LoadingStats``."""
+        costs = self.tier.costs
+        return LoadingStats(
+            read_bytes_per_s=costs.bytes_per_s,
+            latency_s=costs.latency_s,
+            queued_bytes=self.loads.queued_bytes(Urgency.WARMING),
+            prefill_tokens_per_s=costs.shown_tokens_per_s,
+            prefill_source=costs.prefill_source,
+            decisions=dict(costs.decisions),
+            refused_blocks=costs.refused_blocks,
+            load_saved_s=costs.load_saved_s,
+            refusal_saved_s=costs.refusal_saved_s,
+        )
+
+    def prefetch_statistics(self) -> PrefetchStats:
+        """See ``PrefetchStats``."""
+        loads, outcomes, prefetched = self.loads, self.loads.queue.outcomes, self.loads.prefetched
+        residence_s = self._residence_s()
+        return PrefetchStats(
+            wanted=dict(loads.wanted),
+            blocks=prefetched.blocks,
+            bytes=prefetched.bytes,
+            used_blocks=prefetched.used_blocks,
+            used_bytes=prefetched.used_bytes,
+            unused_blocks=prefetched.unused_blocks,
+            left_blocks=prefetched.left_blocks,
+            left_bytes=prefetched.left_bytes,
+            merged=loads.queue.merged,
+            expired=outcomes[Outcome.EXPIRED],
+            cancelled=outcomes[Outcome.CANCELLED],
+            refused=dict(loads.refused),
+            waiting_bytes=sum(loads.queue.waiting_bytes),
+            flying_bytes=loads.queue.flying_bytes,
+            most_bytes=loads.most_bytes,
+            hints=self._hints,
+            delayed_hints=self._delayed_hints,
+            residence_s=0.0 if residence_s is None else residence_s,
+        )
 
     # -------------------------------------------------------------- durability
 
@@ -173,11 +303,8 @@ class Below:
         return [known.get(key, False) for key in keys]
 
     async def stop(self) -> None:
-        """Bring nothing more up ahead."""
-        for task in list(self._prefetches):
-            task.cancel()
-        if self._prefetches:
-            await asyncio.wait(self._prefetches, timeout=1.0)
+        """Bring nothing more up."""
+        self.loads.stop()
 
 
 def tiers_of(blocks: Sequence[Block | SsdBlock]) -> tuple[tuple[int, int], ...]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, Final
 
 from kvstore.errors import ErrorCode
 from kvstore.observability.logs import RepeatedLog
+from kvstore.policy.prefetch import Urgency
 from kvstore.protocol.messages import (
     AnyReply,
     Clear,
     CountReply,
+    Done,
     ErrorReply,
     Invalidate,
     Persist,
@@ -21,12 +23,15 @@ from kvstore.protocol.messages import (
     Reason,
     Remove,
     Reply,
+    ReportPrefill,
     TierId,
 )
 from kvstore.server.below import Below
 from kvstore.server.executor import Executor
-from kvstore.server.refusal import Refused, keys_of
+from kvstore.server.refusal import Refused, check_ahead, keys_of
 from kvstore.server.sessions import Session, Sessions
+
+_MOST_REPORTED: Final = 1 << 40
 
 
 class LowerRequests:
@@ -54,7 +59,7 @@ class LowerRequests:
     ) -> None:
         self._store = executor.store
         self._sessions = sessions
-        self._below = below
+        self.below = below
         self._drain_all = drain_all
         self._incarnation = incarnation
         self._send = send
@@ -68,8 +73,9 @@ class LowerRequests:
                 ErrorCode.BAD_REQUEST, f"this daemon has no {request.tier.name.lower()} tier to prefetch into"
             )
         keys = keys_of(request.keys)
+        check_ahead(request.within_ms)
         namespace = self._store.namespaces.by_id.get(request.namespace_id)
-        below = self._below
+        below = self.below
 
         def count() -> CountReply:
             blocks = [] if namespace is None else [namespace.blocks.get(key) for key in keys]
@@ -81,18 +87,18 @@ class LowerRequests:
         if not lacking or namespace is None or below is None:
             return count()
         if request.wait:
-            promoted = below.promote(namespace, lacking, below.deadline_ns(request.timeout_ms))
+            promoted = below.promote(namespace, lacking, below.deadline_ns(request.timeout_ms), session.id)
             self.later(session, promoted, lambda: self._send(session.identity, count()))
             return None
-        below.prefetch(namespace, lacking)
+        accepted = below.prefetch(namespace, lacking, Urgency.AHEAD, request.within_ms, session.id)
         coming = sum(block is None or not block.complete for block in map(namespace.blocks.get, keys))
-        there = count().count + min(len(lacking), coming)
+        there = count().count + min(accepted, coming)
         return CountReply(request.id, self._incarnation, min(there, len(keys)))
 
     def persist(self, session: Session, request: Persist) -> Reply | None:
         """Make blocks durable; answered when they are, or cannot be."""
         keys = keys_of(request.keys)
-        below = self._below
+        below = self.below
         if below is None:
             # Shared memory does not outlive the daemon.
             there = self._there(request.namespace_id, keys)
@@ -108,6 +114,16 @@ class LowerRequests:
         self.later(session, persisted(), lambda: None)
         return None
 
+    def report_prefill(self, session: Session, request: ReportPrefill) -> Reply:
+        """An engine computed so many tokens in so long."""
+        if not 1 <= request.tokens <= _MOST_REPORTED or not 1 <= request.micros <= _MOST_REPORTED:
+            raise Refused(ErrorCode.BAD_REQUEST, f"tokens and micros of a report are 1 to {_MOST_REPORTED}")
+        if not request.namespace_id:
+            raise Refused(ErrorCode.UNKNOWN_NAMESPACE, "a prefill rate is that of a namespace's engine; join one")
+        if self.below is not None:
+            self.below.tier.costs.rates.report(request.namespace_id, request.tokens, request.micros / 1e6)
+        return Done(request.id, self._incarnation)
+
     def _there(self, namespace_id: int, keys: list[bytes]) -> list[bool]:
         """Whether each block is there, with one part at least."""
         namespace = self._store.namespaces.by_id.get(namespace_id)
@@ -115,7 +131,7 @@ class LowerRequests:
 
     def once_said(self, session: Session, request: Remove | Clear | Invalidate, reply: Reply) -> Reply | None:
         """A reply that may go out at once, or None: it goes out when what ended cannot come back after a crash."""
-        below = self._below
+        below = self.below
         if below is None or not below.unsaid:
             return reply
 
@@ -134,13 +150,17 @@ class LowerRequests:
         self.later(session, said(), lambda: None)
         return None
 
+    def is_there(self, session: Session) -> bool:
+        """Whether a client is there still."""
+        return self._sessions.of(session.identity, session.id) is session
+
     def later(self, session: Session, work: Coroutine[Any, Any, None], then: Callable[[], None]) -> None:
         """Answer a request when some work has ended, unless its client is gone by then."""
 
         async def run() -> None:
             try:
                 await work
-                if self._sessions.of(session.identity, session.id) is session:
+                if self.is_there(session):
                     then()
             except asyncio.CancelledError:
                 pass
@@ -154,8 +174,8 @@ class LowerRequests:
 
     async def stop(self) -> None:
         """Answer those that wait, as far as that takes no time."""
-        if self._below is not None:
-            await self._below.stop()
+        if self.below is not None:
+            await self.below.stop()
         if self._waiting:
             _, late = await asyncio.wait(self._waiting, timeout=1.0)
             for task in late:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kvstore.errors import ErrorCode, InvalidArgument
 from kvstore.protocol.keys import KEY_BYTES, split_keys
-from kvstore.protocol.version import MAX_KEYS_PER_REQUEST
+from kvstore.protocol.version import MAX_KEYS_PER_REQUEST, MAX_WAIT_MS
 
 
 class Refused(Exception):
@@ -27,3 +27,13 @@ def keys_of(joined: bytes) -> list[bytes]:
         return split_keys(joined)
     except InvalidArgument as error:
         raise Refused(ErrorCode.BAD_REQUEST, str(error)) from None
+
+
+def check_ahead(wait_ms: int) -> None:
+    """Refuse a time ahead that is longer than any may be.
+
+    Raises:
+        Refused: it is.
+    """
+    if wait_ms > MAX_WAIT_MS:
+        raise Refused(ErrorCode.BAD_REQUEST, f"{wait_ms} ms are further ahead than {MAX_WAIT_MS} ms, the most there is")

@@ -27,6 +27,7 @@ from kvstore.errors import ErrorCode, InvalidArgument
 from kvstore.format.constants import MAX_RECORD_BYTES, RECORD_HEADER_BYTES
 from kvstore.mapped.client_file import LANE_COUNT
 from kvstore.observability.logs import Log, RepeatedLog
+from kvstore.policy.prefetch import Urgency
 from kvstore.protocol.framing import decode_request, encode, request_id
 from kvstore.protocol.keys import KEY_BYTES
 from kvstore.protocol.messages import (
@@ -35,6 +36,7 @@ from kvstore.protocol.messages import (
     Attach,
     Attached,
     Bye,
+    Chains,
     Clear,
     Configure,
     CountReply,
@@ -60,6 +62,7 @@ from kvstore.protocol.messages import (
     Release,
     Remove,
     Reply,
+    ReportPrefill,
     Reserve,
     Reserved,
     Retain,
@@ -68,6 +71,7 @@ from kvstore.protocol.messages import (
     TierId,
     Verify,
     VerifyReply,
+    Warm,
     Welcome,
     Why,
 )
@@ -89,12 +93,13 @@ from kvstore.server.policy_requests import PolicyRequests
 from kvstore.server.puts import Puts, refused
 from kvstore.server.record_requests import RecordRequests
 from kvstore.server.recorder import Recorder
-from kvstore.server.refusal import Refused, keys_of
+from kvstore.server.refusal import Refused, check_ahead, keys_of
 from kvstore.server.retention_requests import RetentionRequests
 from kvstore.server.sessions import Session, Sessions, TooManySessions
 from kvstore.server.statistics import Statistics
 from kvstore.server.transport import RouterTransport
 from kvstore.server.verification import Verified, verify
+from kvstore.server.warm_requests import WarmRequests
 from kvstore.server.why_requests import WhyRequests
 
 
@@ -147,6 +152,7 @@ class Requests:
         self._log = RepeatedLog(log)
         self._lower = LowerRequests(executor, sessions, below, mapping.drain_all, incarnation, self._send, self._log)
         self._retentions = RetentionRequests(executor, below, incarnation, hint_ns)
+        warming = WarmRequests(self._store, self._lower, incarnation, self._send_payloads)
         self._verification: asyncio.Task[Verified] | None = None
         self._waiting: set[asyncio.Task[None]] = set()
         self.transport: RouterTransport | None = None
@@ -172,6 +178,9 @@ class Requests:
             Release: self._release,
             Reserve: self._reserve,
             Stats: self._stats,
+            ReportPrefill: self._lower.report_prefill,
+            Warm: warming.warm,
+            Chains: warming.chains,
             Configure: PolicyRequests(
                 executor, 0 if below is None else below.tier.settings.capacity_bytes or 0, clock, incarnation, log
             ).configure,
@@ -243,6 +252,10 @@ class Requests:
         assert self.transport is not None
         self.transport.send(identity, encode(reply))
 
+    def _send_payloads(self, identity: bytes, reply: Reply, payloads: list[memoryview]) -> None:
+        assert self.transport is not None
+        self.transport.send(identity, encode(reply), payloads)
+
     # -------------------------------------------------------------- sessions
 
     def _hello(self, identity: bytes, request: Hello) -> None:
@@ -303,7 +316,9 @@ class Requests:
             )
 
     def close_session(self, session: Session) -> None:
-        """End a session: what the client held is free again."""
+        """End a session: what the client held is free again, and what it wanted is wanted no more."""
+        if self._below is not None:
+            self._below.client_gone(session.id)
         self._sessions.close(session)
         if not self._mapping.retire(session):
             self._executor.apply(SessionClosed(session.id))
@@ -344,6 +359,7 @@ class Requests:
                 f"a lease lasts at most {self._max_lease_s:g} s (limits.max_lease_s), "
                 f"{request.lease_ms / 1000:g} s were asked for",
             )
+        check_ahead(request.prefetch_ms)
         below = self._below_for(session)
         blocks: Sequence[Block | SsdBlock]
         refused = 0
@@ -351,7 +367,7 @@ class Requests:
             blocks = self._store.leading(request.namespace_id, keys)
         else:
             found = self._store.leading_in_tiers(request.namespace_id, keys)
-            blocks = below.worth_loading(found)
+            blocks = below.worth_loading(request.namespace_id, found)
             refused = len(found) - len(blocks)
         lease, worth = 0, blocks
         if request.lease_ms and blocks:
@@ -361,7 +377,7 @@ class Requests:
         hits = len(blocks)
         tiers = ((int(TierId.DRAM), hits),) if below is None and hits else tiers_of(blocks)
         fidelity = self._store.fidelity_of(blocks)
-        self._send(session.identity, MatchReply(request.id, self._incarnation, hits, tiers, lease, fidelity))
+        self._send(session.identity, MatchReply(request.id, self._incarnation, hits, tiers, lease, fidelity, refused))
         # The client waits for the answer, not for the policy's bookkeeping.
         # A match asks for a chain: its deepest hit was used, and with it all above, as mapped clients report it.
         report = Accessed(
@@ -381,7 +397,8 @@ class Requests:
         counters.match_hits += hits
         if below is not None and request.prefetch and hits:
             namespace = self._store.namespaces.by_id[request.namespace_id]
-            below.prefetch(namespace, [block for block in blocks if isinstance(block, SsdBlock)])
+            lower = [block for block in blocks if isinstance(block, SsdBlock)]
+            below.prefetch(namespace, lower, Urgency.ARRIVED, request.prefetch_ms, session.id)
 
     def _put(self, session: Session, request: Put, payloads: list[zmq.Frame]) -> Reply:
         if request.count < 1 or len(payloads) != 2 * request.count:
@@ -412,7 +429,7 @@ class Requests:
             namespace = self._store.namespaces.by_id.get(request.namespace_id)
             lacking = below.lacking(namespace, keys_of(request.keys), request.part)
             if lacking and namespace is not None:
-                promoted = below.promote(namespace, lacking, below.deadline_ns(request.timeout_ms))
+                promoted = below.promote(namespace, lacking, below.deadline_ns(request.timeout_ms), session.id)
                 self._lower.later(session, promoted, lambda: self._answer_get(session, request))
                 return
         self._answer_get(session, request)

@@ -14,7 +14,7 @@ from kvstore.protocol.messages import CountReply, Hint, Reply, Retain, Retained
 from kvstore.protocol.version import MAX_PRIORITY, MAX_TTL_MS
 from kvstore.server.below import Below
 from kvstore.server.executor import Executor
-from kvstore.server.refusal import Refused, keys_of
+from kvstore.server.refusal import Refused, check_ahead, keys_of
 from kvstore.server.sessions import Session
 from kvstore.sizes import format_size
 
@@ -77,10 +77,12 @@ class RetentionRequests:
     def hint(self, session: Session, request: Hint) -> Reply:
         """A session is about to come back, or is over."""
         keys = keys_of(request.keys)
-        namespace = self._store.namespaces.by_id.get(request.namespace_id)
-        answer = self._executor.apply(Hinted(request.namespace_id, keys, request.soon, self._hint_ns))
+        check_ahead(request.within_ms)
+        # What is there stays as long as it is waited for.
+        hint_ns = max(self._hint_ns, min(request.within_ms, MAX_TTL_MS) * 1_000_000) if self._hint_ns else 0
+        answer = self._executor.apply(Hinted(request.namespace_id, keys, request.soon, hint_ns))
         assert isinstance(answer, Count)
+        namespace = self._store.namespaces.by_id.get(request.namespace_id)
         if request.soon and self._below is not None and namespace is not None:
-            found = namespace.leading_in_tiers(keys)
-            self._below.prefetch(namespace, [block for block in found if isinstance(block, SsdBlock)])
+            self._below.hint(namespace, keys, request.within_ms, session.id)
         return CountReply(request.id, self._incarnation, answer.count)

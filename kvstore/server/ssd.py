@@ -21,6 +21,7 @@ from kvstore.errors import SettingsError
 from kvstore.format.constants import PAGE_BYTES
 from kvstore.observability.logs import Log, RepeatedLog
 from kvstore.policy.base import EvictionPolicy
+from kvstore.policy.loading import LoadCosts
 from kvstore.protocol.statistics import SsdStats
 from kvstore.server.executor import Executor
 from kvstore.server.ssd_demotion import Demotions
@@ -79,8 +80,7 @@ class SsdTier:
         self._tasks: set[asyncio.Task[None]] = set()
         self._trying: asyncio.Task[None] | None = None
         self.write_errors = 0
-        self.refused_loads = 0
-        self.hits = 0
+        self.costs = LoadCosts(clock, settings.prefill_tokens_per_s)
         self._write_rate = 0.0
         self._rate_at = (0, 0)
 
@@ -177,7 +177,7 @@ class SsdTier:
             executor, self.ssd, self._slabs, self.transfers, self.groups, transcoding, self.failed
         )
         self.promotions = Promotions(
-            executor, self.ssd, self._slabs, self.transfers, transcoding, self._repeated, self._clock
+            executor, self.ssd, self._slabs, self.transfers, transcoding, self._repeated, self.costs
         )
         self.promotions.failing = lambda: self.state != "ok"
         executor.demote = self.demotions.demote
@@ -351,8 +351,8 @@ class SsdTier:
             evicted_blocks=ssd.counters.evicted_blocks,
             evicted_bytes=ssd.counters.evicted_bytes,
             removed_blocks=ssd.counters.removed_blocks,
-            hits=self.hits,
-            refused_loads=self.refused_loads,
+            hits=self.promotions.blocks,
+            refused_loads=self.costs.refused_blocks,
             not_admitted_blocks=store.counters.not_admitted_blocks,
             corrupt_records=ssd.counters.corrupt_records,
             read_errors=self.promotions.read_errors,
@@ -362,7 +362,7 @@ class SsdTier:
             checkpoints=self.groups.checkpoints,
             recovered_records=self._recovered_records,
             recovery_s=self._recovered.seconds,
-            read_bytes_per_s=self.promotions.bytes_per_s,
+            read_bytes_per_s=self.costs.bytes_per_s,
             write_bytes_per_s=self._write_rate,
             waiting_blocks=self.demotions.waiting,
             retired_bytes=store.retired.slot_bytes,

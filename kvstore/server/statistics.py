@@ -27,6 +27,7 @@ from kvstore.protocol.statistics import (
     SlotClassStats,
     TenantStats,
 )
+from kvstore.server.below import Below
 from kvstore.server.counters import RequestCounters
 from kvstore.server.events import EventPublisher
 from kvstore.server.mapping import Mapping
@@ -67,6 +68,7 @@ class Statistics:
     recorder: Recorder | None = None
     problem: str = ""
     curve: LiveCurve | None = None
+    below: Below | None = None
 
     def snapshot(self, now_ns: int) -> DaemonStats:
         """All statistics; costs microseconds and changes nothing."""
@@ -123,6 +125,8 @@ class Statistics:
             misses=None if self.misses is None else self.misses.statistics(now_ns),
             retention=self._retention(),
             tenants=self._tenants(),
+            prefetch=None if self.below is None else self.below.prefetch_statistics(),
+            loading=None if self.below is None else self.below.loading_statistics(),
         )
 
     def _curve(self, curve: LiveCurve) -> CurveStats:

@@ -325,6 +325,16 @@ def free_bytes(directory: Path) -> int:
     return status.f_bavail * status.f_frsize
 
 
+def read_lines(path: str) -> list[str]:
+    """Lines of a text file that somebody else made.
+
+    Raises:
+        OSError, UnicodeDecodeError: it cannot be read.
+    """
+    with open(path, encoding="utf-8") as file:
+        return file.read().splitlines()
+
+
 def read_text(path: str) -> str:
     """A small text file of the kernel's, "" where it is not there."""
     try:

@@ -24,6 +24,8 @@ from kvstore.protocol.messages import (
     Attach,
     Attached,
     Bye,
+    Chains,
+    ChainsReply,
     Clear,
     Configure,
     Configured,
@@ -53,6 +55,7 @@ from kvstore.protocol.messages import (
     Recorded,
     Release,
     Remove,
+    ReportPrefill,
     Reserve,
     Reserved,
     Retain,
@@ -62,6 +65,8 @@ from kvstore.protocol.messages import (
     TierId,
     Verify,
     VerifyReply,
+    Warm,
+    Warmed,
     Welcome,
     Why,
     WhyReply,
@@ -306,6 +311,12 @@ REQUESTS_5: dict[str, AnyRequest] = {
     "why": Why(*request(21), FIRST + SECOND, False, ("0f1e2d3c",), DIGEST.hex()[:8]),
     "record": Record(*request(23), "start"),
     "retain": Retain(*request(22), FIRST + SECOND, 80, 60_000, True),
+    "match": Match(*request(4, access=2), FIRST + SECOND + bytes([7] * 32), 1500, True, 2500),
+    "prefetch": Prefetch(*request(7), FIRST + SECOND, TierId.DRAM, False, 10_000),
+    "hint": Hint(*request(19), FIRST + SECOND, True, 60_000),
+    "report-prefill": ReportPrefill(*request(21), 48_000, 6_500_000),
+    "warm": Warm(*request(22), FIRST + SECOND, bytes([9] * 32), True, 1 << 30),
+    "chains": Chains(*request(23), TierId.SSD, 4 << 30),
 }
 REQUESTS_4: dict[str, AnyRequest] = {
     "match": Match(*request(4, access=2), FIRST + SECOND + bytes([7] * 32), 1500, True),
@@ -405,6 +416,9 @@ REPLIES_5: dict[str, AnyReply] = {
             ),
         ],
     ),
+    "match-reply": MatchReply(*reply(4), 2, ((2, 1), (3, 1)), 9, 85, 3),
+    "warmed": Warmed(*reply(22), 2, 20_480, 1, 3, 4, 5),
+    "chains-reply": ChainsReply(*reply(23), (bytes([9] * 32),), ("chat",), 20_480),
     "stats-reply": StatsReply(
         *reply(13),
         msgspec.structs.replace(
@@ -443,6 +457,7 @@ REPLIES_5: dict[str, AnyReply] = {
     ),
 }
 PAYLOAD_FRAMES = {
+    "chains-reply": [FIRST + SECOND, bytes([1, 0, 0, 0, 1, 0, 0, 0]), bytes(8)],
     "put": [encode_header(HEADERS[0]), PAYLOADS[0], encode_header(HEADERS[1]), PAYLOADS[1]],
     "get-reply": [encode_header(HEADERS[0]) + PAYLOADS[0], encode_header(HEADERS[1]) + PAYLOADS[1]],
 }
@@ -545,6 +560,10 @@ def test_golden_files_every_message_type_has_one_and_each_is_tested():
         "protocol-2/reserve",
         "protocol-2/welcome",
         "protocol-2/stats-reply",
+        "protocol-3/match-reply",
+        "protocol-4/hint",
+        "protocol-4/match",
+        "protocol-4/prefetch",
     }
     assert golden_names("record-1") == {f"record-1/{name}" for name in RECORDS}
     assert {type(message) for message in (REQUESTS | REQUESTS_2 | REQUESTS_4 | REQUESTS_5).values()} == set(

@@ -83,6 +83,8 @@ def test_serve_with_every_flag_sets_every_setting(
             "recovery": "lazy",
             "admission": "all",
             "transcode": "raw>lossless-zstd",
+            "prefetch_bytes": None,
+            "warm": "",
             "prefill_tokens_per_s": 0.0,
         },
         "dram": {
