@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from fakes.retention_model import NORMAL, Kept
+
 from kvstore.core.events import CommittedRecord
 from kvstore.core.tree import ORPHAN_DEPTH
 from kvstore.protocol.keys import ROOT_KEY
@@ -25,6 +27,9 @@ class ModelBlock:
     fidelities: dict[int, int] = field(default_factory=dict)
     depth: int = 0
     leases: int = 0
+    tenant: str | None = None
+    space: str = ""
+    kept: Kept | None = None
     parent: ModelBlock | None = None
     children: list[ModelBlock] = field(default_factory=list)
 
@@ -32,6 +37,20 @@ class ModelBlock:
         for child in self.children:
             yield child
             yield from child.descendants()
+
+    @property
+    def is_retained(self) -> bool:
+        return self.kept is not None and self.kept.priority > NORMAL
+
+    @property
+    def rank(self) -> tuple[int, int, int, int]:
+        assert self.kept is not None
+        return self.kept.rank
+
+    @property
+    def due(self) -> tuple[int, int]:
+        assert self.kept is not None
+        return self.kept.due
 
     @property
     def is_held(self) -> bool:
@@ -51,6 +70,8 @@ class ModelNamespace:
     generation: int
     codecs: frozenset[int] = frozenset({1})
     exact: bool = False
+    tenant: str | None = None
+    name: str = ""
     current: bool = True
     blocks: dict[bytes, ModelBlock] = field(default_factory=dict)
 
@@ -101,7 +122,7 @@ class StoreModel:
         return [(space.id, block) for space in self.namespaces.values() for block in space.blocks.values()]
 
     def insert(self, space: ModelNamespace, key: bytes, parent_key: bytes, number: int) -> ModelBlock:
-        block = space.blocks[key] = ModelBlock(key, parent_key, number)
+        block = space.blocks[key] = ModelBlock(key, parent_key, number, tenant=space.tenant, space=space.name)
         parent = None if parent_key == ROOT_KEY else space.blocks.get(parent_key)
         if parent is not None:
             self._link(block, parent)
@@ -131,25 +152,50 @@ class StoreModel:
             block.parent.children.remove(block)
         for child in block.children:
             child.parent = None
-        block.parent, block.children, block.parts, block.fidelities = None, [], {}, {}
+        block.parent, block.children, block.parts, block.fidelities, block.kept = None, [], {}, {}, None
         self.slots = {slot: held for slot, held in self.slots.items() if held[1] is not block}
 
-    def victims(self, before: int | None = None) -> list[ModelBlock]:
-        """Blocks of which one must be evicted next: leaves without leases, oldest, then deepest.
+    def victims(self, before: int | None = None, tenant: str | None = None) -> list[ModelBlock]:
+        """Blocks of which one must be evicted next: leaves without leases.
 
-        ``before``: for a block of this access, for which nothing of it or of a later one leaves.
+        Those of low priority first, then the oldest, of these the deepest, and only then those that are retained.
+
+        Args:
+            before: for a block of this access, for which nothing of it or of a later one leaves.
+            tenant: only of this one.
         """
         leaves = [
             block
             for _, block in self.blocks()
-            if not block.children and not block.leases and (before is None or block.number < before)
+            if not block.children
+            and not block.leases
+            and (before is None or block.number < before)
+            and (tenant is None or block.tenant == tenant)
         ]
-        first = min(((block.number, -block.depth) for block in leaves), default=None)
-        return [block for block in leaves if (block.number, -block.depth) == first]
+        low = [block for block in leaves if block.kept is not None and block.kept.priority < NORMAL]
+        plain = [block for block in leaves if not block.is_retained]
+        if low or not plain:
+            least = min((block.rank[:2] for block in low or leaves), default=None)
+            return [block for block in low or leaves if block.rank[:2] == least]
+        oldest = min(block.number for block in plain)
+        # Each tenant's policy offers its deepest block of the oldest request.
+        deepest: dict[str | None, int] = {}
+        for block in plain:
+            if block.number == oldest:
+                deepest[block.tenant] = max(deepest.get(block.tenant, 0), block.depth)
+        return [block for block in plain if block.number == oldest and block.depth == deepest[block.tenant]]
+
+    def bytes_of(self, slot_bytes: dict[int, int]) -> dict[ModelBlock, int]:
+        """Slots of all blocks."""
+        sizes = dict.fromkeys((block for _, block in self.blocks()), 0)
+        for slot, (_, block, _) in self.slots.items():
+            sizes[block] += slot_bytes[slot]
+        return sizes
 
     def is_orphan(self, block: ModelBlock) -> bool:
         """Whether a block is there that nobody can reach, and may leave."""
-        return bool(block.parts) and block.depth >= ORPHAN_DEPTH and not block.children and not block.leases
+        marked = block.leases or block.is_retained
+        return bool(block.parts) and block.depth >= ORPHAN_DEPTH and not block.children and not marked
 
     def reaches(self, namespace_id: int, parent_key: bytes) -> bool:
         """Whether a block behind this parent can be reached."""
@@ -219,9 +265,13 @@ class StoreModel:
         slot_bytes: int,
         number: int,
         content: Identity,
-        make_way: Callable[[], None],
+        make_way: Callable[[], tuple[PutStatus, Reason] | None],
+        grow: Callable[[ModelBlock], tuple[PutStatus, Reason] | None],
     ) -> tuple[PutStatus, Reason, ModelBlock | None]:
-        """What a commit of a granted slot does; ``make_way``: what leaves before a new block comes."""
+        """What a commit of a granted slot does.
+
+        ``make_way`` and ``grow``: what leaves before a new block comes, or one gets another record; why it may not.
+        """
         space = self.namespaces.get(namespace_id)
         if space is None or not space.current:
             return PutStatus.REJECTED, Reason.STALE_NAMESPACE, None
@@ -237,12 +287,18 @@ class StoreModel:
         if block is None:
             if space.closes_circle(record.key, record.parent_key):
                 return PutStatus.REJECTED, Reason.BAD_PARENT, None
-            make_way()
+            refusal = make_way()
+            if refusal is not None:
+                return *refusal, None
             block = self.insert(space, record.key, record.parent_key, number)
         elif block.fidelities.get(record.part, -1) >= record.fidelity:
             return PutStatus.EXISTS, Reason.NONE, block
         elif block.parent_key != record.parent_key:
             return PutStatus.REJECTED, Reason.BAD_PARENT, block
+        else:
+            refusal = grow(block)
+            if refusal is not None:
+                return *refusal, block
         if record.part in block.parts:
             (slot,) = [slot for slot, held in self.slots.items() if held[1:] == (block, record.part)]
             before = (slot, block.parts[record.part], block.fidelities[record.part])
@@ -275,8 +331,20 @@ class StoreModel:
         for block in self.leases.pop(identity).blocks:
             block.leases -= 1
 
+    def fitting(self, blocks: list[ModelBlock], limit_bytes: int, sizes: dict[ModelBlock, int]) -> int:
+        """How many of a chain's leading blocks leases may hold, with those before them."""
+        held = {block for _, block in self.blocks() if block.is_held}
+        for count, block in enumerate(blocks):
+            above: ModelBlock | None = block
+            while above is not None:
+                held.add(above)
+                above = above.parent
+            if sum(map(sizes.__getitem__, held)) > limit_bytes:
+                return count
+        return len(blocks)
+
     def remove(self, namespace_id: int, keys: Sequence[bytes]) -> int:
-        """Remove blocks; what was below them and stays is condemned."""
+        """Remove blocks; what was below them and stays is condemned, and not retained any more."""
         space = self.namespaces[namespace_id]
         condemned: set[ModelBlock] = set()
         removed = 0
@@ -289,4 +357,5 @@ class StoreModel:
         for block in condemned:
             if space.blocks.get(block.key) is block:
                 block.number = 0
+                block.kept = None
         return removed

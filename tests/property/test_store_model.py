@@ -12,6 +12,7 @@ from functools import partial
 
 import pytest
 from fakes.memory_executor import MemoryExecutor, spread
+from fakes.retention_model import FOREVER, RetentionModel
 from fakes.store_model import Identity, ModelBlock, ModelNamespace, StoreModel
 from fakes.told_index import ToldIndex
 from hypothesis import settings
@@ -42,6 +43,7 @@ from kvstore.core.events import (
     LeaseWanted,
     PopulationEnded,
     RemoveWanted,
+    RetainWanted,
     SessionClosed,
     SessionOpened,
     SlabPopulated,
@@ -56,13 +58,18 @@ from kvstore.core.instructions import (
     Namespaced,
     Publish,
     Refuse,
+    Retained,
     Withdraw,
 )
 from kvstore.core.invariants import validate_state
 from kvstore.core.journal import Journal
+from kvstore.core.pools import pooled
 from kvstore.core.slabs import SlabAllocator
 from kvstore.core.state import StoreLimits
 from kvstore.core.store import Store
+from kvstore.core.tenants import tenants_of
+from kvstore.core.tree import ORPHAN_DEPTH
+from kvstore.policy.base import PolicyContext
 from kvstore.policy.lru import Lru
 from kvstore.protocol.keys import ROOT_KEY
 from kvstore.protocol.messages import PutStatus, Reason
@@ -107,7 +114,11 @@ def natural_chain(index: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Arena:
-    """Sizes of one run, in pages; ``records``: most at a time; ``buckets``: of two entries each, 0 for any number."""
+    """Sizes of one run, in pages.
+
+    ``records``: most at a time; ``buckets``: of two entries each, 0 for any number; ``quotas``: of namespaces by name;
+    ``leases``, ``retained``: what may be held together.
+    """
 
     slab_pages: int
     slabs: int
@@ -116,6 +127,9 @@ class Arena:
     session_grants: float
     records: int = 1 << 62
     buckets: int = 0
+    quotas: tuple[tuple[str, int], ...] = ()
+    leases: int = 1 << 40
+    retained: int = 1 << 40
 
 
 ARENAS = st.sampled_from(
@@ -128,6 +142,10 @@ ARENAS = st.sampled_from(
         Arena(slab_pages=8, slabs=9, capacity=64, grants=8, session_grants=8, records=20),
         Arena(slab_pages=8, slabs=9, capacity=64, grants=8, session_grants=8, buckets=12),
         Arena(slab_pages=4, slabs=4, capacity=10, grants=6, session_grants=6, records=7, buckets=5),
+        Arena(8, 9, 64, 8, 8, quotas=(("whole", 16), ("halves", 9)), leases=32, retained=16),
+        Arena(4, 4, 10, 6, 6, quotas=(("whole", 4),), leases=5, retained=3),
+        Arena(40, 4, 120, 40, 40, records=30, quotas=(("whole", 60), ("exact", 20)), leases=60, retained=30),
+        Arena(8, 6, 32, 16, 12, buckets=12, leases=16, retained=8),
     ]
 )
 
@@ -148,9 +166,18 @@ class StoreMachine(RuleBasedStateMachine):
             grant_bytes_per_session=int(arena.session_grants * PAGE_BYTES),
             leases_per_session=LEASES_PER_SESSION,
             max_records=arena.records,
+            lease_bytes=arena.leases * PAGE_BYTES,
+            retention_bytes=arena.retained * PAGE_BYTES,
         )
         slabs = SlabAllocator(arena.slabs, arena.slab_pages * PAGE_BYTES, 512)
-        self.store = Store(self.limits, slabs, Lru(), Journal())
+        self.quotas = {name: pages * PAGE_BYTES for name, pages in arena.quotas}
+        tenants = tenants_of(self.quotas).values()
+        policy = pooled(Lru, PolicyContext(self.limits.capacity_bytes, lambda: 0), tenants)
+        self.store = Store(self.limits, slabs, policy, Journal(), tenants=tenants)
+        self.kept = RetentionModel(
+            self.limits.retention_bytes, self.limits.capacity_bytes, self.quotas, self._is_still_retained
+        )
+        self.granted_for: dict[int, str] = {}
         self.told = ToldIndex()
         places = spread(arena.buckets) if arena.buckets else None
         self.executor = MemoryExecutor(self.store, now_ns=1, quiesce_at_once=quiesce_at_once, places=places)
@@ -177,10 +204,44 @@ class StoreMachine(RuleBasedStateMachine):
     def apply(self, event: Event) -> Instruction | None:
         return self.executor.apply(event)
 
-    def evictions(self, placed: list[ModelBlock] | None = None, before: int | None = None) -> None:
+    def _is_still_retained(self, block: ModelBlock) -> bool:
+        for state in self.store.namespaces.by_id.values():
+            found = state.retained.get(block.key)
+            if found is not None and found.holds and state.description.name == block.space:
+                return True
+        return False
+
+    def _sizes(self) -> dict[ModelBlock, int]:
+        return self.model.bytes_of(self.slot_bytes)
+
+    def _keep_budget(self, tenant: str | None) -> None:
+        self.kept.keep_budget([block for _, block in self.model.blocks()], tenant, self._sizes())
+
+    def _used_bytes(self, tenant: str) -> int:
+        return sum(size for block, size in self._sizes().items() if block.tenant == tenant)
+
+    def _quota_short(self, tenant: str | None, slot_bytes: int) -> bool:
+        return tenant is not None and self._used_bytes(tenant) + slot_bytes > self.quotas[tenant]
+
+    def _lent_to(self, tenant: str | None) -> int:
+        """Bytes of slots that were lent for blocks of a tenant."""
+        granted = {slot: size for held in self.model.grants.values() for slot, size in held.items()}
+        return sum(size for slot, size in granted.items() if self.granted_for.get(slot) == tenant)
+
+    def evictions(
+        self,
+        placed: list[ModelBlock] | None = None,
+        before: int | None = None,
+        tenant: str | None = None,
+        slot_bytes: int = 0,
+    ) -> None:
         """Take out of the model what the last event evicted, checking that each victim was the right one.
 
-        ``placed``: the event was a commit, of these blocks. ``before``: a slot was wanted for a block of this access.
+        Args:
+            placed: the event was a commit, of these blocks.
+            before: a slot was wanted for a block of this access.
+            tenant: whose block it was; while it is at its limit only its own blocks leave.
+            slot_bytes: of that slot.
         """
         left: list[int] = []
         displaced: Displaced | None = None
@@ -198,7 +259,9 @@ class StoreMachine(RuleBasedStateMachine):
                     if slot in self.model.slots:
                         namespace_id, block, _ = self.model.slots[slot]
                         left = [each for each, held in self.model.slots.items() if held[1] is block]
-                        left = left if self._evicted(slot, namespace_id, block, placed, before) else [slot]
+                        wanted = self._lent_to(tenant) + slot_bytes if slot_bytes else 0
+                        full = tenant if slot_bytes and self._quota_short(tenant, wanted) else None
+                        left = left if self._evicted(slot, namespace_id, block, placed, before, full) else [slot]
             elif isinstance(instruction, (Publish, Answer)) and placed is not None and left:
                 # Before the last of them left there was one too many, or too much: nothing leaves without need.
                 held_bytes = sum(map(self.slot_bytes.__getitem__, self.model.slots))
@@ -215,11 +278,17 @@ class StoreMachine(RuleBasedStateMachine):
         return len(self.model.slots) + records > self.limits.max_records
 
     def _evicted(
-        self, slot: int, namespace_id: int, block: ModelBlock, placed: list[ModelBlock] | None, before: int | None
+        self,
+        slot: int,
+        namespace_id: int,
+        block: ModelBlock,
+        placed: list[ModelBlock] | None,
+        before: int | None,
+        tenant: str | None = None,
     ) -> bool:
         """Whether all of the block left."""
         orphans = [block for block in self.orphans if self.model.is_orphan(block)] if placed is not None else []
-        legal = orphans[-1:] or self.model.victims(before)
+        legal = orphans[-1:] or self.model.victims(before, tenant)
         if legal or placed is None:
             assert any(block is victim for victim in legal), f"{block} was evicted, expected was one of {legal}"
             self.model.leave(namespace_id, block)
@@ -239,8 +308,9 @@ class StoreMachine(RuleBasedStateMachine):
         own = self.model.slots[event.slot][1]
         others = [self.model.slots[slot][1] for slot in event.others if slot in self.model.slots]
         # What is before a leased block stays with it.
-        free = [block for block in others if block is not own and not block.is_held]
-        legal = [block for block in free if not block.children] or free or [own]
+        others = [block for block in others if block is not own and not block.is_held]
+        free = [block for block in others if not block.is_retained]
+        legal = [block for block in free if not block.children] or free or others or [own]
         namespace_id, block, _ = self.model.slots[slots[0]]
         assert any(block is other for other in legal), f"{block} left for {own}, expected was one of {legal}"
         assert set(slots) == {slot for slot, held in self.model.slots.items() if held[1] is block}
@@ -338,8 +408,9 @@ class StoreMachine(RuleBasedStateMachine):
                 self.model.leave(before.id, block)
         codecs = {"raw": {1}, "lossless": {1, 2, 3}, "kivi4": {1, 2, 3, 4, 5, 7}}[description.codec]
         exact = description.fidelity == "exact"
+        tenant = description.name if description.name in self.quotas else None
         self.model.namespaces[state.id] = ModelNamespace(
-            state.id, description.parts, state.digest, generation, frozenset(codecs), exact
+            state.id, description.parts, state.digest, generation, frozenset(codecs), exact, tenant, description.name
         )
         self.current[description.name] = state.id
 
@@ -382,7 +453,10 @@ class StoreMachine(RuleBasedStateMachine):
         number = None
         if granted != Refuse(PutStatus.REJECTED, Reason.TOO_LARGE):
             number = self.model.wanted(session, access, namespace_id, parent_key)
-        self.evictions(before=number)
+        space = self.model.namespaces.get(namespace_id)
+        tenant = None if space is None else space.tenant
+        slot_bytes = self.store.slot_bytes_for(record_bytes)
+        self.evictions(before=number, tenant=tenant, slot_bytes=slot_bytes)
         held = self.model.grants[session]
         fits = record_bytes <= self.store.max_record_bytes
         if isinstance(granted, Record):
@@ -391,7 +465,19 @@ class StoreMachine(RuleBasedStateMachine):
             assert granted.session == session
             assert all(granted.slot not in other for other in self.model.grants.values())
             held[granted.slot] = self.slot_bytes[granted.slot] = granted.slot_bytes
+            if tenant is not None:
+                self.granted_for[granted.slot] = tenant
             return granted
+        if tenant is not None and granted.reason is not Reason.TOO_LARGE:
+            full = self._quota_short(tenant, self._lent_to(tenant) + slot_bytes)
+            leased = any(block.is_held for _, block in self.model.blocks() if block.tenant == tenant)
+            if granted.reason is Reason.QUOTA:
+                assert granted.status is PutStatus.REJECTED
+                assert slot_bytes > self.quotas[tenant] or (full and not leased and not self._lent_to(tenant))
+                assert slot_bytes > self.quotas[tenant] or not self.model.victims(number, tenant)
+                return None
+            if full:
+                quiet = False
         if granted.reason is Reason.TOO_LARGE:
             assert granted.status is PutStatus.REJECTED
             assert not fits
@@ -433,6 +519,7 @@ class StoreMachine(RuleBasedStateMachine):
                 return
             assert record_bytes <= granted.slot_bytes
             self.model.grants[session][granted.slot] = self.slot_bytes[granted.slot] = granted.slot_bytes
+            self.granted_for.pop(granted.slot, None)
 
     @rule(
         place=SESSIONS,
@@ -615,11 +702,70 @@ class StoreMachine(RuleBasedStateMachine):
         told = 0
         leaving = iter([slot for left in self.executor.last if isinstance(left, Withdraw) for slot in left.slots])
 
-        def make_way(record: CommittedRecord, slot_bytes: int) -> None:
+        def leave(legal: list[ModelBlock]) -> None:
+            slot = next(slot for slot in leaving if slot in self.model.slots)
+            victim_namespace, block, _ = self.model.slots[slot]
+            assert any(block is victim for victim in legal), f"{block} left, expected was one of {legal}"
+            self.model.leave(victim_namespace, block)
+
+        def fit_quota(
+            slot_bytes: int, stays: ModelBlock | None, reachable: bool, uses: list[ModelBlock]
+        ) -> tuple[PutStatus, Reason] | None:
+            """Why the namespace's quota does not have so much room, after what leaves for it."""
+            nonlocal told
+            tenant = self.model.namespaces[namespace_id].tenant
+            if tenant is None or not self._quota_short(tenant, slot_bytes):
+                return None
+            if reachable:
+                self.model.put_again([*used[told:], *uses], number)
+                told = len(used)
+                while slot_bytes <= self.quotas[tenant] and self._quota_short(tenant, slot_bytes):
+                    if stays is not None:
+                        stays.leases += 1
+                    legal = self.model.victims(number, tenant)
+                    if stays is not None:
+                        stays.leases -= 1
+                    if not legal:
+                        break
+                    leave(legal)
+            if not self._quota_short(tenant, slot_bytes):
+                return None
+            if any(block.is_held for _, block in self.model.blocks() if block.tenant == tenant):
+                return PutStatus.THROTTLED, Reason.ALL_HELD
+            return PutStatus.REJECTED, Reason.QUOTA
+
+        def leases_full(blocks: list[ModelBlock], more: int) -> bool:
+            sizes = self._sizes()
+            held = [block for _, block in self.model.blocks() if block.is_held or block in blocks]
+            return sum(map(sizes.__getitem__, held)) + more > self.limits.lease_bytes
+
+        def grow(record: CommittedRecord, slot_bytes: int, block: ModelBlock) -> tuple[PutStatus, Reason] | None:
+            before = [slot for slot, held in self.model.slots.items() if held[1:] == (block, record.part)]
+            growth = slot_bytes - sum(map(self.slot_bytes.__getitem__, before))
+            if growth <= 0:
+                return None
+            if block.is_held and leases_full([], growth):
+                return PutStatus.THROTTLED, Reason.ALL_HELD
+            return fit_quota(growth, block, block.depth < ORPHAN_DEPTH, [block])
+
+        def make_way(record: CommittedRecord, slot_bytes: int) -> tuple[PutStatus, Reason] | None:
             """What leaves before a new block comes."""
             nonlocal told
-            if not self._short(slot_bytes, 1) or not self.model.reaches(namespace_id, record.parent_key):
-                return
+            blocks = self.model.namespaces[namespace_id].blocks
+            above: list[ModelBlock] = []
+            parent = blocks.get(record.parent_key)
+            while parent is not None:
+                above.append(parent)
+                parent = parent.parent
+            waiting = [block for block in blocks.values() if block.parent_key == record.key]
+            if any(block.is_held for block in waiting) and leases_full(above, slot_bytes):
+                return PutStatus.THROTTLED, Reason.ALL_HELD
+            reachable = self.model.reaches(namespace_id, record.parent_key)
+            refusal = fit_quota(slot_bytes, blocks.get(record.parent_key), reachable, [])
+            if refusal is not None:
+                return refusal
+            if not self._short(slot_bytes, 1) or not reachable:
+                return None
             self.model.put_again(used[told:], number)
             told = len(used)
             unreached = self.model.unreached(self.orphans)
@@ -633,11 +779,9 @@ class StoreMachine(RuleBasedStateMachine):
                 if parent is not None:
                     parent.leases -= 1
                 if not legal:
-                    return
-                slot = next(slot for slot in leaving if slot in self.model.slots)
-                victim_namespace, block, _ = self.model.slots[slot]
-                assert any(block is victim for victim in legal), f"{block} left, expected was one of {legal}"
-                self.model.leave(victim_namespace, block)
+                    return None
+                leave(legal)
+            return None
 
         for record in records:
             slot_bytes = held.pop(record.slot, None)
@@ -646,9 +790,16 @@ class StoreMachine(RuleBasedStateMachine):
                 continue
             space = self.model.namespaces.get(namespace_id)
             known = space is not None and record.key in space.blocks
-            way = partial(make_way, record, slot_bytes)
-            placing = self.model.place(namespace_id, record, slot_bytes, number, contents[record.slot], way)
+            way, more = partial(make_way, record, slot_bytes), partial(grow, record, slot_bytes)
+            placing = self.model.place(namespace_id, record, slot_bytes, number, contents[record.slot], way, more)
             expected.append(placing)
+            self.granted_for.pop(record.slot, None)
+            if placing[0] is PutStatus.STORED and placing[2] is not None:
+                block = placing[2]
+                if not known:
+                    self.kept.came(block)
+                if block.is_retained:
+                    self._keep_budget(block.tenant)
             # Also another part of a block that is there uses it.
             if placing[2] is not None and known:
                 used.append(placing[2])
@@ -683,6 +834,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.apply(GrantsReturned(session, tuple(slots)))
         for slot in slots:
             if held.pop(slot, None) is not None:
+                self.granted_for.pop(slot, None)
                 self.executor.forget(slot)
 
     # ------------------------------------------------------------ reading
@@ -756,27 +908,29 @@ class StoreMachine(RuleBasedStateMachine):
         held = sum(lease.session == session for lease in self.model.leases.values())
         expected = space.leading(keys)
         answer = self.apply(LeaseWanted(session, self.store.leading(space.id, keys), ns))
-        if not expected:
-            assert answer == Leased(0)
-        elif held >= LEASES_PER_SESSION:
+        count = self.model.fitting(expected, self.limits.lease_bytes, self._sizes())
+        if expected and held >= LEASES_PER_SESSION:
             assert answer == Refuse(PutStatus.THROTTLED, Reason.ALL_HELD)
+        elif not count:
+            assert answer == Leased(0)
         else:
             assert isinstance(answer, Leased)
-            self.model.lease(answer.lease, session, expected, self.executor.now_ns + ns)
+            assert answer.count == count
+            self.model.lease(answer.lease, session, expected[:count], self.executor.now_ns + ns)
 
     @rule(place=SESSIONS, really=RARELY, ns=st.integers(3, 30))
     def lease_all(self, place: int, really: bool, ns: int) -> None:
-        """Nothing may be evicted any more."""
+        """Nothing may be evicted any more, or as much as may be leased."""
         session = self.pick_session(place)
-        held = sum(lease.session == session for lease in self.model.leases.values())
-        expected = [block for _, block in self.model.blocks()]
-        if really and expected and held < LEASES_PER_SESSION:
-            blocks = [
-                self.store.namespaces.by_id[identity].blocks[block.key] for identity, block in self.model.blocks()
-            ]
-            answer = self.apply(LeaseWanted(session, blocks, ns))
-            assert isinstance(answer, Leased)
-            self.model.lease(answer.lease, session, expected, self.executor.now_ns + ns)
+        for space in list(self.model.namespaces.values()) if really else []:
+            held = sum(lease.session == session for lease in self.model.leases.values())
+            expected = list(space.blocks.values())
+            if expected and held < LEASES_PER_SESSION:
+                here = self.store.namespaces.by_id[space.id].blocks
+                answer = self.apply(LeaseWanted(session, [here[block.key] for block in expected], ns))
+                assert isinstance(answer, Leased)
+                if answer.lease:
+                    self.model.lease(answer.lease, session, expected[: answer.count], self.executor.now_ns + ns)
 
     @precondition(lambda self: self.model.leases)
     @rule(place=SESSIONS, which=st.integers(0, 11))
@@ -797,6 +951,58 @@ class StoreMachine(RuleBasedStateMachine):
         for identity, lease in list(self.model.leases.items()):
             if lease.expires_ns <= self.executor.now_ns:
                 self.model.end_lease(identity)
+        for block in self.kept.expire([block for _, block in self.model.blocks()], self.executor.now_ns):
+            if block.is_held:
+                self.kept.put_off(block, self.executor.now_ns)
+            elif block.kept is not None:
+                (identity,) = [identity for identity, other in self.model.blocks() if other is block]
+                self.model.remove(identity, [block.key])
+        self._retentions_are_the_model_s()
+
+    @precondition(lambda self: self.model.blocks())
+    @rule(
+        which=st.lists(st.integers(0, 99), min_size=1, max_size=4),
+        how=st.sampled_from(["chain", "blocks", "blocks", "all"]),
+        priority=st.sampled_from([0, 30, 50, 51, 70, 70, 90, 100]),
+        ttl_ns=st.sampled_from([0, 2, 5, 9]),
+        drop=RARELY,
+    )
+    def retain(self, which: list[int], how: str, priority: int, ttl_ns: int, drop: bool) -> None:
+        """Some blocks of a namespace, a chain, or all; for a time or without end."""
+        blocks = self.model.blocks()
+        identity, block = blocks[which[0] % len(blocks)]
+        space = self.model.namespaces[identity]
+        keys = list(space.blocks)
+        if how == "chain":
+            keys = [block.key]
+            while block.parent is not None:
+                block = block.parent
+                keys.append(block.key)
+        elif how == "blocks":
+            keys = [*(keys[place % len(keys)] for place in which), KEYS[which[0] % len(KEYS)]]
+        drop = drop and ttl_ns > 0
+        answer = self.apply(RetainWanted(space.id, keys, priority, ttl_ns, drop))
+        expires_ns = self.executor.now_ns + ttl_ns if ttl_ns else FOREVER
+        named = [space.blocks[key] for key in dict.fromkeys(keys) if key in space.blocks]
+        self.kept.retain(named, priority, expires_ns, drop=drop)
+        self._keep_budget(space.tenant)
+        found = [block.kept for block in named if block.kept is not None]
+        least = max(priority, 51)
+        assert answer == Retained(sum(kept.priority == priority or kept.priority >= least for kept in found), 0)
+        self._retentions_are_the_model_s()
+
+    @precondition(lambda self: any(block.kept for _, block in self.model.blocks()))
+    @rule(place=SESSIONS, namespace=SPACES, index=KEY_INDEXES, pages=st.sampled_from([1, 2, 4]))
+    def press_retained(self, place: int, namespace: int, index: int, pages: int) -> None:
+        """Others come, for which something must leave."""
+        self.engine_requests(place, namespace, [(29, pages), (24, 1), (index, 1)])
+
+    def _retentions_are_the_model_s(self) -> None:
+        for identity, space in self.model.namespaces.items():
+            retained = self.store.namespaces.by_id[identity].retained
+            mine = {key: block.kept for key, block in space.blocks.items() if block.kept is not None}
+            told = {key: (kept.priority, kept.expires_ns, kept.drop) for key, kept in mine.items()}
+            assert told == {key: (one.priority, one.expires_ns, one.drop) for key, one in retained.items()}
 
     # ------------------------------------------------------------ removing
 
@@ -808,6 +1014,7 @@ class StoreMachine(RuleBasedStateMachine):
         keys = [KEYS[index] for index in indexes]
         answer = self.apply(RemoveWanted(space.id, keys))
         assert answer == Count(self.model.remove(space.id, keys))
+        self._retentions_are_the_model_s()
 
     @rule(namespace=SPACES, really=RARELY)
     def clear(self, namespace: int, really: bool) -> None:
