@@ -144,19 +144,13 @@ class Demoting(Retaining):
         below = deepest.namespace.ssd
         if self.ssd is None or below is None or not below.tree.blocks:
             return
-        block: Block | None = deepest
-        for above in range(hits):
-            assert block is not None
-            copy = below.tree.blocks.get(block.key)
-            if copy is None and block.parent is None:
-                copy = below.tree.blocks.get(block.parent_key)
-                block = None
+        for steps, (key, block) in enumerate(deepest.namespace.upward(deepest.key)):
+            if block is not None and steps >= hits:
+                return
+            copy = below.tree.blocks.get(key)
             if copy is not None:
-                self.ssd.touch(copy, number, hits - above)
+                self.ssd.touch(copy, number, max(hits - steps, 1))
                 return
-            if block is None:
-                return
-            block = block.parent
 
     def _call_back(self, block: Block) -> bool:
         """See ``Retaining``."""

@@ -300,16 +300,26 @@ def test_block_does_not_wait_for_a_copy_that_left_again():
 
 def test_circle_below_keeps_nobody_waiting():
     tiers = TwoTiers()
-    tiers.put("b", at="a")
+    assert tiers.put("b", at="a") == [STORED]
     tiers.executor.apply(PersistWanted(tiers.namespace.id, [key_of("b")]))
     tiers.settle()
     assert tiers.below() == "b"
     tiers.executor.apply(SsdChanged(writable=False))
-    tiers.put("cdefghij")
+    assert tiers.put("cdefghij") == [STORED] * 8
     assert "b" not in tiers.resident()
+    # Nothing leaves for a block that nobody can reach: it needs room that is free.
+    tiers.remove("j")
+    assert tiers.put("a", at="b") == [STORED]
+    (block,) = tiers.blocks("a")
+    assert block.parent_key == key_of("b")
+    assert tiers.namespace.ssd is not None
+    assert tiers.namespace.ssd.tree.blocks[key_of("b")].parent_key == key_of("a"), "a circle through both tiers"
     tiers.executor.apply(SsdChanged(writable=True))
     tiers.settle()
-    tiers.put("a", at="b")
+    tiers.executor.apply(PersistWanted(tiers.namespace.id, [key_of("a")]))
+    assert [one for one in tiers.executor.last if isinstance(one, Demote)], "it is written below"
+    tiers.settle()
+    assert "a" not in tiers.below(), "where it would close the circle"
     for _ in range(6):
         tiers.executor.apply(SlotWanted(SESSION, 4 * PAGE_BYTES))
         tiers.settle()
