@@ -11,10 +11,12 @@ from kvstore.protocol.statistics import (
     LookupStats,
     NamespaceStats,
     PutStats,
+    RetentionStats,
     ServerStats,
     SessionStats,
     SlotClassStats,
     SsdStats,
+    TenantStats,
 )
 
 MIB = 1 << 20
@@ -157,6 +159,41 @@ def sample_curve(*, ssd: bool = False) -> CurveStats:
         hot_share=0.04,
         memory_bytes=5 << 20,
     )
+
+
+def sample_retention() -> RetentionStats:
+    """Of a daemon whose clients retain and lease much."""
+    return RetentionStats(
+        budget_bytes=2 << 30,
+        retained_blocks=1_200,
+        retained_bytes=1 << 30,
+        low_blocks=40,
+        waiting_blocks=7,
+        over_budget_blocks=300,
+        gave_way_blocks=5,
+        ended_blocks=900,
+        dropped_blocks=60,
+        lease_limit_bytes=4 << 30,
+        leased_bytes=1 << 30,
+        leases_cut=3,
+        leases_refused=2,
+    )
+
+
+def sample_tenants() -> list[TenantStats]:
+    """One that is nearly full in memory, and one with a quota on the SSD only."""
+    archive = TenantStats(
+        name="archive",
+        used_bytes=5 * MIB,
+        limit_bytes=0,
+        evicted_blocks=0,
+        refused_puts=0,
+        ssd_used_bytes=10 << 30,
+        ssd_limit_bytes=40 << 30,
+        ssd_evicted_blocks=11,
+    )
+    chat = TenantStats(name="chat", used_bytes=900 * MIB, limit_bytes=1000 * MIB, evicted_blocks=70, refused_puts=4)
+    return [archive, chat]
 
 
 def sample_ssd() -> SsdStats:

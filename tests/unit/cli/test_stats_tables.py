@@ -5,7 +5,7 @@ import os
 
 import pytest
 from rich.console import Console, RenderableType
-from sample_stats import sample_ssd, sample_stats
+from sample_stats import sample_retention, sample_ssd, sample_stats, sample_tenants
 
 from kvstore.cli.stats_tables import stats_tables, waiting
 from kvstore.protocol.statistics import NamespaceStats, SlotClassStats
@@ -51,6 +51,34 @@ def test_stats_show_an_ssd_tier_where_there_is_one() -> None:
     assert {"not kept", "not loaded"} <= {line[:12].strip() for line in text}
     assert (told["damaged"], told["errors"]) == ("1 records", "2 reads, 3 writes")
     assert not any("SSD" in line or line.startswith("ssd") for line in lines(stats_tables(sample_stats())))
+
+
+def test_stats_show_retention_and_quotas_where_they_are_used() -> None:
+    stats = sample_stats()
+    stats.retention, stats.tenants = sample_retention(), sample_tenants()
+    text = lines(stats_tables(stats))
+    told = {line.split(maxsplit=1)[0]: line.split(maxsplit=1)[1] for line in text if len(line.split()) > 1}
+    assert told["retained"] == "1,200 blocks, 1.0 GiB of 2.0 GiB (50.0 %)"
+    assert told["leased"] == "1.0 GiB of 4.0 GiB (25.0 %)"
+    assert told["others"] == "40 of low priority, 7 not in DRAM now"
+    assert told["lost"] == "300 over the budget, 5 for room"
+    assert told["over"] == "900 normal again, 60 dropped"
+    assert told["leases"] == "3 cut short, 2 refused"
+    assert row(text, "chat")[1:6] == ["dram", "900.0", "MiB", "1000.0", "MiB"]
+    assert row(text, "chat")[-3:] == ["%", "70", "4"]
+    assert row(text, "archive")[1] == "ssd"
+    assert row(text, "archive")[-2:] == ["%", "11"]
+    at = [text.index(line) for line in text if line.split()[:1] in (["chat"], ["archive"])]
+    assert text[at[0]].split()[0] == "chat", "those nearest to their limits come first"
+
+
+def test_stats_say_nothing_of_retention_and_quotas_where_nobody_uses_them() -> None:
+    stats = sample_stats()
+    stats.retention = sample_retention()
+    for name in stats.retention.__struct_fields__:
+        setattr(stats.retention, name, 1 << 30 if name in ("budget_bytes", "lease_limit_bytes") else 0)
+    text = lines(stats_tables(stats))
+    assert not any(line.startswith(("Retention", "Quotas")) for line in text)
 
 
 @pytest.mark.parametrize(("state", "problem"), [("read-only", "no space is left"), ("off", "")])

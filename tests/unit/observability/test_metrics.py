@@ -4,7 +4,7 @@ import re
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from sample_stats import MIB, sample_stats
+from sample_stats import MIB, sample_retention, sample_stats, sample_tenants
 
 from kvstore.observability.metrics import MAX_NAMESPACE_LABELS, make_registry, render_metrics
 from kvstore.protocol.statistics import DaemonStats
@@ -58,6 +58,21 @@ def test_metrics_of_an_ssd_tier_hold_each_of_its_numbers() -> None:
         setattr(stats.ssd, name, 1_000_001 + at)
     told = [value for (name, _), value in scrape(stats).items() if name.startswith("kvstore_ssd")]
     assert sorted(value for value in told if value > 1) == [1_000_001 + at for at in range(len(numbers))]
+
+
+def test_metrics_of_retention_and_quotas_hold_their_numbers() -> None:
+    stats = sample_stats()
+    stats.retention, stats.tenants = sample_retention(), sample_tenants()
+    samples = scrape(stats)
+    assert samples["kvstore_retained_bytes", ()] == samples["kvstore_leased_bytes", ()] == 1 << 30
+    assert samples["kvstore_lease_limit_bytes", ()] == 4 << 30
+    ends = {labels[0][1]: value for (name, labels), value in samples.items() if name == "kvstore_retention_ends_total"}
+    assert ends == {"budget": 300, "room": 5, "time": 900, "dropped": 60}
+    assert samples["kvstore_leases_limited_total", (("answer", "refused"),)] == 2
+    assert samples["kvstore_tenant_used_bytes", (("tenant", "chat"),)] == 900 * MIB
+    assert samples["kvstore_tenant_quota_bytes", (("tenant", "archive"),)] == 0
+    assert samples["kvstore_tenant_ssd_used_bytes", (("tenant", "archive"),)] == 10 << 30
+    assert samples["kvstore_tenant_refused_puts_total", (("tenant", "chat"),)] == 4
 
 
 def test_metrics_of_the_curve_are_its_hit_ratios() -> None:
