@@ -2,8 +2,9 @@
 
 Baseline: an LRU on an ``OrderedDict`` in the same run, with the same requests: it counts the leading blocks that are
 there, then moves or inserts each block of the request, deepest first, and evicts (``move_to_end``, ``popitem``). The
-simulator's blocks, their tree and their dict are part of what is measured for policies. Time is the process's own, and
-policies take turns, so that what else the machine does disturbs all alike. Prints one JSON object.
+simulator's blocks, their tree and their dict are part of what is measured for policies; the row ``simulator`` is a run
+of it that was told LRU's victims beforehand, and ``own_us`` of a policy is what it takes beyond that. Time is the
+process's own, and policies take turns, so that what else the machine does disturbs all alike. Prints one JSON object.
 
 Usage: ``python benchmarks/policy_cost.py [--trace FILE] [--capacity-blocks N] [--policies a,b] [--repeat N]``
 """
@@ -26,12 +27,16 @@ import msgspec
 
 from kvstore.cli.bench.machine import machine_facts
 from kvstore.errors import InvalidArgument
+from kvstore.policy.base import Evictable
+from kvstore.policy.lru import Lru
 from kvstore.policy.registry import POLICIES, SIMULATED
 from kvstore.simulator.arrivals import Arrival, full_block_arrivals
-from kvstore.simulator.prefix import simulate
+from kvstore.simulator.block import SimulatedBlock
+from kvstore.simulator.prefix import PrefixCache, simulate
 from kvstore.simulator.trace import read_trace
 
 BASELINE = "ordered_dict_lru"
+SIMULATOR = "simulator"
 LIMITS = {"lru": 1 / 3, "adaptive": 1 / 25}
 
 
@@ -67,6 +72,53 @@ def ordered_dict_hits(arrivals: Sequence[Arrival], capacity_blocks: int) -> list
     return hits
 
 
+class _Told:
+    """A policy that decides nothing: it has a list of victims."""
+
+    name = "told"
+
+    def __init__(self, victims: Sequence[int | None]) -> None:
+        self._victims = iter(victims)
+        self.resident: dict[int, SimulatedBlock] = {}
+
+    def insert(self, block: Evictable, access: int) -> None:
+        pass
+
+    def touch(self, deepest: Evictable, hits: int, access: int) -> None:
+        pass
+
+    def discard(self, block: Evictable, *, evicted: bool = False) -> None:
+        pass
+
+    def released(self, block: Evictable) -> None:
+        pass
+
+    def next_victim(self, before: int | None = None) -> Evictable | None:
+        key = next(self._victims)
+        return None if key is None else self.resident[key]
+
+
+class _Telling(Lru):
+    """LRU that notes its victims."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.victims: list[int | None] = []
+
+    def next_victim(self, before: int | None = None) -> Evictable | None:
+        victim = super().next_victim(before)
+        self.victims.append(None if victim is None else victim.key)
+        return victim
+
+
+def _told_hits(arrivals: Sequence[Arrival], capacity_blocks: int, victims: Sequence[int | None]) -> list[int]:
+    """The simulator, without a policy to wait for."""
+    told = _Told(victims)
+    cache = PrefixCache(told, capacity_blocks)
+    told.resident = cache.resident
+    return [cache.request(ids, access) if ids else 0 for access, (_, ids) in enumerate(arrivals, 1)]
+
+
 def _seconds(action: Callable[[], object]) -> float:
     gc.collect()
     begin = time.process_time()
@@ -82,13 +134,19 @@ def measure(
     rows: list[dict[str, object]] = []
     for capacity_blocks in capacities:
         actions: dict[str, Callable[[], object]] = {BASELINE: partial(ordered_dict_hits, arrivals, capacity_blocks)}
+        telling = _Telling()
+        cache = PrefixCache(telling, capacity_blocks)
+        hits = [cache.request(ids, access) if ids else 0 for access, (_, ids) in enumerate(arrivals, 1)]
+        if hits != _told_hits(arrivals, capacity_blocks, telling.victims):
+            raise AssertionError("the simulator hits otherwise when it is told the victims")
+        actions[SIMULATOR] = partial(_told_hits, arrivals, capacity_blocks, telling.victims)
         for policy in policies:
             actions[policy] = partial(simulate, arrivals, policy, capacity_blocks)
         seconds: dict[str, list[float]] = {name: [] for name in actions}
         for _ in range(repeat):
             for name, action in actions.items():
                 seconds[name].append(_seconds(action))
-        baseline_us = statistics.median(seconds[BASELINE]) / blocks * 1e6
+        baseline_us, simulator_us = (statistics.median(seconds[name]) / blocks * 1e6 for name in (BASELINE, SIMULATOR))
         for name, told in seconds.items():
             median_us = statistics.median(told) / blocks * 1e6
             row: dict[str, object] = {
@@ -99,6 +157,8 @@ def measure(
                 "baseline_median_us": round(baseline_us, 3),
                 "ratio": round(baseline_us / median_us, 4),
             }
+            if name not in (BASELINE, SIMULATOR):
+                row["own_us"] = round(median_us - simulator_us, 3)
             if name in LIMITS:
                 row["limit"] = round(LIMITS[name], 4)
             rows.append(row)

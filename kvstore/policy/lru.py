@@ -5,12 +5,13 @@ oldest; among blocks of one request the deepest. A block's use is a use of its a
 than its child: a block that leaves hands its access number up to its parent, and a request costs one touch, of its
 deepest block.
 
-Structure: one group of blocks an access number, and a heap of the numbers. Only a block that may be chosen needs a
-place in a group; one with children or leases is parked with its number when the front reaches it, and comes back when
-the last child or lease is gone. Entries left behind in groups are recognised by the block's ``access`` and thrown out
-when more than half of a group is stale, as are the numbers of empty groups. The order by depth is settled by one sort
-when the group reaches the front. See also O'Neil et al., "The LRU-K page replacement algorithm" (1993) for the
-family; the tail-first rule is this project's.
+Structure: one group of blocks an access number, and a heap of the numbers. Victims come from the first group, the
+*front*, until it has none; most others leave from its end and come to the end of the newest, which is all that is done
+for them. Only a block that may be chosen needs a place in a group; one with children or leases is parked with its
+number when the front reaches it, and comes back when the last child or lease is gone. Entries left behind in groups are
+recognised by the block's ``access`` and thrown out when more than half of a group is stale, as are the numbers of empty
+groups. The order by depth is settled by one sort when the group reaches the front. See also O'Neil et al., "The LRU-K
+page replacement algorithm" (1993) for the family; the tail-first rule is this project's.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import heapq
 from bisect import insort_right
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Final
 
 from kvstore.policy.base import Evictable, PolicyContext
@@ -30,20 +32,26 @@ _PARKED: Final = -2
 _COMPACT_FROM: Final = 8
 _COMPACT_NUMBERS_FROM: Final = 64
 
+_depth: Final = attrgetter("depth")
+
 
 class _Group:
-    """Blocks of one access number. ``sorted_at``: value of ``Lru._deepened`` at the last sort by depth, -1 for none."""
+    """Blocks of one access number.
 
-    __slots__ = ("blocks", "live", "sorted_at")
+    Attributes:
+        number: the access number.
+        blocks: its blocks, and entries of others that left.
+        stale: those entries. A block that came back may stand in the list twice; one of them counts as stale.
+        sorted_at: value of ``Lru._deepened`` at the last sort by depth, -1 for none.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("blocks", "number", "sorted_at", "stale")
+
+    def __init__(self, number: int) -> None:
+        self.number = number
         self.blocks: list[Evictable] = []
-        self.live = 0
+        self.stale = 0
         self.sorted_at = -1
-
-
-def _depth(block: Evictable) -> int:
-    return block.depth
 
 
 class Lru:
@@ -56,14 +64,22 @@ class Lru:
         self._numbers: list[int] = []
         self._held = 0
         self._deepened = 0
+        # Shortcuts to groups: the first one, sorted, if it is known, and the one that was made last.
+        self._front: _Group | None = None
+        self._newest: _Group | None = None
 
     def insert(self, block: Evictable, access: int) -> None:
         """See ``EvictionPolicy``."""
         self._held += 1
+        newest = self._newest
         if block.children:
             # It adopted orphans: they, and all below them, are deeper now than they were.
             self._deepened += 1
+            self._front = None
             block.access = _PARKED - access
+        elif newest is not None and newest.number == access and newest.sorted_at < 0:
+            newest.blocks.append(block)
+            block.access = access
         else:
             self._enter(block, access)
 
@@ -84,13 +100,16 @@ class Lru:
         """See ``EvictionPolicy``."""
         self._held -= 1
         number = block.access
+        parent = block.parent
+        front = self._front
+        if front is not None and front.number == number and (parent is None or parent.access >= number):
+            blocks = front.blocks
+            if blocks[-1] is block:
+                del blocks[-1]
+                block.access = _GONE
+                return
         if number < 0:
             number = _PARKED - number
-        else:
-            blocks = self._groups[number].blocks
-            if blocks[-1] is block:
-                blocks.pop()
-        parent = block.parent
         if parent is not None:
             # Before the block leaves its group, because the parent often takes its place there.
             self._hand_up(parent, number)
@@ -132,19 +151,33 @@ class Lru:
 
     def next_victim(self, before: int | None = None) -> Evictable | None:
         """See ``EvictionPolicy``."""
-        while self._numbers:
-            number = self._numbers[0]
+        front = self._front
+        if front is not None and front.blocks:
+            block = front.blocks[-1]
+            number = front.number
+            if block.access == number and not block.children and not block.leases:
+                return block if before is None or number < before else None
+        return self._search(before)
+
+    def _search(self, before: int | None) -> Evictable | None:
+        numbers, groups = self._numbers, self._groups
+        self._front = None
+        while numbers:
+            number = numbers[0]
             if before is not None and number >= before:
                 return None
-            group = self._groups.get(number)
-            victim = None if group is None else self._victim_of(group, number)
-            if victim is not None:
-                return victim
-            heapq.heappop(self._numbers)
+            group = groups.get(number)
+            if group is not None:
+                victim = self._victim_of(group)
+                if victim is not None:
+                    self._front = group
+                    return victim
+                self._drop(group)
+            heapq.heappop(numbers)
         return None
 
-    def _victim_of(self, group: _Group, number: int) -> Evictable | None:
-        blocks = group.blocks
+    def _victim_of(self, group: _Group) -> Evictable | None:
+        blocks, number = group.blocks, group.number
         if group.sorted_at != self._deepened:
             blocks.sort(key=_depth)
             group.sorted_at = self._deepened
@@ -154,9 +187,9 @@ class Lru:
                 if not block.children and not block.leases:
                     return block
                 block.access = _PARKED - number
-                group.live -= 1
+            else:
+                group.stale -= 1
             blocks.pop()
-        del self._groups[number]
         return None
 
     def _hand_up(self, parent: Evictable, number: int) -> None:
@@ -176,26 +209,40 @@ class Lru:
     def _enter(self, block: Evictable, number: int) -> None:
         group = self._groups.get(number)
         if group is None:
-            if len(self._numbers) > _COMPACT_NUMBERS_FROM + 2 * len(self._groups):
-                self._numbers = sorted(self._groups)
-            group = self._groups[number] = _Group()
-            heapq.heappush(self._numbers, number)
+            numbers = self._numbers
+            if len(numbers) > _COMPACT_NUMBERS_FROM + 2 * len(self._groups):
+                numbers[:] = sorted(self._groups)
+            group = self._groups[number] = self._newest = _Group(number)
+            heapq.heappush(numbers, number)
+            if self._front is not None and number < self._front.number:
+                self._front = None
         blocks = group.blocks
         if blocks and group.sorted_at == self._deepened and block.depth < blocks[-1].depth:
             insort_right(blocks, block, key=_depth)
         else:
             blocks.append(block)
-        group.live += 1
         block.access = number
 
     def _leave(self, block: Evictable) -> None:
         """Take a block out of its group; the caller gives it another mark."""
         number = block.access
         group = self._groups[number]
-        group.live -= 1
+        blocks = group.blocks
         block.access = _GONE
-        if not group.live:
-            del self._groups[number]
-        elif len(group.blocks) > _COMPACT_FROM and group.live * 2 < len(group.blocks):
-            # A block that came back may stand in the list twice.
-            group.blocks[:] = dict.fromkeys(other for other in group.blocks if other.access == number)
+        if blocks[-1] is block:
+            del blocks[-1]
+        else:
+            group.stale += 1
+        if group.stale == len(blocks):
+            self._drop(group)
+        elif len(blocks) > _COMPACT_FROM and group.stale * 2 > len(blocks):
+            blocks[:] = dict.fromkeys(other for other in blocks if other.access == number)
+            group.stale = 0
+
+    def _drop(self, group: _Group) -> None:
+        """Forget a group of which nothing is left; its number is thrown out later."""
+        del self._groups[group.number]
+        if self._front is group:
+            self._front = None
+        if self._newest is group:
+            self._newest = None

@@ -23,13 +23,34 @@ class SimulatedBlock:
     __slots__ = ("access", "children", "depth", "key", "leases", "parent")
     slot_bytes = PAGE_BYTES
 
-    def __init__(self, key: int, parent: SimulatedBlock | None) -> None:
+    def __init__(self, key: int, parent: SimulatedBlock | None, depth: int) -> None:
         self.key = key
         self.parent = parent
-        self.depth: int = 0 if parent is None else parent.depth + 1
-        self.children: set[SimulatedBlock] | None = None
+        self.depth = depth
+        # Most have one child, which takes no set.
+        self.children: set[SimulatedBlock] | tuple[SimulatedBlock] | None = None
         self.leases = 0
         self.access = -1
+
+    def adopt(self, child: SimulatedBlock) -> None:
+        """Link a child. Precondition: its parent is this block."""
+        children = self.children
+        if children is None:
+            self.children = (child,)
+        elif len(children) == 1:
+            self.children = {*children, child}
+        else:
+            children.add(child)
+
+    def part_from(self, child: SimulatedBlock) -> None:
+        """Unlink a child, which has no parent any more."""
+        children = self.children
+        assert children is not None
+        if len(children) == 1:
+            self.children = None
+        else:
+            children.discard(child)
+        child.parent = None
 
 
 class TraceClock:

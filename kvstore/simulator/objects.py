@@ -48,7 +48,7 @@ def simulate_objects(
                 assert isinstance(victim, SimulatedBlock)
                 discard(victim, evicted=True)
                 del resident[victim.key]
-            block = resident[key] = SimulatedBlock(key, None)
+            block = resident[key] = SimulatedBlock(key, None, 0)
             insert(block, access)
         hits.append(hit)
         if progress is not None and not done % PROGRESS_REQUESTS:

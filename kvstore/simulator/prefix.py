@@ -2,7 +2,8 @@
 
 The policy is called as the daemon calls it: one ``touch`` of the deepest block found, then for each missing block,
 parents first, one victim leaves if there is no room, and the block is inserted, linked to its parent. Where nothing may
-leave, the request's tail leaves again when all of it is there.
+leave, the request's tail leaves again when all of it is there. The loop is written out, without calls of its own: it is
+run for every block of a trace, and policies are called as often as it can bear.
 """
 
 from __future__ import annotations
@@ -47,72 +48,89 @@ def simulate(
 class PrefixCache:
     """Resident blocks and the policy that chooses among them.
 
+    The object of a block that left comes again as another block's: it is by its key that a policy knows one again.
+
     Attributes:
         resident: blocks by id. A block's parent is always resident.
-        evicted: blocks that left so far.
     """
 
-    __slots__ = ("_capacity_blocks", "_policy", "evicted", "resident")
+    __slots__ = ("_capacity_blocks", "_policy", "resident")
 
     def __init__(self, policy: EvictionPolicy, capacity_blocks: int) -> None:
         self._policy = policy
         self._capacity_blocks = capacity_blocks
         self.resident: dict[int, SimulatedBlock] = {}
-        self.evicted = 0
 
     def request(self, ids: tuple[int, ...], access: int) -> int:
         """One request for blocks, at least one; the number of leading ones that were resident."""
-        resident = self.resident
+        resident, policy = self.resident, self._policy
         # Leaves only leave, so what is resident of a path is its beginning.
         found = len(ids) if ids[-1] in resident else bisect_left(ids, True, key=lambda block: block not in resident)
         parent: SimulatedBlock | None = None
-        policy = self._policy
         if found:
             parent = resident[ids[found - 1]]
             policy.touch(parent, found, access)
             if found == len(ids):
                 return found
-        insert, capacity_blocks = policy.insert, self._capacity_blocks
-        for key in ids[found:] if found else ids:
-            if len(resident) >= capacity_blocks:
-                self._make_way(parent, access)
-            block = resident[key] = SimulatedBlock(key, parent)
-            if parent is not None:
-                if parent.children is None:
-                    parent.children = {block}
+        insert, next_victim, discard = policy.insert, policy.next_victim, policy.discard
+        released = policy.released
+        free = self._capacity_blocks - len(resident)
+        victim: SimulatedBlock | None
+        for depth, key in enumerate(ids[found:] if found else ids, found):
+            if free > 0:
+                free -= 1
+                block = SimulatedBlock(key, parent, depth)
+            else:
+                # Until it has this child the parent must not leave.
+                leaf = None if parent is None or parent.children else parent
+                if leaf is not None:
+                    leaf.leases = 1
+                # A policy gives back what it was given.
+                victim = next_victim(access)  # type: ignore[assignment]
+                if victim is None:
+                    free -= 1
+                    block = SimulatedBlock(key, parent, depth)
                 else:
-                    parent.children.add(block)
+                    discard(victim, evicted=True)
+                    del resident[victim.key]
+                    above = victim.parent
+                    if above is not None:
+                        children = above.children
+                        if len(children) == 1:  # type: ignore[arg-type]
+                            above.children = None
+                        else:
+                            children.discard(victim)  # type: ignore[union-attr]
+                    # What left comes again as the next block: to make one takes as long as many a policy does.
+                    block = victim
+                    block.key = key
+                    block.parent = parent
+                    block.depth = depth
+                if leaf is not None:
+                    leaf.leases = 0
+                    released(leaf)
+            resident[key] = block
+            if parent is not None:
+                children = parent.children
+                if children is None:
+                    parent.children = (block,)
+                elif len(children) == 1:
+                    parent.children = {*children, block}
+                else:
+                    children.add(block)
             insert(block, access)
             parent = block
-        while len(resident) > capacity_blocks:
-            # A path that is longer than what may leave for it loses its tail again.
-            if not self._evict():
-                break
+        if free < 0:
+            self._shorten()
         return found
 
-    def _make_way(self, parent: SimulatedBlock | None, access: int) -> None:
-        """Make room for one block behind ``parent``, if anything may leave."""
-        if parent is None or parent.children:
-            self._evict(access)
-            return
-        # Until it has this child it must not leave.
-        parent.leases = 1
-        self._evict(access)
-        parent.leases = 0
-        self._policy.released(parent)
-
-    def _evict(self, before: int | None = None) -> bool:
-        policy = self._policy
-        victim = policy.next_victim(before)
-        if victim is None:
-            return False
-        policy.discard(victim, evicted=True)
-        # A policy gives back what it was given.
-        block: SimulatedBlock = victim  # type: ignore[assignment]
-        del self.resident[block.key]
-        above = block.parent
-        if above is not None:
-            above.children.discard(block)  # type: ignore[union-attr]
-            block.parent = None
-        self.evicted += 1
-        return True
+    def _shorten(self) -> None:
+        """A path that is longer than what may leave for it loses its tail again."""
+        policy, resident = self._policy, self.resident
+        while len(resident) > self._capacity_blocks:
+            victim: SimulatedBlock | None = policy.next_victim()  # type: ignore[assignment]
+            if victim is None:
+                break
+            policy.discard(victim, evicted=True)
+            del resident[victim.key]
+            if victim.parent is not None:
+                victim.parent.part_from(victim)

@@ -100,17 +100,16 @@ class _Below:
         if len(self.resident) >= self._capacity_blocks and not self._evict():
             return
         parent = None if parent_key is None else self.resident.get(parent_key)
-        block = SimulatedBlock(key, parent)
-        block.depth = depth
+        block = SimulatedBlock(key, parent, depth)
         if parent is not None:
-            _adopt(parent, block)
+            parent.adopt(block)
         elif parent_key is not None:
             self._orphans.setdefault(parent_key, {})[block] = None
             self._parent_of[key] = parent_key
         for child in self._orphans.pop(key, ()):
             child.parent = block
             del self._parent_of[child.key]
-            _adopt(block, child)
+            block.adopt(child)
         self.resident[key] = block
         self.written += 1
         self._policy.insert(block, access)
@@ -123,9 +122,7 @@ class _Below:
         assert isinstance(victim, SimulatedBlock)
         del self.resident[victim.key]
         if victim.parent is not None:
-            assert victim.parent.children is not None
-            victim.parent.children.discard(victim)
-            victim.parent = None
+            victim.parent.part_from(victim)
         parent_key = self._parent_of.pop(victim.key, None)
         if parent_key is not None:
             siblings = self._orphans[parent_key]
@@ -162,13 +159,13 @@ class _Above:
         if here:
             parent = resident[ids[here - 1]]
             policy.touch(parent, here, access)
-        for key in ids[here:]:
-            block = SimulatedBlock(key, parent)
+        for depth, key in enumerate(ids[here:], here):
+            block = SimulatedBlock(key, parent, depth)
             if parent is not None:
-                _adopt(parent, block)
+                parent.adopt(block)
             if len(resident) >= self._capacity_blocks and not self._evict():
-                if parent is not None and parent.children is not None:
-                    parent.children.discard(block)
+                if parent is not None:
+                    parent.part_from(block)
                     policy.released(parent)
                 break
             resident[key] = block
@@ -186,15 +183,6 @@ class _Above:
         del self.resident[victim.key]
         parent = victim.parent
         if parent is not None:
-            assert parent.children is not None
-            parent.children.discard(victim)
-            victim.parent = None
+            parent.part_from(victim)
         self._below.write(victim.key, None if parent is None else parent.key, victim.depth, used)
         return True
-
-
-def _adopt(parent: SimulatedBlock, child: SimulatedBlock) -> None:
-    if parent.children is None:
-        parent.children = {child}
-    else:
-        parent.children.add(child)

@@ -9,6 +9,7 @@ from itertools import takewhile
 from pathlib import Path
 
 import pytest
+from doc_tables import tables
 from synthetic_trace import lru_hits, synthetic_requests
 
 from kvstore.errors import InvalidArgument
@@ -119,16 +120,46 @@ WIDER = {("w-tinylfu", 1000): 0.8}
 """A path of up to 246 blocks enters whole where the reference keeps the 10 last of it."""
 
 
+@cache
+def documented() -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]]]:
+    """The two tables of docs/eviction.md: of the whole trace, and of its second half."""
+    whole, second_half = (table for table in tables("eviction.md") if table.heading == "Measured")
+    assert [int(column.replace(",", "")) for column in whole.columns[1:]] == list(CAPACITIES)
+    assert whole.columns == second_half.columns
+    by_policy = [
+        {row["capacity"].strip("`*"): tuple(row[column] for column in table.columns[1:]) for row in table.rows}
+        for table in (whole, second_half)
+    ]
+    return by_policy[0], by_policy[1]
+
+
+def test_eviction_doc_has_all_policies_near_the_reference():
+    whole, second_half = documented()
+    assert whole.keys() == second_half.keys()
+    assert whole.keys() - {"adaptive"} == {*SIMULATED, "opt"} - {"adaptive"}
+    for policy, expected in REFERENCE.items():
+        for percent, reference in zip(whole[policy], expected, strict=True):
+            if policy in EXACT:
+                assert percent == f"{reference:.2f}"
+            else:
+                assert float(percent) == pytest.approx(reference, abs=0.8)
+
+
 @needs_trace
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", REFERENCE)
-def test_simulate_conversation_trace_has_the_hit_rates_of_the_reference(policy: str):
-    for capacity_blocks, expected in zip(CAPACITIES, REFERENCE[policy], strict=True):
+@pytest.mark.parametrize("policy", [*REFERENCE, "fifo"])
+def test_simulate_conversation_trace_has_the_hit_rates_of_docs_and_reference(policy: str):
+    reference = REFERENCE.get(policy, (None,) * len(CAPACITIES))
+    for place, (capacity_blocks, expected) in enumerate(zip(CAPACITIES, reference, strict=True)):
         if policy == "opt":
             outcome = simulate_clairvoyant(conversation(), capacity_blocks)
         else:
             outcome = simulate(conversation(), policy, capacity_blocks)
         percent = 100 * outcome.hit_rate
+        assert f"{percent:.2f}" == documented()[0][policy][place]
+        assert f"{100 * outcome.hit_rate_second_half:.2f}" == documented()[1][policy][place]
+        if expected is None:
+            continue
         if policy in EXACT:
             assert f"{percent:.2f}" == f"{expected:.2f}"
         else:
