@@ -15,7 +15,7 @@ from kvstore.protocol.statistics import RetentionStats, TenantStats
 __all__ = ["quota_table", "retention_facts"]
 
 _MOST_ROWS: Final = 16
-_BAR_CELLS: Final = 16
+_BAR_CELLS: Final = 8
 
 
 def retention_facts(retention: RetentionStats | None) -> Table | None:

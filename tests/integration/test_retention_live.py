@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
 from client_adapter import CLIENTS, AnyClient
 from daemon_process import DaemonProcess, wait_until
+from forked_daemons import Nursery
 from raw_peer import RawPeer
+from ssd_daemon import SLOT_BYTES, SsdDaemon, found_blocks, key_of, put_durable
 
 from kvstore.errors import ErrorCode
 from kvstore.protocol.keys import ROOT_KEY
@@ -213,12 +216,40 @@ def test_older_client_is_told_a_reason_that_it_knows(daemon: DaemonProcess):
     assert answers == {4: (PutStatus.REJECTED, Reason.NO_ROOM), 5: (PutStatus.REJECTED, Reason.QUOTA)}
 
 
-def test_retentions_are_lost_with_the_daemon():
-    with (
-        DaemonProcess("--slab", "128KiB", capacity="1MiB", grant="512KiB") as daemon,
-        CLIENTS["sync"](daemon.endpoint) as client,
-    ):
-        client.put(keys_of("x", 1)[0], DATA)
-        assert client.retain(keys_of("x", 1)) == 1
-        daemon.restart()
-        assert retention(client).retained_blocks == 0
+def test_quota_retention_and_hints_over_an_ssd(tmp_path: Path):
+    quota_bytes = 40 * SLOT_BYTES
+    settings = ("--set", f"quota.ssd_tenants=chat={quota_bytes}", "--set", "retention.hint_s=60")
+    with Nursery() as nursery, SsdDaemon(nursery, tmp_path, *settings) as daemon:
+        with daemon.client() as client, daemon.client(namespace="chat") as tenant:
+            put_durable(client, range(32))
+            put_durable(tenant, range(64))
+            stats = chat(tenant)
+            assert stats.ssd_used_bytes <= stats.ssd_limit_bytes == quota_bytes
+            assert stats.ssd_evicted_blocks >= 24
+            put_durable(client, range(100, 180))
+            assert found_blocks(client, range(32)) == list(range(32)), "nobody else's blocks left the SSD"
+
+            # A chain that memory does not hold any more is retained where it is, and when it comes up.
+            put_durable(client, range(200, 280))
+            chain = [key_of(number) for number in range(8)]
+            assert client.retain(chain, priority=90, ttl_s=300) == 8
+            waiting = retention(client).waiting_blocks
+            assert waiting > 0, "some of it is on the SSD only"
+            assert client.hint(chain) == 8
+            assert client.prefetch(chain, wait=True) == 8
+            assert (retention(client).retained_blocks, retention(client).waiting_blocks) == (8, 0)
+            put_durable(client, range(300, 380))
+            assert client.match(chain).tiers == ["dram"] * 8
+
+            # A time to live counts in both tiers.
+            short = [key_of(number) for number in range(16, 24)]
+            assert client.retain(short, priority=50, ttl_s=0.5, drop=True) == 8
+            wait_until(lambda: not any(client.exists(short)), 10.0, 0.1)
+            assert retention(client).dropped_blocks == 8
+            with daemon.client() as other:
+                assert len(other.match(short)) == 0
+            assert client.verify().problems == []
+        daemon.restarted()
+        with daemon.client() as client:
+            assert len(client.match(chain)) == 8, "the blocks outlive the daemon, what was said of them does not"
+            assert retention(client).retained_blocks + retention(client).waiting_blocks == 0
