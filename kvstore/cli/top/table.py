@@ -10,9 +10,12 @@ from textual.content import Content
 
 from kvstore.cli.top.frame import Order
 
-__all__ = ["Column", "Table", "matching"]
+__all__ = ["MOST_ROWS", "Column", "Table", "matching"]
 
 R = TypeVar("R")
+
+MOST_ROWS: Final = 200
+"""Rows that are drawn: more would make each frame slow, and nobody scrolls that far."""
 
 _GAP: Final = 2
 _LEAST_TEXT_CELLS: Final = 18
@@ -66,16 +69,18 @@ class Table(Generic[R]):
                 return sorted(rows, key=column.key, reverse=column.ascending == order.reverse)
         return list(rows)
 
-    def lines(self, rows: Sequence[R], width: int, order: Order | None, *, most: int | None = None) -> list[Content]:
-        """The heading, then a line a row, sorted; each at most ``width`` cells."""
+    def lines(self, rows: Sequence[R], width: int, order: Order | None) -> list[Content]:
+        """The heading, then a line a row, sorted; each at most ``width`` cells. Of very many rows the first ones."""
         order = order or self.order
-        ordered = self.sorted(rows, order)[:most]
+        ordered = self.sorted(rows, order)[:MOST_ROWS]
         cells = [[self._cell(column, row) for column in self.columns] for row in ordered]
         headings = [self._heading(column, order) for column in self.columns]
         widths = [max([len(heading), *(line[at].cell_length for line in cells)]) for at, heading in enumerate(headings)]
         shown = self._fitting(widths, width)
         lines = [self._line([Content.styled(heading, "$faint") for heading in headings], widths, shown)]
         lines += [self._line(line, widths, shown) for line in cells]
+        if len(rows) > MOST_ROWS:
+            lines.append(Content.styled(f"{len(rows) - MOST_ROWS:,} more; / filters", "$faint"))
         return [line.truncate(width) if line.cell_length > width else line for line in lines]
 
     def _heading(self, column: Column[R], order: Order) -> str:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kvstore.cli.top.arrangement import Need, arrange
 from kvstore.cli.top.charts import Segment, bar, columns, nice_bucket_s, segment_cells, slim, sparkline, stacked
 from kvstore.cli.top.frame import Order
-from kvstore.cli.top.table import Column, Table
+from kvstore.cli.top.table import MOST_ROWS, Column, Table
 from kvstore.cli.top.text import cut, plain
 
 ABOVE = {"hits": Need("hits", 5, 22), "traffic": Need("traffic", 5, 9), "tiers": Need("tiers", 2, 4)}
@@ -100,6 +100,13 @@ def test_table_without_room_drops_columns_then_cuts_names() -> None:
     for width in range(1, 70):
         assert all(one.cell_length <= width for one in TABLE.lines(ROWS, width, None))
     assert "long name of some…" in TABLE.lines(ROWS, 26, None)[-1].plain
+
+
+def test_table_of_very_many_rows_draws_the_first_and_says_so() -> None:
+    lines = TABLE.lines([("name", number) for number in range(MOST_ROWS + 50)], 60, None)
+    assert len(lines) == 1 + MOST_ROWS + 1
+    assert lines[1].plain.split()[1] == str(MOST_ROWS + 49)
+    assert lines[-1].plain == "50 more; / filters"
 
 
 def test_text_from_elsewhere_loses_what_terminals_act_on() -> None:
