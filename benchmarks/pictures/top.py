@@ -22,10 +22,12 @@ from kvstore.cli.top.app import TopApp
 
 LOAD = Path(__file__).with_name("top_load.py")
 CLIENTS = (
-    ("--requests-per-s", "24", "--seed", "1"),
-    ("--requests-per-s", "9", "--seed", "2", "--model", "Qwen/Qwen3-32B", "--codec", "fp8", "--block-bytes", "49152"),
-    ("--requests-per-s", "3", "--seed", "3", "--socket", "--model", "mistralai/Mistral-7B-v0.3"),
+    "--requests-per-s 14 --seed 1",
+    "--requests-per-s 9 --seed 4",
+    "--requests-per-s 8 --seed 2 --tenant agents --model Qwen/Qwen3-32B --codec fp8 --block-bytes 49152",
+    "--requests-per-s 3 --seed 3 --tenant batch --socket --model mistralai/Mistral-7B-v0.3",
 )
+SETTINGS = {"eviction.policy": "adaptive", "quota.tenants": "agents=48MiB,batch=16MiB"}
 
 
 async def look(
@@ -62,18 +64,19 @@ def main() -> None:
     sizes = [(int(size.split("x")[0]), int(size.split("x")[1])) for size in given.sizes.split(",")]
     with ExitStack() as stack:
         endpoint = given.endpoint
+        settings = [word for name, value in SETTINGS.items() for word in ("--set", f"{name}={value}")]
         if not endpoint:
             ssd = stack.enter_context(tempfile.TemporaryDirectory(prefix="kvstore-top-"))
             daemon = stack.enter_context(
                 PrivateDaemon(
                     capacity_bytes=160 << 20,
                     grant_bytes=32 << 20,
-                    arguments=("--ssd", ssd, "--ssd-capacity", "384MiB"),
+                    arguments=("--ssd", ssd, "--ssd-capacity", "384MiB", *settings),
                 )
             )
             endpoint = daemon.endpoint
             for more in CLIENTS:
-                process = subprocess.Popen([sys.executable, str(LOAD), endpoint, *more])
+                process = subprocess.Popen([sys.executable, str(LOAD), endpoint, *more.split()])
                 stack.callback(process.wait)
                 stack.callback(process.terminate)
         if given.serve:

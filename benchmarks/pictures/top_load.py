@@ -30,6 +30,7 @@ def main() -> None:
     arguments.add_argument("endpoint")
     arguments.add_argument("--model", default="meta-llama/Llama-3.1-8B")
     arguments.add_argument("--codec", default="raw")
+    arguments.add_argument("--tenant", default="default", help="name of the namespace")
     arguments.add_argument("--block-bytes", type=int, default=65536)
     arguments.add_argument("--requests-per-s", type=float, default=20.0)
     arguments.add_argument("--socket", action="store_true", help="everything over the socket, nothing mapped")
@@ -38,7 +39,9 @@ def main() -> None:
 
     draw = random.Random(given.seed)
     parent = os.getppid()
-    namespace = Namespace(model=given.model, revision="main", codec=given.codec, block_tokens=BLOCK_TOKENS)
+    namespace = Namespace(
+        name=given.tenant, model=given.model, revision="main", codec=given.codec, block_tokens=BLOCK_TOKENS
+    )
     payload = bytes(given.block_bytes)
     buffers = [bytearray(given.block_bytes) for _ in range(256)]
     waiting: list[tuple[int, int, int]] = []  # when the next turn is due, session, blocks so far
@@ -66,6 +69,9 @@ def main() -> None:
                     client.put_many(
                         keys[hits:], [payload] * (blocks - hits), parent=above, request=match.request, wait=False
                     )
+            with contextlib.suppress(KVStoreError):
+                if turn % 50 == 0:
+                    client.retain(keys[:blocks], ttl_s=120.0)
             if draw.random() < 0.8:
                 gap = draw.choice(TURN_GAPS) * draw.expovariate(1.0)
                 waiting.append((turn + 1 + int(gap * 4), session, blocks))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Final
 
@@ -75,52 +74,69 @@ _TENANTS: Final[Table[TenantStats]] = Table(
 )
 
 
-def _facts(stats: RetentionStats, width: int) -> list[Content]:
-    lines = [
+def _budgets(stats: RetentionStats, width: int) -> list[Content]:
+    return [
         _use("retained", stats.retained_bytes, stats.budget_bytes, width),
         _use("leased", stats.leased_bytes, stats.lease_limit_bytes, width),
     ]
-    kinds = Counter(
-        {
-            "retained": stats.retained_blocks,
-            "low priority": stats.low_blocks,
-            "to come back": stats.waiting_blocks,
-        }
-    )
-    ends = {
-        "ended": stats.ended_blocks,
-        "dropped": stats.dropped_blocks,
-        "over budget": stats.over_budget_blocks,
-        "gave way": stats.gave_way_blocks,
-    }
-    for name, numbers in (("blocks", kinds), ("over", ends)):
+
+
+def _counts(stats: RetentionStats) -> list[Content]:
+    lines = []
+    for name, numbers, style in (
+        (
+            "blocks",
+            {
+                "retained": stats.retained_blocks,
+                "low priority": stats.low_blocks,
+                "to come back": stats.waiting_blocks,
+            },
+            "",
+        ),
+        (
+            "over",
+            {
+                "ended": stats.ended_blocks,
+                "dropped": stats.dropped_blocks,
+                "over budget": stats.over_budget_blocks,
+                "gave way": stats.gave_way_blocks,
+            },
+            "",
+        ),
+        ("leases", {"cut": stats.leases_cut, "refused": stats.leases_refused}, "$warn"),
+    ):
         told = ", ".join(f"{render.count(number)} {what}" for what, number in numbers.items() if number)
-        if told or name == "blocks":
-            lines.append(line((f"{name:<{_NAME_CELLS}}", "$faint"), told or "none is retained or of low priority"))
-    refused = {"cut": stats.leases_cut, "refused": stats.leases_refused}
-    told = ", ".join(f"{render.count(number)} {what}" for what, number in refused.items() if number)
-    if told:
-        lines.append(line((f"{'leases':<{_NAME_CELLS}}", "$faint"), (told, "$warn")))
+        if told:
+            lines.append(line((f"{name:<{_NAME_CELLS}}", "$faint"), (told, style)))
     return lines
+
+
+def _quotas(frame: Frame, width: int) -> list[Content]:
+    tenants = frame.stats.tenants
+    found = [one for one in tenants if matching(frame.needle, one.name)]
+    if not found:
+        return [Content.styled(f"None of {len(tenants)} tenants matches the filter.", "$faint")]
+    return _TENANTS.lines(found, width, frame.orders.get("retention"))
 
 
 def _draw(frame: Frame, width: int, rows: int) -> Sequence[Content]:
     stats, tenants = frame.stats.retention, frame.stats.tenants
-    lines = [] if stats is None else _facts(stats, width)
+    parts = [] if stats is None else [_budgets(stats, width)]
     if tenants:
-        found = [one for one in tenants if matching(frame.needle, one.name)]
-        lines += [Content("")] if lines and len(lines) + len(found) + 2 <= rows else []
-        lines += (
-            _TENANTS.lines(found, width, frame.orders.get("retention"))
-            if found
-            else [Content.styled(f"None of {len(tenants)} tenants matches the filter.", "$faint")]
-        )
+        parts.append(_quotas(frame, width))
+    if stats is not None and (counts := _counts(stats)):
+        parts.append(counts)
+    # Apart from each other where there is room.
+    apart = sum(map(len, parts)) + len(parts) - 1 <= rows
+    lines: list[Content] = []
+    for part in parts:
+        lines += [Content(""), *part] if lines and apart else part
     return lines
 
 
 def _wanted(frame: Frame) -> int:
     facts = 5 if frame.stats.retention is not None else 0
-    return facts + (len(frame.stats.tenants) + 2 if frame.stats.tenants else 0)
+    return facts + (len(frame.stats.tenants) + 3 if frame.stats.tenants else 0)
 
 
 RETENTION: Final = Panel(
