@@ -29,12 +29,14 @@ from kvstore.protocol.statistics import (
     SsdStats,
 )
 
-__all__ = ["stats_tables", "waiting"]
+__all__ = ["policy_words", "stats_tables", "waiting"]
 
 _MOST_UNFILLED: Final = 1 / 8
 """Share of the memory that slots may leave unused before it is said to be too much."""
 _MOST_ROWS: Final = 16
 _BAR_CELLS: Final = 16
+_FOLLOWING: Final = {"lru": "as LRU for now", "learned": "by learned returns"}
+"""What ``adaptive`` does: its own order only where that clearly hits more."""
 
 
 def stats_tables(stats: DaemonStats, since: DaemonStats | None = None) -> RenderableType:
@@ -240,15 +242,15 @@ def _words(reason: str) -> str:
     return reason.lower().replace("_", " ")
 
 
-def _policy(name: str, following: str) -> str:
+def policy_words(name: str, following: str) -> str:
     """A policy, and which of its orders it follows where it has several."""
-    return f"{name}, now by its {following} order" if following else name
+    return f"{name}, {_FOLLOWING.get(following, following)}" if following else name
 
 
 def _evictions(eviction: EvictionStats) -> Table:
-    facts = [("policy", _policy(eviction.policy, eviction.following))]
+    facts = [("policy", policy_words(eviction.policy, eviction.following))]
     if eviction.ssd_policy:
-        below = _policy(eviction.ssd_policy, eviction.ssd_following)
+        below = policy_words(eviction.ssd_policy, eviction.ssd_following)
         facts.append(("of the SSD", f"{below}; admits {eviction.admission}"))
     facts += [
         ("evicted", f"{render.count(eviction.evicted_blocks)} blocks, {render.size(eviction.evicted_bytes)}"),

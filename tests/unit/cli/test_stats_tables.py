@@ -176,7 +176,7 @@ def test_stats_name_the_policies_of_both_tiers() -> None:
     text = lines(stats_tables(stats))
     (below,) = [line for line in text if line.startswith("of the SSD")]
     (policy,) = [line for line in text if line.startswith("policy")]
-    assert "adaptive, now by its learned order" in policy
+    assert "adaptive, by learned returns" in policy
     assert "lru; admits predicted" in below
     assert row(text, "ghosts")[1:3] == ["3.0", "MiB"]
     assert row(text, "switched")[1] == "2"

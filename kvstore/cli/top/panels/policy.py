@@ -8,6 +8,7 @@ from typing import Final
 from textual.content import Content
 
 from kvstore.cli import render
+from kvstore.cli.stats_tables import policy_words
 from kvstore.cli.top.frame import Frame
 from kvstore.cli.top.panel import Panel
 from kvstore.cli.top.text import line, per_s, plain, throughput
@@ -15,8 +16,6 @@ from kvstore.cli.top.text import line, per_s, plain, throughput
 __all__ = ["POLICY"]
 
 _NAME_CELLS: Final = 10
-_FOLLOWING: Final = {"lru": "as LRU for now", "learned": "by learned returns"}
-"""What ``adaptive`` does: its own order only where that clearly hits more."""
 
 
 def _fact(name: str, *parts: str | tuple[str, str]) -> Content:
@@ -24,9 +23,8 @@ def _fact(name: str, *parts: str | tuple[str, str]) -> Content:
 
 
 def _policy(name: str, following: str) -> tuple[tuple[str, str], ...]:
-    """Its name, and which of its orders it follows."""
-    known = _FOLLOWING.get(following, plain(following))
-    return (plain(name), "$accent bold"), (f", {known}" if following else "", "$text")
+    told = plain(policy_words(name, following))
+    return (told[: len(name)], "$accent bold"), (told[len(name) :], "$text")
 
 
 def _draw(frame: Frame, width: int, rows: int) -> Sequence[Content]:
