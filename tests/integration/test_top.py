@@ -50,7 +50,7 @@ def configure(endpoint: str, policy: str) -> None:
 
 
 @asynccontextmanager
-async def top(endpoint: str, size: tuple[int, int] = (120, 40), **options: Any) -> AsyncIterator[Pilot[None]]:
+async def top(endpoint: str, size: tuple[int, int] = (120, 60), **options: Any) -> AsyncIterator[Pilot[None]]:
     app = TopApp(endpoint, interval_s=QUICK_S, **options)
     async with app.run_test(size=size) as pilot:
         yield pilot
