@@ -27,7 +27,11 @@ CLIENTS = (
     "--requests-per-s 8 --seed 2 --tenant agents --model Qwen/Qwen3-32B --codec fp8 --block-bytes 49152",
     "--requests-per-s 3 --seed 3 --tenant batch --socket --model mistralai/Mistral-7B-v0.3",
 )
-SETTINGS = {"eviction.policy": "adaptive", "quota.tenants": "agents=48MiB,batch=16MiB"}
+SETTINGS = {
+    "eviction.policy": "adaptive",
+    "quota.tenants": "agents=48MiB,batch=16MiB",
+    "ssd.prefill_tokens_per_s": "40000",
+}
 
 
 async def look(

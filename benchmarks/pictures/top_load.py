@@ -61,7 +61,7 @@ def main() -> None:
             blocks = min(blocks + draw.randint(1, 8), len(buffers))
             keys = [block_key(session, at, 4) for at in range(blocks)]
             with contextlib.suppress(KVStoreError):
-                match = client.match(keys)
+                match = client.match(keys, prefetch=True)
                 hits = len(match)
                 client.get_many_into(keys[:hits], buffers[:hits], request=match.request)
                 if hits < blocks:

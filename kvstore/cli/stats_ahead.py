@@ -10,17 +10,17 @@ from rich.text import Text
 from kvstore.cli import render
 from kvstore.protocol.statistics import DaemonStats, LoadingStats, PrefetchStats
 
-__all__ = ["ahead_tables"]
+__all__ = ["BOUNDS", "DECISIONS", "WANTED", "ahead_tables"]
 
-_DECISIONS = {
+DECISIONS = {
     "all": "loaded",
     "part": "loaded in part",
     "none": "computed",
     "unknown": "loaded, nothing to compare",
     "probe": "loaded to measure again",
 }
-_WANTED = {"arrived": "matches", "ahead": "prefetches", "hinted": "hints", "warming": "warming up"}
-_BOUNDS = {
+WANTED = {"arrived": "matches", "ahead": "prefetches", "hinted": "hints", "warming": "warming up"}
+BOUNDS = {
     "bytes": "too many waited",
     "client_bytes": "too many of one client",
     "no_room": "no room",
@@ -44,10 +44,10 @@ def _prefetch(prefetch: PrefetchStats) -> RenderableType:
         ("left unused", prefetch.left_blocks, prefetch.left_bytes),
     ):
         made.add_row(name, render.count(blocks), render.size(size_bytes), render.ratio(blocks, prefetch.blocks))
-    notes = [f"wanted by {_listed(prefetch.wanted, _WANTED)}"] if prefetch.wanted else []
+    notes = [f"wanted by {_listed(prefetch.wanted, WANTED)}"] if prefetch.wanted else []
     dropped = {"expired": prefetch.expired, "of clients that went": prefetch.cancelled}
     notes += [f"dropped: {_listed(dropped, {})}"] if any(dropped.values()) else []
-    notes += [f"refused: {_listed(prefetch.refused, _BOUNDS)}"] if any(prefetch.refused.values()) else []
+    notes += [f"refused: {_listed(prefetch.refused, BOUNDS)}"] if any(prefetch.refused.values()) else []
     if prefetch.delayed_hints:
         notes.append(
             f"{render.count(prefetch.delayed_hints)} of {render.count(prefetch.hints)} hints were begun later: unused "
@@ -63,7 +63,7 @@ def _loading(loading: LoadingStats) -> RenderableType:
         [
             ("loads", f"{_rate(loading.read_bytes_per_s)}, latency {render.latency(loading.latency_s)}"),
             ("engine", rate if loading.prefill_source else "unknown: nobody set or reported its prefill rate"),
-            ("matches", _listed(loading.decisions, _DECISIONS)),
+            ("matches", _listed(loading.decisions, DECISIONS)),
             ("computed", f"{render.count(loading.refused_blocks)} blocks, though they were below"),
             (
                 "saved",

@@ -17,7 +17,15 @@ from kvstore.cli.top.once import frame_text
 from kvstore.cli.top.panel import Panel
 from kvstore.cli.top.registry import PANELS
 from kvstore.cli.top.themes import usual_theme
-from kvstore.protocol.statistics import CauseStats, DaemonStats, MissStats, RetentionStats, TenantStats
+from kvstore.protocol.statistics import (
+    CauseStats,
+    DaemonStats,
+    LoadingStats,
+    MissStats,
+    PrefetchStats,
+    RetentionStats,
+    TenantStats,
+)
 
 GIB = 1 << 30
 
@@ -203,6 +211,35 @@ def test_misses_panel_of_one_look_has_only_what_was_since_the_start() -> None:
     assert not PANELS["misses"].there(frame_of(sample_stats()))
 
 
+def test_loading_panel_tells_what_was_decided_and_what_became_of_it() -> None:
+    stats = sample_stats(ssd=True)
+    assert not PANELS["loading"].there(frame_of(stats))
+    stats.loading = LoadingStats(
+        read_bytes_per_s=1.2e9,
+        latency_s=0.002,
+        queued_bytes=0,
+        prefill_tokens_per_s=8000.0,
+        prefill_source="reported",
+        decisions={"all": 70, "none": 30, "probe": 0},
+        refused_blocks=90,
+        load_saved_s=75.0,
+        refusal_saved_s=0.0,
+    )
+    numbers = dict.fromkeys((field.name for field in msgspec.structs.fields(PrefetchStats)), 0)
+    shown = {"wanted": {"arrived": 500, "hinted": 20}, "refused": {"no_room": 7}, "residence_s": 40.0}
+    stats.prefetch = PrefetchStats(**(numbers | shown | {"blocks": 200, "used_blocks": 150, "most_bytes": 1 << 30}))  # type: ignore[arg-type]
+    drawn = text("loading", frame_of(stats), width=60)
+    assert "1.20 GB/s" in drawn
+    assert "8,000 tokens/s  reported" in drawn
+    assert "loaded 70.0 %  computed 30.0 %" in drawn
+    assert "1 min 15 s by loading" in drawn
+    assert "used 75.0 %" in drawn
+    assert "500 matches  20 hints" in drawn
+    assert "7 no room" in drawn
+    assert "40.0 s in DRAM" in drawn
+    assert "left unused" not in drawn
+
+
 def test_policy_panel_tells_what_adaptive_follows() -> None:
     stats = sample_stats(ssd=True)
     assert "," not in text("policy", frame_of(stats)).splitlines()[0]
@@ -264,7 +301,7 @@ def test_panel_at_any_width_stays_within_it(name: str, kind: str) -> None:
 def old_stats() -> DaemonStats:
     """What a daemon of the first version answers: every field that was added later is absent."""
     whole = msgspec.to_builtins(sample_stats(sessions=2))
-    for name in ("events", "ssd", "retention", "tenants", "misses", "curve"):
+    for name in ("events", "ssd", "retention", "tenants", "misses", "curve", "prefetch", "loading"):
         whole.pop(name, None)
     for name in ("mapped_reads", "dropped_reports"):
         whole["lookups"].pop(name)
