@@ -46,16 +46,28 @@ def _estimate(bytes_per_s: float) -> str:
     return render.throughput(bytes_per_s, 1.0) if bytes_per_s else "unknown"
 
 
-def _wrong(ssd: SsdStats) -> list[Content]:
+def _told(numbers: dict[str, int], name: str, style: str, width: int) -> list[Content]:
+    """Those that occurred, on as many lines as it takes."""
+    parts = [line((f"{render.count(number)} {what}", style)) for what, number in numbers.items() if number]
+    if not parts:
+        return []
+    first, *others = flow(parts, width, indent=_NAME_CELLS)
+    return [line((f"{name:<{_NAME_CELLS}}", "$faint"), first[_NAME_CELLS:]), *others]
+
+
+def _trouble(ssd: SsdStats, width: int) -> list[Content]:
     numbers = {
         "damaged records": ssd.corrupt_records,
         "read errors": ssd.read_errors,
         "write errors": ssd.write_errors,
         "blocks dropped": ssd.dropped_blocks,
-        "loads refused as too slow": ssd.refused_loads,
-        "blocks not admitted": ssd.not_admitted_blocks,
     }
-    return [line((f"{render.count(number)} {what}", "$warn")) for what, number in numbers.items() if number]
+    return _told(numbers, "trouble", "$warn", width)
+
+
+def _left_out(ssd: SsdStats, width: int) -> list[Content]:
+    numbers = {"loads refused as too slow": ssd.refused_loads, "blocks not admitted": ssd.not_admitted_blocks}
+    return _told(numbers, "left out", "", width)
 
 
 def _draw(frame: Frame, width: int, rows: int) -> Sequence[Content]:
@@ -83,10 +95,7 @@ def _draw(frame: Frame, width: int, rows: int) -> Sequence[Content]:
             f"{render.count(ssd.waiting_blocks)} blocks, {render.size(ssd.writing_bytes)} being written",
         ),
     ]
-    wrong = _wrong(ssd)
-    if wrong:
-        first, *others = flow(wrong, width, indent=_NAME_CELLS)
-        lines += [line((f"{'trouble':<{_NAME_CELLS}}", "$faint"), first[_NAME_CELLS:]), *others]
+    lines += [*_trouble(ssd, width), *_left_out(ssd, width)]
     for name, value in (
         ("served", f"{render.count(ssd.hits)} blocks"),
         ("commits", f"{render.count(ssd.groups)} groups, {render.count(ssd.checkpoints)} checkpoints"),
