@@ -276,8 +276,8 @@ def test_on_a_terminal_without_colours_it_runs_and_quits(watched: DaemonProcess)
         os.close(follower)
         try:
             written = read_until(leader, b"Hit rate")
-            read_for(leader, 1.0)
-            quiet = read_for(leader, 2.0)
+            read_for(leader, 0.5)
+            quiet = read_for(leader, 1.5)
             os.write(leader, b"q")
             written += quiet + read_for(leader, 10.0, process)
             assert process.wait(10) == 0
