@@ -17,6 +17,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kvstore.errors import InvalidArgument
 from kvstore.simulator.arrivals import Arrival
 
@@ -25,8 +28,9 @@ __all__ = ["HOT_SHARE", "Halves", "HitRates", "Sample", "Workload"]
 HOT_SHARE: Final = 0.01
 """Of the requests that a hot block is in."""
 
-_MASK: Final = (1 << 64) - 1
-_GOLDEN: Final = 0x9E3779B97F4A7C15
+_GOLDEN: Final = np.uint64(0x9E3779B97F4A7C15)
+_FACTORS: Final = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
+_SHIFTS: Final = (np.uint64(30), np.uint64(27), np.uint64(31))
 
 
 class HitRates(NamedTuple):
@@ -58,6 +62,7 @@ class Workload:
         self.arrivals = arrivals
         uses = Counter(key for _, ids in arrivals for key in ids)
         self.distinct_blocks = len(uses)
+        self._distinct = np.fromiter(uses, np.uint64, len(uses))
         self.hot = frozenset(key for key, count in uses.items() if count >= HOT_SHARE * len(arrivals) and count > 1)
         self.hot_uses = sum(uses[key] for key in self.hot)
         self.asked = Halves(
@@ -87,20 +92,12 @@ class Workload:
         """
         if not 0 < rate <= 1:
             raise InvalidArgument(f"a sample is a share above 0 and at most 1 of the blocks, got {rate}")
-        threshold, salt, hot = int(rate * (1 << 64)), _mixed(seed + 1), self.hot
-        inside: dict[int, bool] = dict.fromkeys(hot, False)
-        arrivals = []
-        for time_ns, ids in self.arrivals:
-            kept = []
-            for key in ids:
-                taken = inside.get(key)
-                if taken is None:
-                    taken = inside[key] = _mixed(key ^ salt) < threshold
-                if taken:
-                    kept.append(key)
-            arrivals.append(Arrival(time_ns, tuple(kept)))
+        salt = _mixed(np.array([seed + 1], np.uint64))
+        below = np.uint64(min(int(rate * (1 << 64)), (1 << 64) - 1))
+        taken = frozenset(self._distinct[_mixed(self._distinct ^ salt) <= below].tolist()) - self.hot
+        arrivals = [Arrival(time_ns, tuple([key for key in ids if key in taken])) for time_ns, ids in self.arrivals]
         return Sample(
-            arrivals, rate, len(hot), self.asked, self._reuses, self._cold_reuses, _reuses(arrivals, frozenset())
+            arrivals, rate, len(self.hot), self.asked, self._reuses, self._cold_reuses, _reuses(arrivals, frozenset())
         )
 
 
@@ -164,9 +161,9 @@ def _rates(hits: Sequence[float], asked: Halves) -> HitRates:
     return HitRates(*(hit / of if of else 0.0 for hit, of in zip(hits, asked, strict=True)))
 
 
-def _mixed(value: int) -> int:
+def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """SplitMix64's finaliser: neighbouring ids get unrelated hashes."""
-    value = (value * _GOLDEN) & _MASK
-    value = ((value ^ value >> 30) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ value >> 27) * 0x94D049BB133111EB) & _MASK
-    return value ^ value >> 31
+    mixed = values * _GOLDEN
+    for shift, factor in zip(_SHIFTS, _FACTORS, strict=False):
+        mixed = (mixed ^ mixed >> shift) * factor
+    return mixed ^ mixed >> _SHIFTS[-1]

@@ -15,7 +15,6 @@ from multiprocessing.context import SpawnContext
 from typing import Any, Final, NamedTuple
 
 from kvstore.errors import KVStoreError
-from kvstore.simulator.arrivals import Arrival
 from kvstore.simulator.clairvoyant import CLAIRVOYANT, simulate_clairvoyant
 from kvstore.simulator.prefix import simulate
 from kvstore.simulator.sampling import HitRates, Sample, Workload
@@ -31,8 +30,8 @@ _LEAST_CAPACITY: Final = 100
 """Sampled blocks that a cache holds at least: below, its grain is too coarse."""
 _ALONE_BELOW: Final = 500_000
 """Uses of blocks in all runs together, below which further processes take longer to start than they save."""
-_CURVE_USES: Final = 2_000_000
-"""Most uses of blocks that the curve of LRU is made of exactly: about 3 us for each."""
+_CURVE_USES: Final = 1_500_000
+"""Most uses of blocks that the curve of LRU is made of: about 3 us for each."""
 _POLL_S: Final = 0.1
 
 
@@ -114,8 +113,10 @@ def carry_out(
     # Spawned, not forked: this process may have threads.
     context: SpawnContext = get_context("spawn")
     done, stop = context.Value("q", 0), context.Value("b", 0)
-    arrivals = list(workload.arrivals)
-    pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(arrivals, done, stop))
+    # Samples are made here, once: they are small, and the trace may be large.
+    pool = ProcessPoolExecutor(
+        workers, context, initializer=_begin, initargs=(_requests_of(workload, runs), done, stop)
+    )
     try:
         futures: dict[Future[Rates], Run] = {pool.submit(_carry_out_here, run): run for run in runs}
         waiting = set(futures)
@@ -135,7 +136,7 @@ def carry_out(
 
 
 def _alone(workload: Workload, runs: Sequence[Run], on_requests: Callable[[int], None]) -> dict[Run, Rates]:
-    worker = _Worker(workload)
+    requests = _requests_of(workload, runs)
     results = {}
     for number, run in enumerate(runs):
         before = number * len(workload.arrivals)
@@ -143,32 +144,22 @@ def _alone(workload: Workload, runs: Sequence[Run], on_requests: Callable[[int],
         def progress(done: int, before: int = before) -> None:
             on_requests(before + done)
 
-        results[run] = worker.carry_out(run, progress)
+        results[run] = _simulated(run, requests[run.rate], progress)
     return results
 
 
-class _Worker:
-    """Carries runs out one after the other; keeps the last sample, which is often wanted again."""
-
-    def __init__(self, workload: Workload) -> None:
-        self._workload = workload
-        self._samples: dict[float, Sample] = {}
-
-    def carry_out(self, run: Run, progress: Callable[[int], None]) -> Rates:
-        if run.rate >= 1:
-            return _simulated(run, self._workload, run.dram_blocks, run.ssd_blocks, progress)
-        if run.rate not in self._samples:
-            self._samples = {run.rate: self._workload.sample(run.rate)}
-        sample = self._samples[run.rate]
-        dram = max(1, sample.capacity_blocks(run.dram_blocks))
-        return _simulated(run, sample, dram, max(1, round(run.ssd_blocks * run.rate)), progress)
+def _requests_of(workload: Workload, runs: Sequence[Run]) -> dict[float, Workload | Sample]:
+    """What runs simulate, by the share of the blocks that they take."""
+    rates = {run.rate for run in runs}
+    return {rate: workload if rate >= 1 else workload.sample(rate) for rate in rates}
 
 
-def _simulated(
-    run: Run, requests: Workload | Sample, dram_blocks: int, ssd_blocks: int, progress: Callable[[int], None]
-) -> Rates:
-    """A run on a trace or a sample of it; the capacities are those of the sample."""
-    arrivals = requests.arrivals
+def _simulated(run: Run, requests: Workload | Sample, progress: Callable[[int], None]) -> Rates:
+    """A run, on all of a trace or a sample of it."""
+    arrivals, dram_blocks, ssd_blocks = requests.arrivals, run.dram_blocks, run.ssd_blocks
+    if isinstance(requests, Sample):
+        dram_blocks = max(1, requests.capacity_blocks(dram_blocks))
+        ssd_blocks = max(1, round(ssd_blocks * run.rate))
     if run.ssd_blocks:
         tiers = simulate_tiered(arrivals, run.policy, dram_blocks, ssd_blocks, progress=progress)
         both, dram = requests.hit_rates([*map(int.__add__, tiers.dram, tiers.ssd)]), requests.hit_rates(tiers.dram)
@@ -181,21 +172,19 @@ def _simulated(
     return Rates(requests.hit_rates(outcome.hits), HitRates(0.0, 0.0))
 
 
-_worker: _Worker | None = None
+_requests: dict[float, Workload | Sample] = {}
 _done: Any = None
 _stop: Any = None
 
 
-def _begin(arrivals: list[Arrival], done: Any, stop: Any) -> None:
+def _begin(requests: dict[float, Workload | Sample], done: Any, stop: Any) -> None:
     """In a new process: what all runs share."""
-    global _worker, _done, _stop
+    global _requests, _done, _stop
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    _worker = _Worker(Workload(arrivals))
-    _done, _stop = done, stop
+    _requests, _done, _stop = requests, done, stop
 
 
 def _carry_out_here(run: Run) -> Rates:
-    assert _worker is not None
     told = 0
 
     def progress(done: int) -> None:
@@ -206,11 +195,12 @@ def _carry_out_here(run: Run) -> Rates:
         if _stop.value:
             raise _Stopped
 
-    return _worker.carry_out(run, progress)
+    return _simulated(run, _requests[run.rate], progress)
 
 
 def lru_rate(workload: Workload, *, exact: bool) -> float:
     """Share of the blocks that the curve of LRU rests on: all, where that does not take long."""
-    if exact or workload.asked.whole <= _CURVE_USES:
-        return 1.0
-    return sampling_rate(workload, workload.distinct_blocks, exact=False)
+    rate = 1.0
+    while not exact and workload.asked.whole * rate > _CURVE_USES:
+        rate /= 2
+    return rate

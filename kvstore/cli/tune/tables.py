@@ -7,7 +7,6 @@ from itertools import groupby
 from typing import Final
 
 from rich.console import Group, RenderableType
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -20,9 +19,9 @@ from kvstore.simulator.clairvoyant import CLAIRVOYANT
 
 __all__ = ["applied_facts", "tune_tables"]
 
-_WIDTH: Final = 58
+_WIDTH: Final = 59
 """Cells beside the capacities."""
-_LEAST_COLUMN: Final = 7
+_LEAST_COLUMN: Final = 6
 _GAP: Final = 3
 _NONE: Final = "Nothing to recommend: none of these policies runs in a daemon."
 _WORTH_A_PLOT: Final = 0.02
@@ -166,8 +165,8 @@ def _advice(report: TuneReport) -> RenderableType:
     reasons = Table.grid(padding=(0, 1))
     for reason in advice.reasons:
         reasons.add_row("-", Text(reason))
-    settings = Text("\n".join(advice.settings), style="cyan")
-    return Group(heading, reasons, "", Padding(settings, (0, 0, 0, 2)))
+    settings = Text("\n".join(f"  {line}" for line in advice.settings), style="cyan")
+    return Group(heading, reasons, "", settings)
 
 
 def _meanings(report: TuneReport) -> Table:
