@@ -42,14 +42,13 @@ _END_TIMEOUT_S: Final = 10.0
 class _Request:
     """What is known of a request so far: keys in the order of its prefix."""
 
-    __slots__ = ("asked", "below", "end", "first_ns", "hits", "keys", "last_ns", "namespace_id", "places")
+    __slots__ = ("asked", "below", "end", "first_ns", "hits", "keys", "last_ns", "namespace_id")
 
     def __init__(self, namespace_id: int, now_ns: int) -> None:
         self.namespace_id = namespace_id
         self.first_ns = now_ns
         self.last_ns = now_ns
-        self.keys: list[bytes] = []
-        self.places: set[bytes] = set()
+        self.keys: dict[bytes, None] = {}
         self.asked = 0
         self.hits = 0
         self.below = 0
@@ -193,8 +192,7 @@ class Recorder:
             request.below = sum(length for block, length in runs if isinstance(block, SsdBlock))
         request.last_ns = self._clock()
         request.asked = max(request.asked, asked)
-        places = request.places
-        if runs and runs[-1][0].key not in places:
+        if runs and runs[-1][0].key not in request.keys:
             self._add_runs(request, runs)
         if missing:
             self._add(request, missing)
@@ -204,7 +202,8 @@ class Recorder:
         """See ``Watcher``: a put names a block that its request's match did not."""
         if promoted:
             return
-        self._note_size(block.namespace.id, block.slot_bytes)
+        if block.slot_bytes > self._slot_bytes.get(block.namespace.id, 0):
+            self._note_size(block.namespace.id, block.slot_bytes)
         request = self._requests.get(access)
         if request is None:
             # Of a client that does not say which request its put belongs to: the one that ends where this begins.
@@ -213,7 +212,7 @@ class Recorder:
             if request is None or request.namespace_id != block.namespace.id:
                 return
         request.last_ns = self._clock()
-        if block.key not in request.places:
+        if block.key not in request.keys:
             self._add(request, (block.key,))
             self._mark_end(request, access)
 
@@ -245,11 +244,9 @@ class Recorder:
         return above[:-1]
 
     def _add(self, request: _Request, keys: Sequence[bytes]) -> None:
-        room = MAX_BLOCKS_PER_LOOKUP - len(request.keys)
-        new = [key for key in keys if key not in request.places][:room]
-        request.keys += new
-        request.places.update(new)
-        self._blocks += len(new)
+        before = len(request.keys)
+        request.keys.update(dict.fromkeys(keys[: MAX_BLOCKS_PER_LOOKUP - before]))
+        self._blocks += len(request.keys) - before
 
     def _mark_end(self, request: _Request, access: int) -> None:
         """Puts go on where a request's known keys end, as long as it asked for more."""
@@ -257,7 +254,7 @@ class Recorder:
             self._ends.pop(request.end, None)
             request.end = b""
         if request.keys and len(request.keys) < request.asked:
-            request.end = request.keys[-1]
+            request.end = next(reversed(request.keys))
             self._ends[request.end] = access
 
     def _note_size(self, namespace_id: int, slot_bytes: int) -> None:
@@ -285,7 +282,7 @@ class Recorder:
         return Lookup(
             (request.first_ns - self._started_ns) // _NS_PER_MS,
             self._namespace(request.namespace_id),
-            request.keys,
+            list(request.keys),
             max(request.asked, len(request.keys)),
             request.hits,
             request.below,

@@ -239,22 +239,22 @@ def fill(world: World, requests: int, first: int = 0) -> None:
 
 
 def test_files_rotate_within_their_bytes_and_what_is_left_is_readable(tmp_path: Path) -> None:
-    world = World(tmp_path / "r", max_bytes=2 * MIB, files=4)
+    world = World(tmp_path / "r", max_bytes=MIB // 2, files=4)
     world.recorder.start()
-    fill(world, 2000)
+    fill(world, 500)
     found = world.recorded()
     files = sorted(world.path.iterdir())
     assert len(files) <= 4
-    assert sum(file.stat().st_size for file in files) <= 2 * MIB
+    assert sum(file.stat().st_size for file in files) <= MIB // 2
     assert int(files[-1].stem.rpartition("-")[2]) >= 6
-    assert 700 < len(found) < 2000
+    assert 100 < len(found) < 500
     assert all(len(lookup.blocks) == 500 for lookup in found)
     # A later recording makes room for itself.
     world.recorder.start()
-    fill(world, 1200, first=2000)
+    fill(world, 300, first=500)
     world.recorder.stop()
     assert world.recorder.finished()
-    assert sum(file.stat().st_size for file in world.path.iterdir()) <= 2 * MIB
+    assert sum(file.stat().st_size for file in world.path.iterdir()) <= MIB // 2
 
 
 class FullFile(RecordingFile):
