@@ -234,7 +234,8 @@ def fill(world: World, requests: int, first: int = 0) -> None:
             world.recorder.tick()
             deadline = time.monotonic() + 20
             writer = world.recorder._writer
-            while writer is not None and writer._put_blocks != writer._taken_blocks and time.monotonic() < deadline:
+            while writer is not None and writer._put_blocks != writer._taken_blocks and not writer.failure:
+                assert time.monotonic() < deadline
                 time.sleep(0.001)
 
 
