@@ -72,7 +72,7 @@ def tune(
     decode_gb_per_s: Annotated[
         float | None,
         typer.Option(
-            help="What codecs decode to, 10^9 bytes a second. (default: as measured on this machine's CPU)", metavar="N"
+            help="What codecs decode to, 10^9 bytes a second. (default: as measured on this CPU)", metavar="N"
         ),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first N requests.", min=1, metavar="N")] = None,

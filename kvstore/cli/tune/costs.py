@@ -1,8 +1,9 @@
 """How long a request waits for its first token, as estimated from what it hits.
 
 What is missing is computed at the engine's rate; what is hit is loaded, over DRAM's way to the engine or the SSD's, and
-decoded. Nothing overlaps and nothing queues: real engines hide a part of the loads, and wait for each other. A load
-from the SSD that would take longer than computing the block is not made, as in the daemon.
+decoded while the next block is loaded, so the slower of both counts. Nothing else overlaps and nothing queues: real
+engines hide a part of the loads, and wait for each other. A load that would take longer than computing the block is not
+made, as in the daemon.
 """
 
 from __future__ import annotations
@@ -40,11 +41,14 @@ class CostModel:
     input_tokens: float
     asked_blocks: float
 
-    def block_load_s(self, codec: str, gb_per_s: float) -> float:
-        """Seconds until a block is loaded and decoded."""
+    def block_decode_s(self, codec: str) -> float:
+        """Seconds that decoding a block takes."""
         decode = self.decode_gb_per_s.get(codec)
-        decoding_s = self.sizes.block_bytes / (decode * _GB) if decode else 0.0
-        return self.sizes.slot_bytes[codec] / (gb_per_s * _GB) + decoding_s
+        return self.sizes.block_bytes / (decode * _GB) if decode else 0.0
+
+    def block_load_s(self, codec: str, gb_per_s: float) -> float:
+        """Seconds for a block, of many that are loaded and decoded one after the other."""
+        return max(self.sizes.slot_bytes[codec] / (gb_per_s * _GB), self.block_decode_s(codec))
 
     @property
     def block_prefill_s(self) -> float:

@@ -293,7 +293,7 @@ def _assumptions(report: TuneReport) -> str:
         ("prefill", f"{assumed.prefill_tokens_per_s:,.0f} tokens a second"),
         (
             "loads",
-            f"DRAM {assumed.dram_gb_per_s:g} GB/s, SSD {assumed.ssd_gb_per_s:g} GB/s; nothing overlaps or queues",
+            f"DRAM {assumed.dram_gb_per_s:g} GB/s, SSD {assumed.ssd_gb_per_s:g} GB/s; nothing queues or hides",
         ),
         ("decoding", decoding),
         (

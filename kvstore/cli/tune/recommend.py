@@ -84,11 +84,9 @@ def recommended(question: Question) -> Recommendation | None:
     )
     better = [row for row in possible if (row.codec, row.ssd_bytes) == (chosen.codec, chosen.ssd_bytes)]
     lru = next((row for row in better if row.policy == LRU), None)
-    best = max(better, key=lambda row: row.hit_rate)
-    if lru is not None and best.hit_rate - lru.hit_rate < _WORTH:
-        chosen = lru
-    elif best.hit_rate > chosen.hit_rate:
-        chosen = best
+    chosen = min(better, key=lambda row: row.first_token_s)
+    if lru is not None and chosen.hit_rate - lru.hit_rate < _WORTH:
+        chosen = chosen if lru.first_token_s > chosen.first_token_s * _AS_FAST else lru
     return Recommendation(
         policy=chosen.policy,
         codec=chosen.codec,
@@ -127,7 +125,7 @@ def _reasons(question: Question, here: Sequence[TuneRow], chosen: TuneRow) -> It
     before = question.costs.first_token_s(RAW, lru)
     if chosen.first_token_s < before * (1 - _TINY):
         yield (
-            f"Together the time to the first token falls from {render.latency(before)} (LRU, raw, no SSD) to about "
+            f"So set, the time to the first token falls from {render.latency(before)} (LRU, raw, no SSD) to about "
             f"{render.latency(chosen.first_token_s)}, by the cost model below."
         )
 
@@ -164,9 +162,17 @@ def _of_codecs(question: Question, here: Sequence[TuneRow], lru: float) -> Itera
                 f"It is lossy: attention was off by {render.percent(quality.attention_error)} on a small model; see "
                 "'kvstore quality'."
             )
+        decode_s = question.costs.block_decode_s(codec)
+        load_s = slots[codec] / (question.costs.dram_gb_per_s * 1e9)
+        slow = (
+            f" Here decoding a block takes {render.latency(decode_s)} and loading it {render.latency(load_s)}: that is "
+            "this machine's CPU; --decode-gb-per-s says what your GPU does."
+            if decode_s > load_s
+            else ""
+        )
         yield (
             f"{codec} in the same bytes holds {slots[RAW] / slots[codec]:.2f} times as many blocks: {_points(gain)} "
-            f"with LRU. {cost}"
+            f"with LRU. {cost}{slow}"
         )
 
 

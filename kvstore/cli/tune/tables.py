@@ -179,7 +179,7 @@ def _meanings(report: TuneReport) -> Table:
     how = f"samples of {', '.join(f'{rate:.3g}' for rate in sampled)} of the blocks" if sampled else "every block"
     meanings = [
         ("hit rate", "percent of the blocks asked for, all requests, from an empty cache on"),
-        ("first token", f"{assumed.prefill_tokens_per_s:,.0f} tokens/s of prefill, {', '.join(rates)}; no overlap"),
+        ("first token", f"{assumed.prefill_tokens_per_s:,.0f} tokens/s of prefill, {', '.join(rates)}; no queue"),
         ("simulated", f"{how}, in {render.duration(report.seconds)}"),
     ]
     if any(row.policy == CLAIRVOYANT for row in report.rows):

@@ -161,7 +161,8 @@ def test_estimated_time_adds_what_is_missing_to_what_is_loaded() -> None:
     assert costs.first_token_s("raw", 0.0) == pytest.approx(2.0)
     # Half of 20 blocks of 0.1 s each are loaded in 1 ms each.
     assert costs.first_token_s("raw", 0.5) == pytest.approx(1.0 + 10 * 0.001)
-    assert costs.first_token_s("kivi4", 0.0, 0.5) == pytest.approx(1.0 + 10 * (0.0025 + 0.0005))
+    assert costs.first_token_s("kivi4", 0.0, 0.5) == pytest.approx(1.0 + 10 * 0.0025)
+    assert costs.first_token_s("kivi4", 0.5) == pytest.approx(1.0 + 10 * 0.0005)
     slow = CostModel(1000.0, 1.0, 0.001, {}, sizes, 100, 2000.0, 20.0)
     assert not slow.ssd_pays("raw")
     assert slow.first_token_s("raw", 0.0, 0.5) == pytest.approx(2.0)
