@@ -15,8 +15,7 @@ __all__ = ["Counters", "Rates", "Sample"]
 class Counters(NamedTuple):
     """Counts since a daemon's start, flat; those of a tier that is not there are 0.
 
-    ``ssd_hits`` counts blocks that were brought up for a request. ``clients`` and ``resident_bytes`` are no counts
-    but what there is at the moment.
+    ``ssd_hits`` counts blocks that were brought up and used: for a request, or ahead of it.
     """
 
     requests: int
@@ -72,7 +71,7 @@ class Counters(NamedTuple):
             evicted_blocks=eviction.evicted_blocks,
             evicted_bytes=eviction.evicted_bytes,
             removed_blocks=eviction.removed_blocks,
-            ssd_hits=ssd.hits if ssd else 0,
+            ssd_hits=_ssd_hits(stats),
             demoted_blocks=ssd.demoted_blocks if ssd else 0,
             demoted_bytes=ssd.demoted_bytes if ssd else 0,
             promoted_blocks=ssd.promoted_blocks if ssd else 0,
@@ -82,6 +81,14 @@ class Counters(NamedTuple):
             dropped_blocks=ssd.dropped_blocks if ssd else 0,
             refused_loads=ssd.refused_loads if ssd else 0,
         )
+
+
+def _ssd_hits(stats: DaemonStats) -> int:
+    """Blocks that were brought up, without those that were so ahead of their use and nobody has used yet."""
+    ssd, prefetch = stats.ssd, stats.prefetch
+    if ssd is None:
+        return 0
+    return ssd.hits if prefetch is None else max(ssd.hits - prefetch.blocks + prefetch.used_blocks, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,8 +171,8 @@ class Rates:
     def ssd_rate(self) -> float | None:
         """The part of ``hit_rate`` that came up from the SSD; the rest was in DRAM.
 
-        Blocks come up when they are read, perhaps a moment after they were matched: over a second it is about right,
-        over a minute right.
+        Blocks come up when they are read, perhaps a moment after they were matched, or are used a while after they were
+        brought up: over a second it is about right, over a minute right.
         """
         return min(self.added.ssd_hits, self.hits) / self.asked if self.asked else None
 

@@ -10,7 +10,7 @@ from sample_stats import MIB, sample_stats
 
 from kvstore.cli.top.history import History
 from kvstore.cli.top.rates import Counters, Rates, Sample
-from kvstore.protocol.statistics import DaemonStats
+from kvstore.protocol.statistics import DaemonStats, PrefetchStats
 
 
 def stats_at(uptime_s: float, *, steps: int = 0, incarnation: str = "a", ssd: bool = False) -> DaemonStats:
@@ -51,6 +51,16 @@ def test_rates_with_an_ssd_tell_tiers_apart() -> None:
     rates = Rates.between(Sample.of(stats_at(1.0, ssd=True), 0.0), Sample.of(stats_at(2.0, steps=1, ssd=True), 1.0))
     assert rates is not None
     assert (rates.dram_rate, rates.ssd_rate) == (0.5, 0.1)
+
+
+def test_rates_of_blocks_brought_up_ahead_count_when_they_are_used() -> None:
+    numbers = dict.fromkeys((field.name for field in msgspec.structs.fields(PrefetchStats)), 0)
+    before, after = stats_at(1.0, ssd=True), stats_at(2.0, steps=1, ssd=True)
+    before.prefetch = PrefetchStats(**(numbers | {"wanted": {}, "refused": {}}))  # type: ignore[arg-type]
+    after.prefetch = PrefetchStats(**(numbers | {"wanted": {}, "refused": {}, "blocks": 8, "used_blocks": 3}))  # type: ignore[arg-type]
+    rates = Rates.between(Sample.of(before, 0.0), Sample.of(after, 1.0))
+    assert rates is not None
+    assert (rates.dram_rate, rates.ssd_rate) == (0.55, 0.05)
 
 
 def test_rates_of_misses_are_by_cause_and_add_up() -> None:
