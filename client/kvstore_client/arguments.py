@@ -139,8 +139,8 @@ def check_part(part: object) -> None:
         raise InvalidArgument(f"part must be a whole number from 0 to 65535, got {part!r}")
 
 
-def batches(keys: Sequence[bytes]) -> list[bytes]:
+def batches(keys: Sequence[bytes], most: int = MAX_KEYS_PER_REQUEST) -> list[bytes]:
     """Keys, one behind the other, in pieces that a request takes."""
     joined = join_keys(keys)
-    step = 32 * MAX_KEYS_PER_REQUEST
+    step = 32 * most
     return [joined[at : at + step] for at in range(0, len(joined), step)]

@@ -48,7 +48,7 @@ from kvstore.protocol.messages import (
     WhyReply,
 )
 from kvstore.protocol.statistics import DaemonStats, RecordStats
-from kvstore.protocol.version import MAX_KEYS_PER_REQUEST, MAX_LEASE_MS
+from kvstore.protocol.version import MAX_KEYS_PER_REQUEST, MAX_KEYS_PER_RETAIN, MAX_LEASE_MS
 from kvstore_client.arguments import batches, buffer_of, check_part, check_request, check_retention, milliseconds
 from kvstore_client.puts import PutOperations
 from kvstore_client.results import MatchResult
@@ -336,7 +336,8 @@ class Operations(PutOperations):
         check_retention(priority, ttl_s, drop)
         ttl_ms = 0 if ttl_s is None else max(round(ttl_s * 1000), 1)
         count = 0
-        for some in batches(keys):
+        # The end of a chain first: what is before it may be lowered with it then.
+        for some in reversed(batches(keys, MAX_KEYS_PER_RETAIN)):
             reply = expect((yield Ask(Retain, (some, priority, ttl_ms, bool(drop)))), Retained)
             count += reply.count + reply.waiting
         return count

@@ -30,6 +30,7 @@ MOST_WAITING: Final = 65_536
 """Retentions of blocks that are not in DRAM; beyond it the oldest are forgotten. Each takes about 400 bytes."""
 
 _COMPACT_FROM: Final = 64
+_MOST_PUT_ASIDE: Final = 32
 _PUT_OFF_NS: Final = 1_000_000_000
 
 
@@ -59,6 +60,10 @@ class Retained:
         self.block: Block | None = None
         self.version = 0
         self.queued = False
+
+    def is_so(self, priority: int, expires_ns: int, drop: bool) -> bool:
+        """Whether nothing is new."""
+        return self.priority == priority and self.expires_ns == expires_ns and self.drop is drop
 
     @property
     def holds(self) -> bool:
@@ -197,6 +202,9 @@ class Retention:
             self._count += 1
         elif priority == NORMAL and not drop:
             self.end(retained)
+            return
+        elif retained.block is block is not None and retained.is_so(priority, expires_ns, drop):
+            retained.hinted = hinted
             return
         before = self._unmark(retained)
         retained.priority, retained.expires_ns, retained.drop, retained.hinted = priority, expires_ns, drop, hinted
@@ -348,7 +356,8 @@ class Retention:
             share.order.push(retained)
         elif retained.priority < NORMAL:
             self.low_blocks += 1
-        self._queue(retained)
+        if not block.children:
+            self._queue(retained)
         self._push_expiry(retained, retained.expires_ns)
 
     def _unmark(self, retained: Retained) -> Block | None:
@@ -421,6 +430,9 @@ class Retention:
             elif before is not None and used(block) >= before:
                 leaving.pop()
                 put_aside.append(retained)
+                if below == NORMAL and len(put_aside) >= _MOST_PUT_ASIDE:
+                    # The policy has others.
+                    break
             else:
                 found = entry
                 break

@@ -39,6 +39,9 @@ MAX_WAIT_MS: Final = 24 * 3600 * 1000
 MAX_LEASE_MS: Final = 10 * 60 * 1000
 MAX_PRIORITY: Final = 100
 NORMAL_PRIORITY: Final = 50
+MAX_KEYS_PER_RETAIN: Final = 8192
+"""Keys of one retention: each costs the daemon some microseconds, while others wait."""
+
 MAX_TTL_MS: Final = 366 * 24 * 3600 * 1000
 """Longest time of a retention that has an end."""
 

@@ -11,7 +11,7 @@ from kvstore.core.instructions import Retained as RetainedBlocks
 from kvstore.core.ssd_record import SsdBlock
 from kvstore.errors import ErrorCode
 from kvstore.protocol.messages import CountReply, Hint, Reply, Retain, Retained
-from kvstore.protocol.version import MAX_PRIORITY, MAX_TTL_MS
+from kvstore.protocol.version import MAX_KEYS_PER_RETAIN, MAX_PRIORITY, MAX_TTL_MS
 from kvstore.server.below import Below
 from kvstore.server.executor import Executor
 from kvstore.server.refusal import Refused, check_ahead, keys_of
@@ -58,6 +58,8 @@ class RetentionRequests:
     def retain(self, session: Session, request: Retain) -> Reply:
         """Have blocks leave later than others, or earlier, for a time."""
         keys = keys_of(request.keys)
+        if len(keys) > MAX_KEYS_PER_RETAIN:
+            raise Refused(ErrorCode.BAD_REQUEST, f"a retention takes at most {MAX_KEYS_PER_RETAIN} keys")
         if not 0 <= request.priority <= MAX_PRIORITY:
             raise Refused(
                 ErrorCode.BAD_REQUEST, f"a priority is 0 to {MAX_PRIORITY} (50 is normal), got {request.priority}"

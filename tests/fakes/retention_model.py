@@ -49,6 +49,12 @@ class RetentionModel:
         if priority == NORMAL and not drop:
             block.kept = None
             return
+        if block.kept is not None and (block.kept.priority, block.kept.expires_ns, block.kept.drop) == (
+            priority,
+            expires_ns,
+            drop,
+        ):
+            return
         turn = self._next()
         block.kept = Kept(priority, expires_ns, drop, (priority, expires_ns, -block.depth, turn), (expires_ns, turn))
 

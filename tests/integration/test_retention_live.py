@@ -18,6 +18,7 @@ from kvstore.errors import ErrorCode
 from kvstore.protocol.keys import ROOT_KEY
 from kvstore.protocol.messages import Clear, PutStatus, Reason, Retain, Retained
 from kvstore.protocol.statistics import RetentionStats, TenantStats
+from kvstore.protocol.version import MAX_KEYS_PER_RETAIN
 from kvstore_client import InvalidArgument, Throttled
 
 DATA = bytes(65_000)
@@ -138,6 +139,17 @@ def test_retained_blocks_stay_and_end_with_their_time(connect: Open):
 
 
 @every_kind
+def test_more_keys_than_a_request_takes_are_told_in_several(connect: Open):
+    client = connect()
+    chain = keys_of("chain", 12)
+    client.put_many(chain, [DATA] * 12)
+    others = keys_of("nobody", MAX_KEYS_PER_RETAIN - 10)
+    assert client.retain([*chain[:10], *others, *chain[10:]], priority=70) == 4
+    assert client.retain([*chain[:2], *others, *chain[2:]], priority=60) == 4
+    assert client.retain(chain, priority=50) == 0
+
+
+@every_kind
 def test_blocks_with_a_time_to_live_are_dropped(connect: Open):
     client = connect()
     keys = keys_of("short", 3)
@@ -193,7 +205,14 @@ def test_impossible_retention_is_refused_by_name(connect: Open, arguments: dict[
 def test_daemon_refuses_what_no_sdk_sends(daemon: DaemonProcess):
     with RawPeer(daemon.endpoint) as peer:
         peer.ready("raw", newest=5)
-        for fields in ((bytes(32), 101), (bytes(32), 50, 1 << 60), (bytes(32), 50, 0, True), (b"short", 60)):
+        one, many = bytes(32), bytes(32) * (MAX_KEYS_PER_RETAIN + 1)
+        for fields in (
+            (bytes(32), 101),
+            (bytes(32), 50, 1 << 60),
+            (bytes(32), 50, 0, True),
+            (b"short", 60),
+            (many, 60),
+        ):
             assert peer.error(Retain, *fields).code == ErrorCode.BAD_REQUEST
         reply = peer.ask(Retain, bytes(32), 60)
         assert isinstance(reply, Retained)
