@@ -205,7 +205,7 @@ def test_impossible_retention_is_refused_by_name(connect: Open, arguments: dict[
 def test_daemon_refuses_what_no_sdk_sends(daemon: DaemonProcess):
     with RawPeer(daemon.endpoint) as peer:
         peer.ready("raw", newest=5)
-        one, many = bytes(32), bytes(32) * (MAX_KEYS_PER_RETAIN + 1)
+        many = bytes(32) * (MAX_KEYS_PER_RETAIN + 1)
         for fields in (
             (bytes(32), 101),
             (bytes(32), 50, 1 << 60),
