@@ -8,8 +8,10 @@ from kvstore.protocol.statistics import (
     DramStats,
     EventStats,
     EvictionStats,
+    LoadingStats,
     LookupStats,
     NamespaceStats,
+    PrefetchStats,
     PutStats,
     RetentionStats,
     ServerStats,
@@ -31,6 +33,7 @@ def sample_stats(
     events: bool = False,
     ssd: bool = False,
     curve: bool = False,
+    ahead: bool = False,
 ) -> DaemonStats:
     """A busy daemon's statistics, or with ``fresh`` those of one that nobody has asked anything."""
     used = 0 if fresh else 1
@@ -135,6 +138,47 @@ def sample_stats(
         else None,
         ssd=sample_ssd() if ssd else None,
         curve=sample_curve(ssd=ssd) if curve else None,
+        prefetch=sample_prefetch() if ahead else None,
+        loading=sample_loading() if ahead else None,
+    )
+
+
+def sample_prefetch() -> PrefetchStats:
+    """What came up ahead of its use."""
+    return PrefetchStats(
+        wanted={"arrived": 3000, "hinted": 500, "warming": 1000},
+        blocks=4000,
+        bytes=1 << 30,
+        used_blocks=3000,
+        used_bytes=768 * MIB,
+        unused_blocks=600,
+        left_blocks=400,
+        left_bytes=100 * MIB,
+        merged=70,
+        expired=12,
+        cancelled=5,
+        refused={"client_bytes": 90, "no_room": 33},
+        waiting_bytes=2 * MIB,
+        flying_bytes=4 * MIB,
+        most_bytes=4 << 30,
+        hints=40,
+        delayed_hints=7,
+        residence_s=95.0,
+    )
+
+
+def sample_loading() -> LoadingStats:
+    """What was loaded and what was computed instead."""
+    return LoadingStats(
+        read_bytes_per_s=3.1e9,
+        latency_s=0.0004,
+        queued_bytes=6 * MIB,
+        prefill_tokens_per_s=8000.0,
+        prefill_source="reported",
+        decisions={"all": 900, "none": 40, "part": 8},
+        refused_blocks=1200,
+        load_saved_s=812.5,
+        refusal_saved_s=30.25,
     )
 
 

@@ -26,6 +26,7 @@ from kvstore.cli.stats import StatsCommand, stats
 from kvstore.cli.top.command import top
 from kvstore.cli.tune.command import tune
 from kvstore.cli.verify import verify
+from kvstore.cli.warm import warm
 from kvstore.cli.why import why
 from kvstore.errors import InvalidArgument, KVStoreError, SettingsError
 
@@ -71,6 +72,7 @@ app.command("stats", cls=StatsCommand)(stats)
 app.command("top")(top)
 app.command("configure")(configure)
 app.command("why")(why)
+app.command("warm")(warm)
 app.command("verify")(verify)
 app.command("replay")(replay)
 app.command("record")(record)

@@ -49,10 +49,11 @@ def why(
     wanted = [_digits(key) for key in keys or ()]
     prompt = [] if tokens is None else _read_tokens(tokens)
 
+    from kvstore.cli.namespaces import fitting_namespaces
     from kvstore_client import Client
 
     with Client(endpoint, timeout=timeout, mapped=False) as client:
-        chosen = _namespaces(client, namespace)
+        chosen = fitting_namespaces(client, namespace)
         if tokens is None:
             found = _explain_keys(client, wanted, chosen)
         else:
@@ -103,28 +104,6 @@ def _read_tokens(path: Path) -> list[int]:
             raise InvalidArgument(f"{path}: token {index} is {str(value)[:40]!r}, no number from 0 to 2**32 - 1")
         ids.append(int(value))
     return ids
-
-
-def _namespaces(client: Client, name: str) -> list[NamespaceStats]:
-    """The namespaces that are meant: those of that name or digest, or where none was given all that hold something.
-
-    Raises:
-        InvalidArgument: there is none, or several have that name.
-    """
-    known = client.stats().namespaces
-    listed = ", ".join(f"{one.label} ({one.digest})" for one in known) or "none"
-    if not name:
-        # Whoever only asks joins one that is empty.
-        return [one for one in known if one.blocks] or known
-    fitting = [one for one in known if name in (one.label, one.name)]
-    if not fitting and len(name) >= _FEWEST_DIGITS:
-        fitting = [one for one in known if one.digest and name.lower().startswith(one.digest)]
-    if not fitting:
-        raise InvalidArgument(f"the daemon knows no namespace {name!r}; there are: {listed}")
-    if len(fitting) > 1:
-        several = ", ".join(one.digest for one in fitting)
-        raise InvalidArgument(f"{len(fitting)} namespaces are called {name!r}: say which by its digest ({several})")
-    return fitting
 
 
 def _explain_keys(client: Client, keys: Sequence[str], namespaces: Sequence[NamespaceStats]) -> list[Explanation]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from daemon_process import DaemonProcess, child_environment, wait_until
 
+from kvstore.cli.warm import warm
 from kvstore.errors import InvalidArgument
+from kvstore.format.warm_list import parse_warm_list
 from kvstore.protocol.messages import PutStatus
 from kvstore_client import Client, Namespace, chain_keys
 
@@ -173,3 +177,65 @@ def test_stats_hold_the_curve_of_what_was_asked_for(daemon: DaemonProcess, clien
     shown = run(daemon, "stats", "--curve")
     assert "of DRAM with LRU would hit" in shown
     assert "DRAM and SSD together" in shown
+
+
+def test_warm_command_saves_a_list_and_brings_it_up(
+    daemon: DaemonProcess, client: Client, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chain = Chain(client, 7, blocks=8)
+    digest = next(one.digest for one in client.chains() if one.namespace == client.namespace.name)
+    saved = tmp_path / "saved"
+    warm(save=saved, endpoint=daemon.endpoint)
+    assert f"are listed in {saved}" in capsys.readouterr().out
+    listed = list(parse_warm_list(saved.read_text().splitlines(), "saved"))
+    # What was used last comes first.
+    assert listed[0] == (digest, chain.keys)
+    mine = tmp_path / "mine"
+    mine.write_text("# by hand\n" + " ".join(key.hex() for key in chain.keys) + "\n")
+    chain.push_out(7)
+    with pytest.raises(InvalidArgument, match="does not say of which namespace it is"):
+        warm(mine, endpoint=daemon.endpoint)
+    warm(mine, namespace=client.namespace.name, evict=True, endpoint=daemon.endpoint, as_json=True)
+    told = json.loads(capsys.readouterr().out)
+    assert (told["blocks"], told["brought"], told["brought_bytes"]) == (8, 8, 8 * 61_440)
+    assert chain.below() == 0
+    prompt = tmp_path / "prompt"
+    prompt.write_text("[" + ", ".join(["7"] * 64 * 9) + "]\n")
+    warm(prompt, namespace=digest.hex()[:8], block_tokens=64, endpoint=daemon.endpoint)
+    shown = capsys.readouterr().out
+    assert "Warmed up 9 blocks" in shown
+    assert "8 in memory already" in shown
+    assert "1 in no tier, or of another namespace" in shown
+    warm(hottest="128KiB", endpoint=daemon.endpoint, as_json=True)
+    assert json.loads(capsys.readouterr().out)["blocks"] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({}, "give one of: a list, --hottest SIZE, --save FILE"),
+        ({"save": Path("a"), "evict": True}, "--save writes all that memory holds"),
+        ({"file": Path("/nowhere/list")}, "cannot read /nowhere/list: No such file"),
+        ({"hottest": "many"}, "many"),
+    ],
+)
+def test_warm_command_that_makes_no_sense_says_why(daemon: DaemonProcess, options: dict[str, Any], why: str) -> None:
+    with pytest.raises(InvalidArgument, match=why):
+        warm(**options, endpoint=daemon.endpoint)
+
+
+def test_daemon_warms_itself_up_at_the_start(daemon: DaemonProcess, client: Client) -> None:
+    chain = Chain(client, 8)
+    assert daemon.terminate() == 0
+    daemon._environ = {"KVSTORE_SSD__WARM": "hottest"}
+    daemon.start()
+    wait_until(lambda: client.stats().prefetch.wanted.get("warming", 0) >= CHAIN, 20.0)
+    wait_until(lambda: client.stats().prefetch.waiting_bytes == 0)
+    # The chain was used last; a quarter of memory is kept for puts.
+    wait_until(lambda: client.match(chain.keys).tiers == ["dram"] * CHAIN)
+    stats = client.stats()
+    assert stats.dram.resident_bytes <= 3 << 20
+    assert stats.eviction.evicted_blocks == 0
+    # The module's last test: another process is there than at its beginning.
+    client.close()
+    assert daemon.terminate() == 0

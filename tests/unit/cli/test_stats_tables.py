@@ -81,6 +81,20 @@ def test_stats_say_nothing_of_retention_and_quotas_where_nobody_uses_them() -> N
     assert not any(line.startswith(("Retention", "Quotas")) for line in text)
 
 
+def test_stats_show_what_came_up_ahead_and_what_was_loaded_or_computed() -> None:
+    text = lines(stats_tables(sample_stats(ssd=True, ahead=True)))
+    assert row(text, "used")[-2:] == ["75.0", "%"]
+    assert "wanted by 3,000 matches, 500 hints, 1,000 warming up" in text
+    assert "dropped: 12 expired, 5 of clients that went" in text
+    assert "refused: 90 too many of one client, 33 no room" in text
+    assert "7 of 40 hints were begun later: unused blocks stay for 1 min 35 s" in text
+    told = {line.split(maxsplit=1)[0]: line.split(maxsplit=1)[1] for line in text if len(line.split()) > 1}
+    assert told["matches"] == "900 loaded, 40 computed, 8 loaded in part"
+    assert told["engine"] == "8,000 tokens/s (reported)"
+    assert told["saved"] == "13 min 32 s by loading, 30.2 s by computing (estimated)"
+    assert not any("ahead" in line or "Load or" in line for line in lines(stats_tables(sample_stats(ssd=True))))
+
+
 @pytest.mark.parametrize(("state", "problem"), [("read-only", "no space is left"), ("off", "")])
 def test_stats_of_an_ssd_tier_with_a_problem_name_it(state: str, problem: str) -> None:
     stats = sample_stats(problem="/dev/shm is full")
@@ -99,7 +113,9 @@ def test_stats_of_a_fresh_daemon_show_no_rate_where_nothing_was_asked() -> None:
 
 @pytest.mark.parametrize("sessions", [1, 40])
 def test_stats_fit_80_columns(sessions: int) -> None:
-    text = lines(stats_tables(sample_stats(namespaces=40, sessions=sessions, ssd=True), since=sample_stats()))
+    text = lines(
+        stats_tables(sample_stats(namespaces=40, sessions=sessions, ssd=True, ahead=True), since=sample_stats())
+    )
     assert max(map(len, text)) <= 80
     assert sum("more, --json has them all" in line for line in text) == 1 + (sessions > 1)
 

@@ -83,6 +83,18 @@ def test_metrics_of_the_curve_are_its_hit_ratios() -> None:
     assert not [name for name, _ in scrape(sample_stats()) if name.startswith("kvstore_curve")]
 
 
+def test_metrics_of_prefetches_and_loads_are_there_where_there_is_a_tier_below() -> None:
+    samples = scrape(sample_stats(ahead=True, ssd=True))
+    assert samples["kvstore_prefetch_blocks_total", (("what", "used"),)] == 3000
+    assert samples["kvstore_prefetch_refused_total", (("bound", "no_room"),)] == 33
+    assert samples["kvstore_prefetch_dropped_total", (("why", "expired"),)] == 12
+    assert samples["kvstore_hints_total", (("kind", "delayed"),)] == 7
+    assert samples["kvstore_load_decisions_total", (("kind", "part"),)] == 8
+    assert samples["kvstore_load_saved_seconds_total", (("by", "computing"),)] == 30.25
+    assert samples["kvstore_residence_seconds", ()] == 95
+    assert not [name for name, _ in scrape(sample_stats()) if "prefetch" in name or "load_" in name]
+
+
 def test_metrics_include_the_process() -> None:
     samples = scrape(sample_stats())
     assert samples["process_resident_memory_bytes", ()] > 0
@@ -100,7 +112,7 @@ def test_metrics_of_a_tier_with_a_problem_say_degraded() -> None:
 
 
 def test_metrics_names_carry_the_prefix_and_a_help_text() -> None:
-    text = render_metrics(make_registry(lambda: sample_stats(events=True, ssd=True, curve=True))).decode()
+    text = render_metrics(make_registry(lambda: sample_stats(events=True, ssd=True, curve=True, ahead=True))).decode()
     names = re.findall(r"^# TYPE (\S+) (counter|gauge)$", text, re.MULTILINE)
     assert all(name.startswith(("kvstore_", "process_")) for name, _ in names)
     assert all(name.endswith("_total") for name, kind in names if kind == "counter")
