@@ -27,6 +27,7 @@ from kvstore.protocol.statistics import (
     NamespaceStats,
     PrefetchStats,
     PutStats,
+    RecordStats,
     RetentionStats,
     ServerStats,
     SsdStats,
@@ -80,6 +81,8 @@ class StatsCollector(Collector):
             yield from _events(stats.events)
         if stats.curve is not None:
             yield from _curve(stats.curve)
+        if stats.recording is not None:
+            yield from _recording(stats.recording)
         if stats.prefetch is not None:
             yield from _prefetch(stats.prefetch)
         if stats.loading is not None:
@@ -319,6 +322,15 @@ def _events(events: EventStats) -> Iterator[Metric]:
     requests = {"replay": events.replays, "snapshot": events.snapshots}
     requests |= {"malformed": events.bad_requests, "dropped": events.dropped_requests}
     yield _counters("kvstore_event_requests", "Requests for missed KV events.", "kind", requests)
+
+
+def _recording(recording: RecordStats) -> Iterator[Metric]:
+    yield _gauge("kvstore_recording_on", "Whether lookups are being recorded.", recording.state == "on")
+    yield _gauge("kvstore_recording_failed", "Whether the last recording ended by itself.", recording.state == "failed")
+    # Of one recording: a new one begins anew.
+    yield _gauge("kvstore_recording_requests", "Requests in the recording.", recording.requests)
+    yield _gauge("kvstore_recording_bytes", "Bytes of the recording.", recording.bytes_written)
+    yield _gauge("kvstore_recording_dropped_requests", "Requests that it lacks.", recording.dropped_requests)
 
 
 def _curve(curve: CurveStats) -> Iterator[Metric]:

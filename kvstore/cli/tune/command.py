@@ -142,9 +142,9 @@ def tune(
         capacity_bytes = daemon_capacity(endpoint, timeout)
         if asked.have is None:
             asked = replace(asked, have=Capacity(size_bytes=capacity_bytes))
-    read = read_requests(trace, limit, block_tokens)
-    sizes = _sizes(read, model, block_bytes, asked.codecs)
     with _progress() as on_progress:
+        read = read_requests(trace, limit, block_tokens)
+        sizes = _sizes(read, model, block_bytes, asked.codecs)
         report = tuned(read, sizes, asked, on_progress)
     if apply and report.recommendation is not None:
         report = msgspec.structs.replace(report, applied=applied(report.recommendation, endpoint, timeout))
@@ -200,5 +200,5 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
     console = render.console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("trace", total=None)
+        task = progress.add_task("reading the trace", total=None)
         yield lambda what, done, of: progress.update(task, description=what, completed=done, total=of)

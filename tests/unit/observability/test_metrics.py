@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import re
 
+import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from sample_stats import MIB, sample_retention, sample_stats, sample_tenants
 
 from kvstore.observability.metrics import MAX_NAMESPACE_LABELS, make_registry, render_metrics
-from kvstore.protocol.statistics import DaemonStats
+from kvstore.protocol.statistics import DaemonStats, RecordStats
 
 
 def scrape(stats: DaemonStats) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -155,3 +156,14 @@ def test_registry_made_takes_no_snapshot() -> None:
         raise AssertionError("too early")
 
     make_registry(snapshot)
+
+
+def test_metrics_of_a_recording_are_there_where_there_was_one() -> None:
+    recording = RecordStats(state="failed", directory="/r", max_bytes=MIB, file="a", requests=7, bytes_written=900)
+    samples = scrape(msgspec.structs.replace(sample_stats(), recording=recording))
+    assert samples["kvstore_recording_on", ()] == 0
+    assert samples["kvstore_recording_failed", ()] == 1
+    assert samples["kvstore_recording_requests", ()] == 7
+    assert samples["kvstore_recording_bytes", ()] == 900
+    assert samples["kvstore_recording_dropped_requests", ()] == 0
+    assert not [name for name, _ in scrape(sample_stats()) if name.startswith("kvstore_recording")]
