@@ -237,7 +237,7 @@ class Loads:
             # What is only likely to be used is as old as its copy.
             used = record.namespace.tree.blocks[record.key].used if first.only_free else 0
             ended = functools.partial(self._ended, load)
-            self._promotions.read(namespace, record, answer, first.access, ended, used=used)
+            self._promotions.read(namespace, record, answer, first.access, ended, used=used, ahead=not waited)
             return True
         full = answer.reason in (Reason.NO_ROOM, Reason.ALL_HELD)
         if answer.status is PutStatus.THROTTLED and not (first.only_free and full):

@@ -116,6 +116,7 @@ class Promotions:
         ended: Callable[[bool], None],
         *,
         used: int = 0,
+        ahead: bool = False,
     ) -> None:
         """Have a record read into a slot, verified and published.
 
@@ -126,6 +127,7 @@ class Promotions:
             access: number of the access that it is for.
             ended: called when that is over, with whether it is in DRAM.
             used: number of the access that used it last, where this is none.
+            ahead: nobody waits for it yet.
         """
         began = self.costs.began()
         self._ssd.hold(record)
@@ -165,7 +167,7 @@ class Promotions:
             finally:
                 ended(stored)
 
-        self._transfers.read(work, done, verify)
+        self._transfers.read(work, done, verify, ahead=ahead)
 
     def _commit(
         self,

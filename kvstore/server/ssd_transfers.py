@@ -23,7 +23,7 @@ class _Job:
 
 
 class Transfers:
-    """A pool of threads. Reads go first: somebody waits for them.
+    """A pool of threads. Reads go first: somebody waits for them. Then those that are ahead of their time, then writes.
 
     A job's ``done`` is called on the event loop with what the work raised, or None; several at a time wake it once.
     What is computed with what was read runs in threads of its own: meanwhile the next transfer is on its way.
@@ -38,6 +38,7 @@ class Transfers:
         self._wake = threading.Condition()
         self._computed = threading.Condition()
         self._reads: deque[_Job] = deque()
+        self._ahead: deque[_Job] = deque()
         self._writes: deque[_Job] = deque()
         self._computing: deque[_Job] = deque()
         self._finished: deque[tuple[_Job, BaseException | None]] = deque()
@@ -56,9 +57,14 @@ class Transfers:
         for thread in self._threads:
             thread.start()
 
-    def read(self, work: Callable[[], None], done: Done, then: Callable[[], None] | None = None) -> None:
-        """Have something done that somebody waits for; ``then``: what is computed with it, before it is done."""
-        self._add(self._reads, _Job(work, done, then))
+    def read(
+        self, work: Callable[[], None], done: Done, then: Callable[[], None] | None = None, *, ahead: bool = False
+    ) -> None:
+        """Have something done that somebody waits for, or with ``ahead`` will wait for.
+
+        ``then``: what is computed with it, before it is done.
+        """
+        self._add(self._ahead if ahead else self._reads, _Job(work, done, then))
 
     def write(self, work: Callable[[], None], done: Done) -> None:
         """Have something done when no read waits."""
@@ -92,14 +98,14 @@ class Transfers:
     def _transfer(self) -> None:
         while True:
             with self._wake:
-                while not (self._reads or self._writes or self._stopped):
+                while not (self._reads or self._ahead or self._writes or self._stopped):
                     self._wake.wait()
-                if not (self._reads or self._writes):
+                if not (self._reads or self._ahead or self._writes):
                     self._transferring -= 1
                     with self._computed:
                         self._computed.notify_all()
                     return
-                job = (self._reads or self._writes).popleft()
+                job = (self._reads or self._ahead or self._writes).popleft()
             error = _raised_by(job.work)
             if error is not None or job.then is None:
                 self._tell(job, error)

@@ -78,7 +78,9 @@ class LoopTransfers:
         self._stopped = False
         self.in_flight = 0
 
-    def read(self, work: Callable[[], None], done: Done, then: Callable[[], None] | None = None) -> None:
+    def read(
+        self, work: Callable[[], None], done: Done, then: Callable[[], None] | None = None, *, ahead: bool = False
+    ) -> None:
         self.in_flight += 1
         self._loop.call_later(self.order.random() * 0.01, self._work, work, done, then)
 

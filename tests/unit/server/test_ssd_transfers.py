@@ -78,3 +78,26 @@ async def test_what_is_computed_with_a_read_follows_it_and_keeps_no_transfer_wai
     transfers.deliver()
     assert steps == ["first", "second", "computed"]
     assert told[2:] == [None]
+
+
+async def test_reads_that_somebody_waits_for_overtake_those_ahead_and_writes(no_leaked_tasks: None) -> None:
+    transfers = Transfers(1, asyncio.get_running_loop())
+    began, release = threading.Event(), threading.Event()
+    order: list[str] = []
+
+    def first() -> None:
+        began.set()
+        release.wait(30)
+
+    transfers.write(first, lambda error: None)
+    assert began.wait(5)
+    transfers.write(lambda: order.append("write"), lambda error: None)
+    for number in range(2):
+        transfers.read(lambda number=number: order.append(f"ahead {number}"), lambda error: None, ahead=True)  # type: ignore[misc]
+    transfers.read(lambda: order.append("waited for"), lambda error: None)
+    release.set()
+    async with asyncio.timeout(5):
+        while transfers.in_flight:
+            await asyncio.sleep(0.001)
+    assert order == ["waited for", "ahead 0", "ahead 1", "write"]
+    assert transfers.stop()
