@@ -61,6 +61,7 @@ RELEASED = {
     20: ("Configure", f"{REQUEST_FIELDS} policy ssd_policy admission"),
     21: ("Why", f"{REQUEST_FIELDS} keys chained prefixes namespace"),
     23: ("Record", f"{REQUEST_FIELDS} action"),
+    22: ("Retain", f"{REQUEST_FIELDS} keys priority ttl_ms drop"),
     30: ("ReportPrefill", f"{REQUEST_FIELDS} tokens micros"),
     31: ("Warm", f"{REQUEST_FIELDS} keys digest evict budget_bytes"),
     32: ("Chains", f"{REQUEST_FIELDS} tier budget_bytes"),
@@ -84,6 +85,7 @@ RELEASED = {
     114: ("Configured", f"{REPLY_FIELDS} policy ssd_policy admission"),
     115: ("WhyReply", f"{REPLY_FIELDS} namespace digest generation block_tokens parts stories"),
     117: ("Recorded", f"{REPLY_FIELDS} recording"),
+    116: ("Retained", f"{REPLY_FIELDS} count waiting"),
     130: ("Warmed", f"{REPLY_FIELDS} brought brought_bytes there unknown no_room failed"),
     131: ("ChainsReply", f"{REPLY_FIELDS} digests names slot_bytes"),
 }
@@ -94,7 +96,7 @@ RELEASED_ENUMS = {
     TierId: "NONE=0 HBM=1 DRAM=2 SSD=3 REMOTE=4",
     Reason: "NONE=0 TOO_LARGE=1 NO_ROOM=2 ALL_HELD=3 POPULATING=4 OVERLOADED=5 STALE_NAMESPACE=6 BAD_RECORD=7 "
     "BAD_PARENT=8 BAD_PART=9 GRANT_LIMIT=10 MEMORY_LIMIT=11 NOT_EXACT=12 OTHER_CODEC=13 "
-    "DEMOTING=14 NOT_DURABLE=15 MISSING=16",
+    "DEMOTING=14 NOT_DURABLE=15 MISSING=16 QUOTA=17",
     ErrorCode: "BAD_REQUEST=1 PROTOCOL_MISMATCH=2 UNKNOWN_SESSION=3 UNKNOWN_NAMESPACE=4 THROTTLED=5 "
     "SHUTTING_DOWN=6 LIMIT=7 INTERNAL=8",
 }
