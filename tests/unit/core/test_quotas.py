@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 from fakes.small_store import PAGE_BYTES, SESSION, SmallStore, key_of
 
 from kvstore.core.block import Block, Record
-from kvstore.core.events import Displaced, InvalidateWanted, LeaseReleased
+from kvstore.core.events import Displaced, InvalidateWanted, LeaseReleased, PolicyChanged, RetainWanted
 from kvstore.core.instructions import Namespaced, Refuse
 from kvstore.core.invariants import validate_state
+from kvstore.core.pools import pooled
 from kvstore.core.state import StoreLimits
 from kvstore.core.watching import Cause
-from kvstore.policy.registry import POLICIES
+from kvstore.policy.base import PolicyContext
+from kvstore.policy.registry import POLICIES, make_policy
 from kvstore.protocol.messages import PutStatus, Reason
 from kvstore.protocol.namespace import Namespace
 
@@ -217,3 +221,23 @@ def test_displaced_for_its_place_in_the_index_counts_out():
     tenants.executor.apply(Displaced(own, slots))
     assert tenants.store.tenants["batch"].slot_bytes == 0
     validate_state(tenants.store)
+
+
+@every_policy
+def test_another_policy_takes_over_the_blocks_of_all_tenants(policy: str):
+    tenants = Tenants()
+    for name, letters in (("free", "xyz"), ("chat", "abcd"), ("batch", "m")):
+        for letter in letters:
+            assert tenants.as_(name).put(letter) == [STORED]
+    store = tenants.as_("chat").store
+    tenants.executor.apply(RetainWanted(tenants.namespace.id, [key_of("a")], 90))
+    tenants.lease("b")
+    context = PolicyContext(store.limits.capacity_bytes, lambda: 0)
+    other = pooled(partial(make_policy, policy), context, store.tenants.values())
+    tenants.executor.apply(PolicyChanged(other))
+    validate_state(store)
+    assert store.policy.name == policy
+    for letter in "ef":
+        assert tenants.put(letter) == [STORED]
+    assert tenants.has("chat") == "abef"
+    assert tenants.has("free") == "xyz"
