@@ -97,10 +97,10 @@ def grid_rows(
     """
     for held in tiers:
         for policy in policies:
-            ssd, rate = _NOTHING, 1.0
+            ssd, written, rate = _NOTHING, 0, 1.0
             run = _run_of(runs, policy, held)
             if run is not None:
-                (both, ssd), rate = results[run], run.rate
+                (both, ssd, written), rate = results[run], run.rate
             elif policy == LRU and held.dram_blocks < workload.distinct_blocks:
                 both, rate = curve.hit_rates(held.dram_blocks), curve_rate
             else:
@@ -119,6 +119,7 @@ def grid_rows(
                 hit_rate=both.whole,
                 hit_rate_second_half=both.second_half,
                 ssd_hit_rate=ssd.whole,
+                ssd_written_bytes=written * costs.sizes.slot_bytes[held.codec],
                 first_token_s=costs.first_token_s(held.codec, both.whole - ssd.whole, ssd.whole),
                 rate=rate,
             )

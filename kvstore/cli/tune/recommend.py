@@ -140,7 +140,7 @@ def _of_policies(plain: dict[str, TuneRow], lru: float, bound: TuneRow | None) -
     elif best is not None:
         gap = 0.0 if bound is None else bound.hit_rate - lru
         share = f", {render.percent(gain / gap)} of what lies between LRU and the bound" if gap > _TINY else ""
-        yield f"{best.policy} gives {_points(gain)} over LRU without a byte more{share}."
+        yield f"{best.policy} gives {_points(gain)} over LRU with raw blocks, without a byte more{share}."
     simulated = [row for row in plain.values() if row.policy not in (*POLICIES, CLAIRVOYANT)]
     other = max(simulated, key=lambda row: row.hit_rate, default=None)
     if other is not None and other.hit_rate - lru - max(gain, 0.0) >= _WORTH:
@@ -191,8 +191,9 @@ def _of_ssds(question: Question, here: Sequence[TuneRow]) -> Iterator[str]:
         gain = "" if before is None else f" gives {_points(row.hit_rate - before)} with {row.policy}"
         verdict = "worth it" if costs.ssd_pays(row.codec) else "slower than computing it: such loads are refused"
         yield (
-            f"An SSD of {render.size(row.ssd_bytes)}{gain} ({row.codec}); a block is loaded in {render.latency(load)} "
-            f"and computed in {render.latency(compute)}, {verdict}."
+            f"An SSD of {render.size(row.ssd_bytes)}{gain} ({row.codec}), for {render.size(row.ssd_written_bytes)} of "
+            f"writes over the trace; a block is loaded in {render.latency(load)} and computed in "
+            f"{render.latency(compute)}, {verdict}."
         )
 
 
@@ -204,6 +205,8 @@ def _settings(chosen: TuneRow) -> Iterator[str]:
         yield f"capacity_bytes = {_setting(chosen.ssd_bytes)}"
     yield "[eviction]"
     yield f'policy = "{chosen.policy}"'
+    if chosen.ssd_bytes:
+        yield f'ssd_policy = "{chosen.policy}"'
     if chosen.codec != RAW:
         yield f'# The codec is the clients\' to choose: TensorStore(layout, "{chosen.codec}", ...)'
 

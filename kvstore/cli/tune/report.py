@@ -71,6 +71,7 @@ class TuneRow(msgspec.Struct, frozen=True, kw_only=True):
         ssd_blocks, ssd_bytes: the same of the SSD, 0 without one.
         hit_rate, hit_rate_second_half: 0 to 1, in both tiers, of all requests and of the second half of them.
         ssd_hit_rate: the part of ``hit_rate`` that the SSD serves.
+        ssd_written_bytes: written to the SSD over the whole trace; 0 for the bound, which is no policy.
         first_token_s: estimated seconds to the first token, mean.
         rate: share of the blocks that were simulated; 1: exact.
     """
@@ -84,6 +85,7 @@ class TuneRow(msgspec.Struct, frozen=True, kw_only=True):
     hit_rate: float
     hit_rate_second_half: float
     ssd_hit_rate: float
+    ssd_written_bytes: int
     first_token_s: float
     rate: float
 

@@ -51,10 +51,11 @@ class Run(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """What a run gives: hits in both tiers, and the part of them that the SSD serves."""
+    """What a run gives: hits in both tiers, the part of them that the SSD serves, and blocks written to it."""
 
     both: HitRates
     ssd: HitRates
+    written_blocks: int = 0
 
 
 class _Stopped(Exception):
@@ -163,7 +164,8 @@ def _simulated(run: Run, requests: Workload | Sample, progress: Callable[[int], 
     if run.ssd_blocks:
         tiers = simulate_tiered(arrivals, run.policy, dram_blocks, ssd_blocks, progress=progress)
         both, dram = requests.hit_rates([*map(int.__add__, tiers.dram, tiers.ssd)]), requests.hit_rates(tiers.dram)
-        return Rates(both, HitRates(both.whole - dram.whole, both.second_half - dram.second_half))
+        ssd = HitRates(both.whole - dram.whole, both.second_half - dram.second_half)
+        return Rates(both, ssd, round(tiers.written / run.rate))
     if run.policy == CLAIRVOYANT:
         outcome = simulate_clairvoyant(arrivals, dram_blocks)
         progress(len(arrivals))

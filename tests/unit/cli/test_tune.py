@@ -104,7 +104,7 @@ def test_ssd_rows_say_which_part_the_ssd_serves(trace: Path) -> None:
     found = report(trace, ssd=[Capacity(), Capacity(400)], capacities=[Capacity(50)])
     for row in found.rows:
         if not row.ssd_blocks:
-            assert row.ssd_hit_rate == 0
+            assert row.ssd_hit_rate == row.ssd_written_bytes == 0
         elif row.policy == "opt":
             above, both = (simulate_clairvoyant(ARRIVALS, size).hit_rate for size in (50, 450))
             assert (row.hit_rate, row.ssd_hit_rate) == pytest.approx((both, both - above))
@@ -112,6 +112,7 @@ def test_ssd_rows_say_which_part_the_ssd_serves(trace: Path) -> None:
             tiers = simulate_tiered(ARRIVALS, row.policy, 50, 400)
             asked = sum(len(ids) for _, ids in ARRIVALS)
             assert row.ssd_hit_rate == pytest.approx(sum(tiers.ssd) / asked)
+            assert row.ssd_written_bytes == tiers.written * SIZES.slot_bytes["raw"]
             assert row.hit_rate == pytest.approx((sum(tiers.dram) + sum(tiers.ssd)) / asked)
 
 
