@@ -27,19 +27,25 @@ from kvstore.policy.shadow import Contest, LruShadow, RankedShadow
 TAIL: Final = 0
 SHARED: Final = 1
 ABANDONED: Final = 2
-POPULAR: Final = 3
-GROUPS: Final = 4
+GROUPS: Final = 3
+"""Segments at whose end one session may go on; above several; left behind by the last request that came by."""
 
 _POPULAR_FROM: Final = 16
-"""Known children of a segment that is shared by all kinds of requests."""
+"""Known children from which on a segment is a prompt of its own."""
+_PROMPTS: Final = 8
 _EDITED_BELOW: Final = 4
 """With fewer children a new branch is taken for an edit of the same turn."""
 
 _TURNS: Final = 6
-_FANS: Final = 5
-_FRESH_BLOCKS: Final = (1, 2, 4, 8, 16)
-_GAPS_S: Final = (0.0, 30.0, 60.0, 120.0, 240.0)
+_FANS: Final = (2, 3, 4, 5, 8, 16)
+_GAPS: Final = (2, 3, 5, 9)
+_FRESH: Final = (0.07, 0.14, 0.28, 0.56, 1.12)
+"""New blocks of a request, as a share of what requests have in the mean."""
+_GAPS_S: Final = (0.0, 3.0, 10.0, 30.0, 60.0, 120.0, 240.0)
+_MEAN_GAPS_S: Final = tuple(0.5 * 2.0**octave for octave in range(13))
 _FRESH_SHARES: Final = (0.05, 0.1, 0.2, 0.4, 0.7, 0.99)
+_MEAN_GAP_WEIGHT: Final = 1 / 8
+_MEAN_FRESH_WEIGHT: Final = 1 / 500
 
 GHOSTS_AT_LEAST: Final = 65_536
 GHOSTS_PER_BLOCK: Final = 4
@@ -48,8 +54,8 @@ _GHOST_AGE_S: Final = 5760.0
 _TRIM_STEPS: Final = 64
 
 _REFIT_AFTER: Final = 25
-_REFIT_AFTER_AT_MOST: Final = 250
-_REFIT_GROWTH: Final = 1 / 20
+_REFIT_AFTER_AT_MOST: Final = 400
+_REFIT_GROWTH: Final = 1 / 12
 """Requests between two fits of the tables: as a share of those seen so far, within bounds."""
 
 _REPEAT_S: Final = 0.05
@@ -107,7 +113,7 @@ class Adaptive:
     def __init__(self, context: PolicyContext) -> None:
         self._clock = context.clock
         self._segments = Segments()
-        self._hazards = Hazards(GROUPS, self._moved, pooled=(TAIL, SHARED, ABANDONED))
+        self._hazards = Hazards(GROUPS, self._moved, pooled=(TAIL, ABANDONED))
         self._ranking = ByIndex(self._hazards)
         self._recency: OrderedDict[Segment, None] = OrderedDict()
         self._known: OrderedDict[Segment, None] = OrderedDict()
@@ -118,11 +124,15 @@ class Adaptive:
         self._aside: list[Segment] = []
         self._aside_before = 0
         self._request: _Request | None = None
-        self._victims: Segment | None = None
+        # The segment that victims come from, while the orders stay as they are.
+        self._front: Segment | None = None
+        self._front_before: int | None = None
         self._now_s = 0.0
         self._held = 0
         self._capacity_blocks: int | None = None
         self._requests = 0
+        self._mean_fresh = 0.0
+        self._prompts = 0
         self._refit_at = _REFIT_AFTER
         self._sizes: dict[int, int] = {}
 
@@ -178,15 +188,15 @@ class Adaptive:
         if evicted and self._held != self._capacity_blocks:
             self._note_full()
         self._held -= 1
-        segment = self._victims
-        if segment is not None:
-            self._victims = None
-            blocks = segment.blocks
+        front = self._front
+        if front is not None:
+            blocks = front.blocks
             if len(blocks) > 1 and blocks[-1] is block and not self._condemned.blocks:
-                # Its parent is next in the order, where the segment stays.
+                # Its parent is next, and the orders stay as they are.
                 blocks.pop()
                 block.access = GONE
                 return
+            self._front = None
         if self._condemned.blocks:
             self._condemned.discard(block)
         segments = self._segments
@@ -215,11 +225,16 @@ class Adaptive:
 
     def condemn(self, blocks: Sequence[Evictable]) -> None:
         """See ``EvictionPolicy``."""
+        self._front = None
         for block in blocks:
             self._condemned.add(block)
 
     def released(self, block: Evictable) -> None:
         """See ``EvictionPolicy``."""
+        request = self._request
+        if request is not None and request.block is block:
+            # It is in no order until the request is finished.
+            return
         if block.children or block.leases or not self._segments.holds(block):
             return
         if self._condemned.blocks:
@@ -230,6 +245,11 @@ class Adaptive:
 
     def next_victim(self, before: int | None = None) -> Evictable | None:
         """See ``EvictionPolicy``."""
+        front = self._front
+        if front is not None and before == self._front_before:
+            tip = front.blocks[-1]
+            if not tip.children and not tip.leases:
+                return tip
         if before is not None and before <= BEFORE_ALL:
             return None
         if self._condemned.blocks:
@@ -281,7 +301,7 @@ class Adaptive:
                 self._aside.append(segment)
                 self._aside_before = before
             else:
-                self._victims = segment
+                self._front, self._front_before = segment, before
                 return tip
 
     def _insert(self, block: Evictable, access: int) -> None:
@@ -339,6 +359,7 @@ class Adaptive:
 
     def _begin(self, access: int, segment: Segment | None, place: int, block: Evictable | None) -> _Request:
         """A request uses the blocks of ``segment`` to ``place``, and all above it."""
+        self._front = None
         if self._request is not None:
             self._finish()
             if block is not None:
@@ -390,7 +411,7 @@ class Adaptive:
                 gone_s = now_s - segment.used_s
                 self._hazards.leave(segment, now_s, 1.0 if place >= request.again else 0.0)
                 if place >= request.again:
-                    segment.gap_s = gone_s
+                    _note_gap(segment, gone_s)
                     if not segment.children:
                         segment.turn += 1
 
@@ -398,7 +419,7 @@ class Adaptive:
         """Nothing more comes of a request: its segments get their classes and places."""
         request = self._request
         assert request is not None
-        self._request = None
+        self._request = self._front = None
         if not request.settled:
             self._settle(request)
         path, now_s = request.path, self._now_s
@@ -412,12 +433,18 @@ class Adaptive:
         elif request.again == len(path):
             fresh += tip.fresh
         tip.fresh = fresh
+        self._mean_fresh += (fresh - self._mean_fresh) * max(_MEAN_FRESH_WEIGHT, 1 / (1 + self._requests))
         share = fresh / sum([len(segment.keys) for segment in path])
+        prompt = 0
+        for segment in path:
+            if segment.children and len(segment.children) >= _POPULAR_FROM:
+                prompt = segment.prompt or self._new_prompt(segment)
+        mean_fresh = self._mean_fresh or 1.0
         hazards, ranking, recency, known = self._hazards, self._ranking, self._recency, self._known
         size = self._rank_of_size(tip.blocks[-1].slot_bytes) if tip.blocks else 0
         for segment in reversed(path):
             segment.abandoned = False
-            hazards.enter(segment, _cell(segment, share), now_s)
+            hazards.enter(segment, _cell(segment, mean_fresh, share, prompt), now_s)
             segment.rank += size
             ranking.remove(segment)
             known[segment] = None
@@ -446,6 +473,12 @@ class Adaptive:
             ranking.rescore()
             self._ranked.order.rescore()
 
+    def _new_prompt(self, segment: Segment) -> int:
+        if self._prompts < _PROMPTS:
+            self._prompts += 1
+            segment.prompt = self._prompts
+        return segment.prompt
+
     @staticmethod
     def _begin_session(path: Sequence[Segment]) -> None:
         """The last segment is new: a session of its own, or an edit of one that went on otherwise."""
@@ -467,6 +500,7 @@ class Adaptive:
                 return False
             path.append(above)
             above = above.parent
+        self._front = None
         recency = self._recency
         for above in path:
             if above.access < access:
@@ -480,6 +514,7 @@ class Adaptive:
 
     def _adopt(self, block: Evictable, below: Sequence[Evictable], access: int) -> None:
         """A block came above resident ones."""
+        self._front = None
         if self._request is not None:
             self._finish()
         segments = self._segments
@@ -521,7 +556,7 @@ class Adaptive:
 
     def _finish_alone(self, segment: Segment) -> None:
         """A segment came to be without a request that used it, or not just now."""
-        self._hazards.enter(segment, _cell(segment, 0.0), self._now_s)
+        self._hazards.enter(segment, _cell(segment, self._mean_fresh or 1.0, 0.0, 0), self._now_s)
         self._known[segment] = None
         if segment.blocks:
             self._recency[segment] = None
@@ -536,13 +571,14 @@ class Adaptive:
         self._lru.cut(upper, segment)
         order = self._ranked.order
         if segment.cell >= 0:
-            upper.gap_s = self._now_s - segment.used_s
+            if returned:
+                _note_gap(upper, self._now_s - segment.used_s)
             in_ranking, in_shadow = segment in self._ranking, segment in order
             self._ranking.remove(segment)
             order.remove(segment)
             self._hazards.leave(segment, self._now_s, share if returned else 0.0)
             segment.abandoned = returned
-            self._hazards.enter(segment, _cell(segment, 0.0), self._now_s)
+            self._hazards.enter(segment, _cell(segment, self._mean_fresh or 1.0, 0.0, 0), self._now_s)
             if in_ranking and segment.blocks:
                 self._ranking.add(segment)
             if in_shadow:
@@ -562,6 +598,7 @@ class Adaptive:
             self._unpark(segment)
 
     def _unpark(self, segment: Segment) -> None:
+        self._front = None
         request = self._request
         if request is not None and request.path and request.path[-1] is segment:
             return
@@ -614,18 +651,32 @@ class Adaptive:
         return rank
 
 
-def _cell(segment: Segment, share: float) -> Cell:
-    """A segment's class. ``share``: of the request's blocks, the new ones."""
+def _note_gap(segment: Segment, gap_s: float) -> None:
+    segment.gap_s = gap_s
+    segment.gaps += 1
+    segment.mean_gap_s += (gap_s - segment.mean_gap_s) * max(_MEAN_GAP_WEIGHT, 1 / segment.gaps)
+
+
+def _cell(segment: Segment, mean_fresh: float, share: float, prompt: int) -> Cell:
+    """A segment's class.
+
+    Args:
+        segment: it was used just now, or what is left of it begins a life of its own.
+        mean_fresh: new blocks that requests have in the mean.
+        share: of the request's blocks, the new ones.
+        prompt: that the request began with.
+    """
     children = segment.children
     if children:
-        fan = len(children)
-        return (POPULAR,) if fan >= _POPULAR_FROM else (SHARED, min(fan, _FANS) - 1)
+        stratum = bisect_right(_MEAN_GAPS_S, segment.mean_gap_s)
+        return (SHARED, stratum, bisect_right(_FANS, len(children)), bisect_right(_GAPS, segment.gaps))
     if segment.abandoned:
-        return (ABANDONED, min(len(segment.keys) // 4, 2))
+        return (ABANDONED, 0, bisect_right(_FRESH, len(segment.keys) / mean_fresh))
     return (
         TAIL,
-        min(segment.turn, _TURNS) - 1,
-        bisect_right(_FRESH_BLOCKS, segment.fresh),
         bisect_right(_GAPS_S, segment.gap_s),
+        min(segment.turn, _TURNS) - 1,
+        bisect_right(_FRESH, segment.fresh / mean_fresh),
         bisect_right(_FRESH_SHARES, share),
+        prompt,
     )

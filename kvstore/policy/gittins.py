@@ -28,15 +28,16 @@ def gittins_index(rates: Floats, widths: Floats) -> Floats:
     Returns:
         As ``rates``. Cost: quadratic in the bins.
     """
-    hazards = np.minimum(_SUREST, 1.0 - np.exp(-rates * widths))
+    hazards = np.minimum(_SUREST, 1.0 - np.exp(-rates.T * widths[:, None]))
     stays = 1.0 - hazards
     # One that returns within a bin was kept for half of it.
-    seconds = (1.0 - hazards / 2.0) * widths
+    seconds = (1.0 - hazards / 2.0) * widths[:, None]
+    # By the last bin to keep, from the one that is looked at on.
+    hits, kept = np.zeros_like(hazards), np.zeros_like(hazards)
     index = np.empty_like(hazards)
-    rows, bins = hazards.shape
-    for first in range(bins):
-        alive = np.cumprod(np.hstack((np.ones((rows, 1)), stays[:, first:-1])), axis=1)
-        hits = np.cumsum(alive * hazards[:, first:], axis=1)
-        kept = np.cumsum(alive * seconds[:, first:], axis=1)
-        index[:, first] = (hits / kept).max(axis=1)
-    return index
+    for first in range(len(hazards) - 1, -1, -1):
+        for sums, here in ((hits, hazards), (kept, seconds)):
+            sums[first:] *= stays[first]
+            sums[first:] += here[first]
+        index[first] = (hits[first:] / kept[first:]).max(axis=0)
+    return index.T

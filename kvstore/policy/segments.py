@@ -41,8 +41,10 @@ class Segment:
         children: known segments below, by their first key; None where there never was one.
         access: engine request that last used it.
         abandoned: the last request that came by left above it.
-        turn, gap_s, fresh: the chat turn, seconds since the turn before (-1 if none), and new blocks of the last
+        turn, gap_s, fresh: the chat turn, seconds since the use before (-1 if none), and new blocks of the last
             request.
+        gaps, mean_gap_s: how often it came back, and after how many seconds in the mean.
+        prompt: number of a prompt that is common to many, 0 for none.
         cell, bin, rank, used_s: see ``kvstore.policy.hazards``. Cell is -1 while it is not at risk.
         orders: orders by index that it is in.
         lru, ranked: blocks of it that are in the shadow caches; ``ranked_children``: children with such in the second.
@@ -57,12 +59,15 @@ class Segment:
         "children",
         "fresh",
         "gap_s",
+        "gaps",
         "keys",
         "level",
         "lru",
+        "mean_gap_s",
         "number",
         "orders",
         "parent",
+        "prompt",
         "rank",
         "ranked",
         "ranked_children",
@@ -81,6 +86,9 @@ class Segment:
         self.abandoned = False
         self.turn = 1
         self.gap_s = -1.0
+        self.gaps = 0
+        self.mean_gap_s = 0.0
+        self.prompt = 0
         self.fresh = 0
         self.cell = -1
         self.bin = 0
@@ -177,6 +185,8 @@ class Segments:
         upper.abandoned = segment.abandoned
         upper.turn = segment.turn
         upper.gap_s = segment.gap_s
+        upper.gaps = segment.gaps
+        upper.mean_gap_s = segment.mean_gap_s
         upper.fresh = segment.fresh
         upper.used_s = segment.used_s
         upper.lru = min(segment.lru, length)

@@ -18,7 +18,7 @@ Life = tuple[tuple[int, ...], float, float, float]
 
 def lives(seed: int, count: int) -> list[Life]:
     rng = random.Random(seed)
-    cells = [(0, 0), (0, 1), (1,)]
+    cells = [(0, 0, 0), (0, 2, 1), (1, 1)]
     return [
         (rng.choice(cells), born := rng.uniform(0, 3000), born + rng.expovariate(1 / 200), rng.choice((0.0, 0.5, 1.0)))
         for _ in range(count)
@@ -70,7 +70,7 @@ def test_hazards_exposure_is_what_adding_up_all_lives_gives(until_s: float):
 def test_hazards_find_the_rates_that_returns_were_drawn_from():
     rng = random.Random(7)
     hazards = Hazards(1, lambda _: None, pooled=(0,))
-    rates = {(0, 0): 0.02, (0, 1): 0.004}
+    rates = {(0, 0, 0): 0.02, (0, 0, 1): 0.004}
     what: list[Life] = []
     for _ in range(6000):
         cell = rng.choice(list(rates))
@@ -96,10 +96,10 @@ def test_hazards_of_what_was_forgotten_early_are_not_low():
         for _ in range(4000):
             born = rng.uniform(0, 3000)
             lasts = rng.expovariate(0.01)
-            what.append(((0,), born, born + min(lasts, forget_after_s), 1.0 if lasts < forget_after_s else 0.0))
+            what.append(((0, 0), born, born + min(lasts, forget_after_s), 1.0 if lasts < forget_after_s else 0.0))
         replay(hazards, what, 3600.0, step_s=0.25)
         hazards.refit(3600.0)
-        tables.append(hazards.rates((0,)))
+        tables.append(hazards.rates((0, 0)))
     until_60_s = BIN_STARTS.index(60.0)
     assert tables[0][:until_60_s].tolist() == pytest.approx(tables[1][:until_60_s].tolist(), rel=0.05)
     # Past that nothing was seen, and the last that was goes on.
@@ -108,7 +108,7 @@ def test_hazards_of_what_was_forgotten_early_are_not_low():
 
 def test_hazards_old_data_fades():
     hazards = Hazards(1, lambda _: None, pooled=(0,))
-    replay(hazards, [((0,), float(at), float(at) + 10.0, 1.0) for at in range(200)], 300.0)
+    replay(hazards, [((0, 0), float(at), float(at) + 10.0, 1.0) for at in range(200)], 300.0)
     hazards.refit(300.0)
     _, before, _ = hazards.exposure(300.0)
     hazards.refit(300.0 + 7200.0)
@@ -123,13 +123,13 @@ def test_hazards_index_orders_a_hot_cell_above_a_cold_one():
     for _ in range(2000):
         hot = rng.random() < 0.5
         born = rng.uniform(0, 3000)
-        what.append(((0, int(hot)), born, born + rng.uniform(5, 100) if hot else born + 2000, float(hot)))
+        what.append(((0, 0, int(hot)), born, born + rng.uniform(5, 100) if hot else born + 2000, float(hot)))
     replay(hazards, what, 3600.0)
     hazards.refit(3600.0)
     ranks = []
     for hot in (0, 1):
         segment = Segment(9000 + hot, 0)
-        hazards.enter(segment, (0, hot), 3600.0)
+        hazards.enter(segment, (0, 0, hot), 3600.0)
         ranks.append(hazards.index[segment.rank])
     assert ranks[1] > 4 * ranks[0]
 
