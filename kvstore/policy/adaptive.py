@@ -12,46 +12,19 @@ path was known, and *finished* when the next one begins: only then its segments 
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Final
 
 from kvstore.policy.base import BEFORE_ALL, Evictable, PolicyContext
-from kvstore.policy.by_index import ByIndex, rank_of_size
+from kvstore.policy.by_index import rank_of_size
 from kvstore.policy.condemned import Condemned
-from kvstore.policy.hazards import Cell, Hazards
-from kvstore.policy.segments import GONE, KEY_BYTES, SEGMENT_BYTES, Segment, Segments
+from kvstore.policy.hazards import Hazards
+from kvstore.policy.orders import Orders
+from kvstore.policy.remembered import Remembered
+from kvstore.policy.segment_class import ABANDONED, GROUPS, TAIL, SegmentClasses, begin_session, note_return
+from kvstore.policy.segment_request import SegmentRequest
+from kvstore.policy.segments import GONE, Segment, Segments
 from kvstore.policy.shadow import Contest, LruShadow, RankedShadow
-
-TAIL: Final = 0
-SHARED: Final = 1
-ABANDONED: Final = 2
-GROUPS: Final = 3
-"""Segments at whose end one session may go on; above several; left behind by the last request that came by."""
-
-_POPULAR_FROM: Final = 16
-"""Known children from which on a segment is a prompt of its own."""
-_PROMPTS: Final = 8
-_EDITED_BELOW: Final = 4
-"""With fewer children a new branch is taken for an edit of the same turn."""
-
-_TURNS: Final = 6
-_FANS: Final = (2, 3, 4, 5, 8, 16)
-_GAPS: Final = (2, 3, 5, 9)
-_FRESH: Final = (0.07, 0.14, 0.28, 0.56, 1.12)
-"""New blocks of a request, as a share of what requests have in the mean."""
-_GAPS_S: Final = (0.0, 3.0, 10.0, 30.0, 60.0, 120.0, 240.0)
-_MEAN_GAPS_S: Final = tuple(0.5 * 2.0**octave for octave in range(13))
-_FRESH_SHARES: Final = (0.05, 0.1, 0.2, 0.4, 0.7, 0.99)
-_MEAN_GAP_WEIGHT: Final = 1 / 8
-_MEAN_FRESH_WEIGHT: Final = 1 / 500
-
-GHOSTS_AT_LEAST: Final = 65_536
-GHOSTS_PER_BLOCK: Final = 4
-"""Keys remembered of blocks that left: that many for each resident one, or the number above if that is more."""
-_GHOST_AGE_S: Final = 5760.0
-_TRIM_STEPS: Final = 64
 
 _REFIT_AFTER: Final = 25
 _REFIT_AFTER_AT_MOST: Final = 400
@@ -62,49 +35,6 @@ _REPEAT_S: Final = 0.05
 """Another use of a whole segment within that time tells nothing new."""
 
 
-class _Request:
-    """The engine request that is under way.
-
-    Attributes:
-        access: its number.
-        path: segments it used so far, from the top.
-        again: how many of them had been used by it before: its calls were mixed with those of another.
-        place: in the last of them, the last block that it used; ``block``: that block.
-        settled: new blocks began. ``grown``: the last segment is a new one. ``fresh``: new blocks.
-        mark: of the next block, where it goes on in the last segment and nothing is known below; else 0.
-        asked, lru_hits, ranked_hits: known blocks, and those that the shadows hold.
-    """
-
-    __slots__ = (
-        "access",
-        "again",
-        "asked",
-        "block",
-        "fresh",
-        "grown",
-        "lru_hits",
-        "mark",
-        "path",
-        "place",
-        "ranked_hits",
-        "settled",
-    )
-
-    def __init__(self, access: int, path: list[Segment], place: int, block: Evictable | None) -> None:
-        self.access = access
-        self.path = path
-        self.place = place
-        self.block = block
-        self.again = 0
-        self.settled = False
-        self.grown = False
-        self.mark = 0
-        self.fresh = 0
-        self.asked = 0
-        self.lru_hits = 0
-        self.ranked_hits = 0
-
-
 class Adaptive:
     """See the module. A block costs O(1) amortised; a request that many steps as its path has segments."""
 
@@ -112,27 +42,20 @@ class Adaptive:
 
     def __init__(self, context: PolicyContext) -> None:
         self._clock = context.clock
-        self._segments = Segments()
-        self._hazards = Hazards(GROUPS, self._moved, pooled=(TAIL, ABANDONED))
-        self._ranking = ByIndex(self._hazards)
-        self._recency: OrderedDict[Segment, None] = OrderedDict()
-        self._known: OrderedDict[Segment, None] = OrderedDict()
+        self._segments = segments = Segments()
+        self._hazards = hazards = Hazards(GROUPS, self._moved, pooled=(TAIL, ABANDONED))
+        self._classes = SegmentClasses()
+        self._orders = Orders(hazards)
         self._lru = LruShadow()
-        self._ranked = RankedShadow(self._hazards, self._segments.root)
+        self._ranked = RankedShadow(hazards, segments.root)
         self._contest = Contest()
+        self._remembered = Remembered(segments, hazards, self._classes, self._lru, self._ranked)
         self._condemned = Condemned()
-        self._aside: list[Segment] = []
-        self._aside_before = 0
-        self._request: _Request | None = None
-        # The segment that victims come from, while the orders stay as they are.
-        self._front: Segment | None = None
-        self._front_before: int | None = None
+        self._request: SegmentRequest | None = None
         self._now_s = 0.0
         self._held = 0
         self._capacity_blocks: int | None = None
         self._requests = 0
-        self._mean_fresh = 0.0
-        self._prompts = 0
         self._refit_at = _REFIT_AFTER
         self._sizes: dict[int, int] = {}
 
@@ -188,7 +111,7 @@ class Adaptive:
         if evicted and self._held != self._capacity_blocks:
             self._note_full()
         self._held -= 1
-        front = self._front
+        front = self._orders.front
         if front is not None:
             blocks = front.blocks
             if len(blocks) > 1 and blocks[-1] is block and not self._condemned.blocks:
@@ -196,7 +119,6 @@ class Adaptive:
                 blocks.pop()
                 block.access = GONE
                 return
-            self._front = None
         if self._condemned.blocks:
             self._condemned.discard(block)
         segments = self._segments
@@ -210,22 +132,22 @@ class Adaptive:
         segment.blocks.pop()
         block.access = GONE
         parent = block.parent
-        if not segment.blocks:
-            self._recency.pop(segment, None)
-            self._ranking.remove(segment)
-            if parent is not None and segments.holds(parent):
-                self._unpark_parent(parent, segments.locate(parent)[0])
-            if segment.parent is None and not segment.children:
-                self._forget(segment)
-        elif parent is not None and segment not in self._recency:
-            self._unpark_parent(parent, segment)
+        if segment.blocks:
+            if parent is not None and segment not in self._orders.recency:
+                self._unpark_parent(parent, segment)
+            return
+        self._orders.remove(segment)
+        if parent is not None and segments.holds(parent):
+            self._unpark_parent(parent, segments.locate(parent)[0])
+        if segment.parent is None and not segment.children:
+            self._remembered.forget(segment, self._now_s)
 
     def resized(self, block: Evictable, before_bytes: int) -> None:
         """See ``EvictionPolicy``. Its size counts when it is used again."""
 
     def condemn(self, blocks: Sequence[Evictable]) -> None:
         """See ``EvictionPolicy``."""
-        self._front = None
+        self._orders.front = None
         for block in blocks:
             self._condemned.add(block)
 
@@ -245,26 +167,21 @@ class Adaptive:
 
     def next_victim(self, before: int | None = None) -> Evictable | None:
         """See ``EvictionPolicy``."""
-        front = self._front
-        if front is not None and before == self._front_before:
+        orders = self._orders
+        front = orders.front
+        if front is not None and before == orders.front_before:
             tip = front.blocks[-1]
             if not tip.children and not tip.leases:
                 return tip
         if before is not None and before <= BEFORE_ALL:
             return None
-        if self._condemned.blocks:
-            victim = self._condemned.first()
-            if victim is not None:
-                return victim
-        if self._aside and (before is None or before > self._aside_before):
-            aside, self._aside = self._aside, []
-            for segment in aside:
-                if segment.blocks:
-                    self._unpark(segment)
-        victim = self._first(before)
-        if victim is None and self._request is not None and (before is None or before > self._request.access):
+        victim = self._condemned.first() if self._condemned.blocks else None
+        if victim is None:
+            victim = orders.first(before, ranked=self._contest.ranked)
+        request = self._request
+        if victim is None and request is not None and (before is None or before > request.access):
             self._finish()
-            victim = self._first(before)
+            victim = orders.first(before, ranked=self._contest.ranked)
         return victim
 
     def used(self, block: Evictable) -> int:
@@ -277,32 +194,7 @@ class Adaptive:
 
     def ghost_bytes(self) -> int:
         """See ``EvictionPolicy``."""
-        ghost_segments = max(0, len(self._segments) - len(self._recency))
-        return self._ghosts() * KEY_BYTES + ghost_segments * SEGMENT_BYTES
-
-    def _ghosts(self) -> int:
-        return max(0, self._segments.known_keys - self._held)
-
-    def _first(self, before: int | None) -> Evictable | None:
-        ranked = self._contest.ranked
-        while True:
-            segment = self._ranking.first() if ranked else next(iter(self._recency), None)
-            if segment is None:
-                return None
-            tip = segment.blocks[-1]
-            if tip.children or tip.leases:
-                # Back when its last child left or its last lease ended.
-                self._ranking.remove(segment)
-                self._recency.pop(segment, None)
-            elif before is not None and segment.access >= before:
-                if not ranked:
-                    return None
-                self._ranking.remove(segment)
-                self._aside.append(segment)
-                self._aside_before = before
-            else:
-                self._front, self._front_before = segment, before
-                return tip
+        return self._remembered.bytes(self._held, len(self._orders.recency))
 
     def _insert(self, block: Evictable, access: int) -> None:
         segments = self._segments
@@ -335,7 +227,7 @@ class Adaptive:
         request.fresh += 1
         request.block = block
 
-    def _goes_on(self, request: _Request, block: Evictable) -> bool:
+    def _goes_on(self, request: SegmentRequest, block: Evictable) -> bool:
         """Whether a block is the one that followed this path before; if so it is there again."""
         path = request.path
         last = path[-1] if path else None if block.depth else self._segments.root
@@ -357,9 +249,8 @@ class Adaptive:
         request.block = block
         return True
 
-    def _begin(self, access: int, segment: Segment | None, place: int, block: Evictable | None) -> _Request:
+    def _begin(self, access: int, segment: Segment | None, place: int, block: Evictable | None) -> SegmentRequest:
         """A request uses the blocks of ``segment`` to ``place``, and all above it."""
-        self._front = None
         if self._request is not None:
             self._finish()
             if block is not None:
@@ -368,14 +259,12 @@ class Adaptive:
         if now_s > self._now_s:
             self._now_s = now_s
             self._hazards.advance(now_s)
-        path: list[Segment] = []
-        request = self._request = _Request(access, path, place, block)
+        request = self._request = SegmentRequest(access, place, block)
         if segment is not None:
             if place + 1 == len(segment.blocks):
                 # It may not leave for its own request.
-                self._recency.pop(segment, None)
-                self._ranking.remove(segment)
-            root = self._segments.root
+                self._orders.remove(segment)
+            path, root = request.path, self._segments.root
             above: Segment | None = segment
             while above is not None and above is not root:
                 path.append(above)
@@ -387,7 +276,7 @@ class Adaptive:
             path.reverse()
         return request
 
-    def _settle(self, request: _Request) -> None:
+    def _settle(self, request: SegmentRequest) -> None:
         """The known part of a request's path is complete: count returns, and cut where it ends."""
         request.settled = True
         path, now_s = request.path, self._now_s
@@ -396,30 +285,20 @@ class Adaptive:
         lower = path[-1]
         if request.place + 1 < len(lower.keys):
             path[-1] = self._cut(lower, request.place + 1, returned=len(path) > request.again)
-        lru_whole = ranked_whole = True
+        request.count_shadow_hits()
         for place, segment in enumerate(path):
-            length = len(segment.keys)
-            if place >= request.again:
-                request.asked += length
-                if lru_whole:
-                    request.lru_hits += segment.lru
-                    lru_whole = segment.lru == length
-                if ranked_whole:
-                    request.ranked_hits += segment.ranked
-                    ranked_whole = segment.ranked == length
             if segment.cell >= 0:
-                gone_s = now_s - segment.used_s
-                self._hazards.leave(segment, now_s, 1.0 if place >= request.again else 0.0)
-                if place >= request.again:
-                    _note_gap(segment, gone_s)
-                    if not segment.children:
-                        segment.turn += 1
+                new_use = place >= request.again
+                gap_s = now_s - segment.used_s
+                self._hazards.leave(segment, now_s, 1.0 if new_use else 0.0)
+                if new_use:
+                    note_return(segment, gap_s)
 
     def _finish(self) -> None:
         """Nothing more comes of a request: its segments get their classes and places."""
         request = self._request
         assert request is not None
-        self._request = self._front = None
+        self._request = None
         if not request.settled:
             self._settle(request)
         path, now_s = request.path, self._now_s
@@ -427,67 +306,37 @@ class Adaptive:
             return
         self._segments.known_keys += request.fresh
         tip = path[-1]
-        fresh = request.fresh
+        whole_again = request.again == len(path)
         if request.grown:
-            self._begin_session(path)
-        elif request.again == len(path):
-            fresh += tip.fresh
-        tip.fresh = fresh
-        self._mean_fresh += (fresh - self._mean_fresh) * max(_MEAN_FRESH_WEIGHT, 1 / (1 + self._requests))
-        share = fresh / sum([len(segment.keys) for segment in path])
-        prompt = 0
-        for segment in path:
-            if segment.children and len(segment.children) >= _POPULAR_FROM:
-                prompt = segment.prompt or self._new_prompt(segment)
-        mean_fresh = self._mean_fresh or 1.0
-        hazards, ranking, recency, known = self._hazards, self._ranking, self._recency, self._known
+            begin_session(path)
+        tip.fresh = request.fresh + (tip.fresh if whole_again else 0)
+        classes, hazards = self._classes, self._hazards
+        classes.begin(path, tip.fresh)
         size = self._rank_of_size(tip.blocks[-1].slot_bytes) if tip.blocks else 0
-        for segment in reversed(path):
+        for segment in path:
             segment.abandoned = False
-            hazards.enter(segment, _cell(segment, mean_fresh, share, prompt), now_s)
+            hazards.enter(segment, classes.of(segment), now_s)
             segment.rank += size
-            ranking.remove(segment)
-            known[segment] = None
-            known.move_to_end(segment)
-            if segment.blocks:
-                recency[segment] = None
-                recency.move_to_end(segment)
-        if tip.blocks:
-            block = tip.blocks[-1]
-            if not block.children and not block.leases:
-                ranking.add(tip)
+        self._orders.used(path)
+        self._remembered.used(path)
         self._lru.use(path)
         capacity_blocks = self._capacity_blocks
         self._ranked.use(path, capacity_blocks)
         if capacity_blocks is not None:
             self._lru.fit(capacity_blocks)
             self._contest.note(request.lru_hits, request.ranked_hits, request.asked + request.fresh, capacity_blocks)
-        self._trim()
-        if request.again == len(path):
-            return
-        self._requests += 1
-        if self._requests >= self._refit_at:
-            step = min(_REFIT_AFTER_AT_MOST, max(_REFIT_AFTER, int(self._requests * _REFIT_GROWTH)))
-            self._refit_at = self._requests + step
-            hazards.refit(now_s)
-            ranking.rescore()
-            self._ranked.order.rescore()
+        self._remembered.trim(self._held, now_s)
+        if not whole_again:
+            self._requests += 1
+            if self._requests >= self._refit_at:
+                self._refit()
 
-    def _new_prompt(self, segment: Segment) -> int:
-        if self._prompts < _PROMPTS:
-            self._prompts += 1
-            segment.prompt = self._prompts
-        return segment.prompt
-
-    @staticmethod
-    def _begin_session(path: Sequence[Segment]) -> None:
-        """The last segment is new: a session of its own, or an edit of one that went on otherwise."""
-        tip = path[-1]
-        tip.turn, tip.gap_s = 1, -1.0
-        if len(path) > 1:
-            above = path[-2]
-            if len(above.children or ()) < _EDITED_BELOW:
-                tip.turn, tip.gap_s = above.turn, above.gap_s
+    def _refit(self) -> None:
+        step = min(_REFIT_AFTER_AT_MOST, max(_REFIT_AFTER, int(self._requests * _REFIT_GROWTH)))
+        self._refit_at = self._requests + step
+        self._hazards.refit(self._now_s)
+        self._orders.by_index.rescore()
+        self._ranked.order.rescore()
 
     def _repeat(self, segment: Segment, access: int) -> bool:
         """A segment was used a moment ago, as were all above it: move it to the end of its orders. False if not so."""
@@ -500,21 +349,17 @@ class Adaptive:
                 return False
             path.append(above)
             above = above.parent
-        self._front = None
-        recency = self._recency
         for above in path:
             if above.access < access:
                 above.access = access
-            if above in recency:
-                recency.move_to_end(above)
-        self._ranking.again(segment)
+            self._orders.used_above(above)
+        self._orders.by_index.again(segment)
         self._ranked.order.again(segment)
         self._lru.again(path)
         return True
 
     def _adopt(self, block: Evictable, below: Sequence[Evictable], access: int) -> None:
         """A block came above resident ones."""
-        self._front = None
         if self._request is not None:
             self._finish()
         segments = self._segments
@@ -550,41 +395,36 @@ class Adaptive:
         above: Segment | None = parent
         while above is not None and above is not root and above.access < segment.access:
             above.access = segment.access
-            if above in self._recency:
-                self._recency.move_to_end(above)
+            self._orders.used_above(above)
             above = above.parent
 
     def _finish_alone(self, segment: Segment) -> None:
         """A segment came to be without a request that used it, or not just now."""
-        self._hazards.enter(segment, _cell(segment, self._mean_fresh or 1.0, 0.0, 0), self._now_s)
-        self._known[segment] = None
-        if segment.blocks:
-            self._recency[segment] = None
-            tip = segment.blocks[-1]
-            if not tip.children and not tip.leases:
-                self._ranking.add(segment)
+        self._hazards.enter(segment, self._classes.of(segment), self._now_s)
+        self._remembered.used((segment,))
+        self._orders.begun(segment)
 
     def _cut(self, segment: Segment, length: int, *, returned: bool) -> Segment:
         """A request leaves a segment after so many blocks; the new one above, which is not at risk yet."""
         share = length / len(segment.keys)
         upper = self._segments.cut(segment, length)
         self._lru.cut(upper, segment)
-        order = self._ranked.order
+        by_index, shadow = self._orders.by_index, self._ranked.order
         if segment.cell >= 0:
             if returned:
-                _note_gap(upper, self._now_s - segment.used_s)
-            in_ranking, in_shadow = segment in self._ranking, segment in order
-            self._ranking.remove(segment)
-            order.remove(segment)
+                note_return(upper, self._now_s - segment.used_s)
+            was_in, was_in_shadow = segment in by_index, segment in shadow
+            by_index.remove(segment)
+            shadow.remove(segment)
             self._hazards.leave(segment, self._now_s, share if returned else 0.0)
             segment.abandoned = returned
-            self._hazards.enter(segment, _cell(segment, self._mean_fresh or 1.0, 0.0, 0), self._now_s)
-            if in_ranking and segment.blocks:
-                self._ranking.add(segment)
-            if in_shadow:
-                (order.add(segment) if segment.ranked else order.add(upper))
+            self._hazards.enter(segment, self._classes.of(segment), self._now_s)
+            if was_in and segment.blocks:
+                by_index.add(segment)
+            if was_in_shadow:
+                shadow.add(segment if segment.ranked else upper)
         if not segment.blocks:
-            self._recency.pop(segment, None)
+            self._orders.remove(segment)
         return upper
 
     def _cut_unused(self, segment: Segment, length: int) -> Segment:
@@ -598,17 +438,12 @@ class Adaptive:
             self._unpark(segment)
 
     def _unpark(self, segment: Segment) -> None:
-        self._front = None
         request = self._request
-        if request is not None and request.path and request.path[-1] is segment:
-            return
-        self._ranking.add(segment)
-        if segment not in self._recency:
-            self._recency[segment] = None
-            self._recency.move_to_end(segment, last=False)
+        if request is None or not request.path or request.path[-1] is not segment:
+            self._orders.bring_back(segment)
 
     def _moved(self, segment: Segment) -> None:
-        self._ranking.moved(segment)
+        self._orders.by_index.moved(segment)
         self._ranked.order.moved(segment)
 
     def _note_full(self) -> None:
@@ -620,63 +455,9 @@ class Adaptive:
             step = (self._held - capacity_blocks) // 16
             self._capacity_blocks = capacity_blocks + (step or (1 if self._held > capacity_blocks else -1))
 
-    def _trim(self) -> None:
-        """Forget what was used longest ago; the rest of a path is always younger than what is below it."""
-        bound = max(GHOSTS_AT_LEAST, GHOSTS_PER_BLOCK * self._held)
-        known = self._known
-        oldest_s = self._now_s - _GHOST_AGE_S
-        for _ in range(_TRIM_STEPS):
-            segment = next(iter(known), None)
-            if segment is None or (self._ghosts() <= bound and segment.used_s > oldest_s):
-                return
-            if segment.blocks or segment.children or segment.lru or segment.ranked:
-                known.move_to_end(segment)
-                if self._ghosts() <= bound:
-                    return
-            else:
-                self._forget(segment)
-
-    def _forget(self, segment: Segment) -> None:
-        del self._known[segment]
-        self._lru.forget(segment)
-        self._ranked.forget(segment)
-        self._hazards.leave(segment, self._now_s, 0.0)
-        self._segments.forget(segment)
-
     def _rank_of_size(self, slot_bytes: int) -> int:
         rank = self._sizes.get(slot_bytes)
         if rank is None:
             usual_bytes = next(iter(self._sizes), slot_bytes)
             rank = self._sizes[slot_bytes] = rank_of_size(slot_bytes, usual_bytes, self._hazards)
         return rank
-
-
-def _note_gap(segment: Segment, gap_s: float) -> None:
-    segment.gap_s = gap_s
-    segment.gaps += 1
-    segment.mean_gap_s += (gap_s - segment.mean_gap_s) * max(_MEAN_GAP_WEIGHT, 1 / segment.gaps)
-
-
-def _cell(segment: Segment, mean_fresh: float, share: float, prompt: int) -> Cell:
-    """A segment's class.
-
-    Args:
-        segment: it was used just now, or what is left of it begins a life of its own.
-        mean_fresh: new blocks that requests have in the mean.
-        share: of the request's blocks, the new ones.
-        prompt: that the request began with.
-    """
-    children = segment.children
-    if children:
-        stratum = bisect_right(_MEAN_GAPS_S, segment.mean_gap_s)
-        return (SHARED, stratum, bisect_right(_FANS, len(children)), bisect_right(_GAPS, segment.gaps))
-    if segment.abandoned:
-        return (ABANDONED, 0, bisect_right(_FRESH, len(segment.keys) / mean_fresh))
-    return (
-        TAIL,
-        bisect_right(_GAPS_S, segment.gap_s),
-        min(segment.turn, _TURNS) - 1,
-        bisect_right(_FRESH, segment.fresh / mean_fresh),
-        bisect_right(_FRESH_SHARES, share),
-        prompt,
-    )

@@ -43,7 +43,7 @@ class Segment:
         abandoned: the last request that came by left above it.
         turn, gap_s, fresh: the chat turn, seconds since the use before (-1 if none), and new blocks of the last
             request.
-        gaps, mean_gap_s: how often it came back, and after how many seconds in the mean.
+        returns, mean_gap_s: how often it came back, and after how many seconds in the mean.
         prompt: number of a prompt that is common to many, 0 for none.
         cell, bin, rank, used_s: see ``kvstore.policy.hazards``. Cell is -1 while it is not at risk.
         orders: orders by index that it is in.
@@ -59,7 +59,6 @@ class Segment:
         "children",
         "fresh",
         "gap_s",
-        "gaps",
         "keys",
         "level",
         "lru",
@@ -71,6 +70,7 @@ class Segment:
         "rank",
         "ranked",
         "ranked_children",
+        "returns",
         "turn",
         "used_s",
     )
@@ -86,7 +86,7 @@ class Segment:
         self.abandoned = False
         self.turn = 1
         self.gap_s = -1.0
-        self.gaps = 0
+        self.returns = 0
         self.mean_gap_s = 0.0
         self.prompt = 0
         self.fresh = 0
@@ -185,7 +185,7 @@ class Segments:
         upper.abandoned = segment.abandoned
         upper.turn = segment.turn
         upper.gap_s = segment.gap_s
-        upper.gaps = segment.gaps
+        upper.returns = segment.returns
         upper.mean_gap_s = segment.mean_gap_s
         upper.fresh = segment.fresh
         upper.used_s = segment.used_s

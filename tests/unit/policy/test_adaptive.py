@@ -9,10 +9,11 @@ import pytest
 from fakes.prefix_tree import FakeBlock, PrefixTree
 from fakes.workloads import WORKLOADS
 
-from kvstore.policy import adaptive, hazards, shadow
+from kvstore.policy import hazards, remembered, shadow
 from kvstore.policy.adaptive import Adaptive
 from kvstore.policy.base import EvictionPolicy, PolicyContext, following
 from kvstore.policy.lru import Lru
+from kvstore.policy.segments import KEY_BYTES, SEGMENT_BYTES
 from kvstore.simulator.arrivals import Arrival, Outcome
 from kvstore.simulator.block import TraceClock
 from kvstore.simulator.prefix import PrefixCache, simulate
@@ -120,8 +121,8 @@ def test_adaptive_falls_back_where_its_order_loses(monkeypatch: pytest.MonkeyPat
 
 
 def test_adaptive_ghosts_stay_within_their_bound(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(adaptive, "GHOSTS_AT_LEAST", 1000)
-    monkeypatch.setattr(adaptive, "GHOSTS_PER_BLOCK", 2)
+    monkeypatch.setattr(remembered, "GHOSTS_AT_LEAST", 1000)
+    monkeypatch.setattr(remembered, "GHOSTS_PER_BLOCK", 2)
     cache = Cache(800)
     rng = random.Random(3)
     largest = 0
@@ -129,24 +130,24 @@ def test_adaptive_ghosts_stay_within_their_bound(monkeypatch: pytest.MonkeyPatch
         path = tuple(range(number * 100, number * 100 + rng.randint(1, 30)))
         cache.request(Arrival(number * NS // 10, path))
         if number > 200:
-            largest = max(largest, cache.policy._ghosts())
+            largest = max(largest, cache.policy._remembered.keys(cache.policy.held()))
     assert 1000 < largest <= 1600 + 60
     segments = cache.policy._segments
-    bound = (1600 + 60) * (adaptive.KEY_BYTES + adaptive.SEGMENT_BYTES)
+    bound = (1600 + 60) * (KEY_BYTES + SEGMENT_BYTES)
     assert 0 < cache.policy.ghost_bytes() < bound
-    assert len(segments) <= cache.policy._ghosts() + cache.policy.held()
+    assert len(segments) <= cache.policy._remembered.keys(cache.policy.held()) + cache.policy.held()
     # The last request is not finished.
-    assert len(cache.policy._known) + 1 == len(segments)
+    assert len(cache.policy._remembered) + 1 == len(segments)
 
 
 def test_adaptive_ghosts_are_forgotten_with_age():
     cache = Cache(20)
     for number in range(50):
         cache.request(Arrival(number * NS, tuple(range(number * 100, number * 100 + 10))))
-    assert cache.policy._ghosts() == 470
+    assert cache.policy._remembered.keys(cache.policy.held()) == 470
     for number in range(50):
         cache.request(Arrival((10_000 + number) * NS, (5,)))
-    assert cache.policy._ghosts() < 20
+    assert cache.policy._remembered.keys(cache.policy.held()) < 20
 
 
 def test_adaptive_tree_without_requests_is_forgotten_whole():
@@ -157,8 +158,8 @@ def test_adaptive_tree_without_requests_is_forgotten_whole():
     policy = tree.policy
     assert isinstance(policy, Adaptive)
     assert policy.held() == 0
-    assert policy._ghosts() == 300
-    assert len(policy._recency) == 0
+    assert policy._remembered.keys(0) == 300
+    assert len(policy._orders.recency) == 0
 
 
 def test_adaptive_ghosts_that_return_count(monkeypatch: pytest.MonkeyPatch):

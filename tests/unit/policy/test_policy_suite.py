@@ -25,7 +25,7 @@ from hypothesis.stateful import (
 )
 
 from kvstore.errors import InvalidArgument
-from kvstore.policy.adaptive import GHOSTS_AT_LEAST
+from kvstore.policy.remembered import GHOSTS_AT_LEAST
 from kvstore.policy.base import BEFORE_ALL, EvictionPolicy, PolicyContext
 from kvstore.policy.ghosts import GHOST_BYTES
 from kvstore.policy.handover import hand_over
