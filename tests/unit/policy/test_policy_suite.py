@@ -25,12 +25,12 @@ from hypothesis.stateful import (
 )
 
 from kvstore.errors import InvalidArgument
-from kvstore.policy.remembered import GHOSTS_AT_LEAST
 from kvstore.policy.base import BEFORE_ALL, EvictionPolicy, PolicyContext
 from kvstore.policy.ghosts import GHOST_BYTES
 from kvstore.policy.handover import hand_over
 from kvstore.policy.ranking import MOST_KEPT
 from kvstore.policy.registry import POLICIES, SIMULATED, make_policy, make_simulated
+from kvstore.policy.remembered import GHOSTS_AT_LEAST
 from kvstore.policy.segments import KEY_BYTES, SEGMENT_BYTES
 
 CONTEXT = PolicyContext(64 * 4096, lambda: 0)
