@@ -3,6 +3,10 @@
 A request wants records, in the order of a chain. Several requests that want one record share its load, which is as
 urgent as the most urgent of them. What a request wants is dropped when its deadline passes or its client is gone,
 unless another wants it too.
+
+Requests of one urgency take turns, sixteen records each, so that a long one does not keep all others waiting; a new one
+begins in the turn that is being served (start-time fair queueing, Goyal et al., 1996). Within a turn the earliest
+deadline comes first.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from typing import Final, Generic, Protocol, TypeVar
 __all__ = ["Load", "LoadQueue", "LoadRequest", "Outcome", "Urgency"]
 
 _COMPACT_FROM: Final = 64
+_TURN_RECORDS: Final = 16
 
 
 class Urgency(IntEnum):
@@ -78,6 +83,8 @@ class LoadRequest:
         outcomes: of its records so far.
         left: records of which the outcome is not known yet.
         bytes: slots of those.
+        wanted: records that it wanted until now.
+        turn: in which it begins; the queue's own.
         ended: called once, when none is left.
     """
 
@@ -87,11 +94,14 @@ class LoadRequest:
         "deadline_ns",
         "ended",
         "left",
+        "loads",
         "only_free",
         "outcomes",
         "over",
         "session",
+        "turn",
         "urgency",
+        "wanted",
     )
 
     def __init__(
@@ -105,6 +115,9 @@ class LoadRequest:
         self.outcomes: Counter[Outcome] = Counter()
         self.left = 0
         self.bytes = 0
+        self.wanted = 0
+        self.turn = 0
+        self.loads: dict[object, None] = {}
         self.over: Outcome | None = None
         self.ended: Callable[[], None] | None = None
 
@@ -126,7 +139,7 @@ class Load(Generic[RecordT, SpaceT]):
         self.space = space
         self.wants: list[LoadRequest] = []
         self.flying = False
-        self.place: tuple[int, int, int] | None = None
+        self.place: tuple[int, int, int, int] | None = None
 
     @property
     def urgency(self) -> Urgency:
@@ -141,7 +154,7 @@ class Load(Generic[RecordT, SpaceT]):
 
 
 class LoadQueue(Generic[RecordT, SpaceT]):
-    """All loads that are wanted, waiting or on their way. O(log n) for each call, but for ``cancel``.
+    """All loads that are wanted, waiting or on their way. O(log n) for each record of a call.
 
     Attributes:
         waiting_bytes: slots of loads that wait, by urgency.
@@ -152,7 +165,9 @@ class LoadQueue(Generic[RecordT, SpaceT]):
 
     def __init__(self) -> None:
         self._loads: dict[RecordT, Load[RecordT, SpaceT]] = {}
-        self._order: list[tuple[int, int, int, Load[RecordT, SpaceT]]] = []
+        self._order: list[tuple[int, int, int, int, Load[RecordT, SpaceT]]] = []
+        self._aside: list[Load[RecordT, SpaceT]] = []
+        self._turns = [0] * len(Urgency)
         self._number = 0
         self.waiting_bytes = [0] * len(Urgency)
         self.flying_bytes = 0
@@ -181,9 +196,14 @@ class LoadQueue(Generic[RecordT, SpaceT]):
         self.merged += merged
         self._number += 1
         load.wants.append(request)
+        if not request.wanted:
+            request.turn = self._turns[request.urgency]
+        turn = request.turn + request.wanted // _TURN_RECORDS
+        request.loads[load] = None
+        request.wanted += 1
         request.left += 1
         request.bytes += record.home_bytes
-        place = (int(request.urgency), request.deadline_ns, self._number)
+        place = (int(request.urgency), turn, request.deadline_ns, self._number)
         if load.flying:
             if load.place is not None and place < load.place:
                 load.place = place
@@ -206,14 +226,29 @@ class LoadQueue(Generic[RecordT, SpaceT]):
                 self._drop(load)
             elif late:
                 first = load.first
-                self._move(load, (int(first.urgency), first.deadline_ns, place[2]))
+                self._move(load, (int(first.urgency), place[1], first.deadline_ns, place[3]))
             else:
                 return load
         return None
 
+    def set_aside(self, load: Load[RecordT, SpaceT]) -> None:
+        """Look at others before a load that waits, until ``take_up``. Precondition: ``next`` gave it."""
+        heapq.heappop(self._order)
+        self._aside.append(load)
+
+    def take_up(self) -> None:
+        """What was set aside is to be looked at again."""
+        for load in self._aside:
+            if load.place is not None and not load.flying:
+                heapq.heappush(self._order, (*load.place, load))
+        self._aside.clear()
+
     def begin(self, load: Load[RecordT, SpaceT]) -> None:
         """A load that waited is being read."""
-        self.waiting_bytes[load.urgency] -= load.record.home_bytes
+        assert load.place is not None
+        urgency, turn, *_ = load.place
+        self.waiting_bytes[urgency] -= load.record.home_bytes
+        self._turns[urgency] = max(self._turns[urgency], turn)
         load.flying = True
         self.flying += 1
         self.flying_bytes += load.record.home_bytes
@@ -228,14 +263,17 @@ class LoadQueue(Generic[RecordT, SpaceT]):
     def cancel(self, request: LoadRequest, outcome: Outcome) -> None:
         """Nobody wants what a request wanted any more; what is being read is read to its end."""
         request.over = outcome
-        for load in list(self._loads.values()):
-            if request in load.wants:
-                load.wants.remove(request)
-                self._tell(request, load, outcome)
-                if not load.wants and not load.flying:
-                    self._drop(load)
+        for load in self.wanted_by(request):
+            load.wants.remove(request)
+            self._tell(request, load, outcome)
+            if not load.wants and not load.flying:
+                self._drop(load)
 
-    def _move(self, load: Load[RecordT, SpaceT], place: tuple[int, int, int]) -> None:
+    def wanted_by(self, request: LoadRequest) -> list[Load[RecordT, SpaceT]]:
+        """The loads of a request that are not over."""
+        return [load for load in request.loads if isinstance(load, Load)]
+
+    def _move(self, load: Load[RecordT, SpaceT], place: tuple[int, int, int, int]) -> None:
         """Give a load that waits another place."""
         if load.place is not None:
             self.waiting_bytes[load.place[0]] -= load.record.home_bytes
@@ -258,6 +296,7 @@ class LoadQueue(Generic[RecordT, SpaceT]):
     def _tell(self, request: LoadRequest, load: Load[RecordT, SpaceT], outcome: Outcome) -> None:
         self.outcomes[outcome] += 1
         request.outcomes[outcome] += 1
+        request.loads.pop(load, None)
         request.left -= 1
         request.bytes -= load.record.home_bytes
         if not request.left and request.ended is not None:

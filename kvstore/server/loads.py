@@ -27,6 +27,9 @@ _MOST_READS: Final = 64
 _MOST_AHEAD: Final = 16
 """Reads for blocks that nobody waits for yet: a get finds no more than that before its own."""
 
+_MOST_PASSED: Final = 64
+"""Loads without room that are passed over to find one that has some."""
+
 _PAUSE_S: Final = 0.005
 _SESSION_SHARE: Final = 2
 """Of what may wait to be brought up ahead, one client may have this part."""
@@ -132,9 +135,8 @@ class Loads:
             self._forget(request)
             if request.left:
                 if request.urgency is Urgency.WAITED:
-                    for load in self.queue:
-                        if request in load.wants:
-                            self._promotions.tell_failed(load.space, load.record)
+                    for load in self.queue.wanted_by(request):
+                        self._promotions.tell_failed(load.space, load.record)
                 self.queue.cancel(request, Outcome.EXPIRED)
 
     def later(self, at_ns: int, session: int, begin: Callable[..., None]) -> None:
@@ -211,21 +213,34 @@ class Loads:
         if self._pumping or self._stopped:
             return
         self._pumping = True
+        queue = self.queue
+        # Room that one tenant's quota lacks, or slots of one size, keep nobody else waiting.
+        lacking: set[tuple[int, int]] = set()
+        passed = 0
         try:
-            while (load := self.queue.next(self._clock())) is not None and self._begin(load):
-                pass
+            while (load := queue.next(self._clock())) is not None and self._may_fly(load) and passed < _MOST_PASSED:
+                kind = load.space.id, load.record.home_bytes
+                if kind in lacking or not self._begin(load):
+                    queue.set_aside(load)
+                    lacking.add(kind)
+                    passed += 1
         finally:
+            queue.take_up()
             self._pumping = False
         self._wake()
 
+    def _may_fly(self, load: Load[SsdRecord, NamespaceState]) -> bool:
+        """Whether one more read may be on its way."""
+        queue = self.queue
+        if load.urgency is Urgency.WAITED:
+            return queue.flying < _MOST_READS
+        more_bytes = queue.flying_bytes + load.record.home_bytes
+        return queue.flying < _MOST_AHEAD and (not queue.flying or more_bytes <= self._flying_bytes // 2)
+
     def _begin(self, load: Load[SsdRecord, NamespaceState]) -> bool:
-        """Begin a load, or end it; False where it has to wait, and with it those behind."""
+        """Begin a load, or end it; False where there is no room for it now."""
         waited = load.urgency is Urgency.WAITED
-        queue, record, namespace = self.queue, load.record, load.space
-        if queue.flying >= (_MOST_READS if waited else _MOST_AHEAD):
-            return False
-        if not waited and queue.flying and queue.flying_bytes + record.home_bytes > self._flying_bytes // 2:
-            return False
+        record, namespace = load.record, load.space
         if not self._promotions.wants(namespace, record):
             there = self._promotions.there(namespace, record)
             self.queue.end(load, Outcome.THERE if there else Outcome.LOST)

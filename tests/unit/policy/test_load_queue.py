@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
+
+import pytest
 
 from kvstore.policy.prefetch import Load, LoadQueue, LoadRequest, Outcome, Urgency
 
@@ -134,3 +137,80 @@ def test_queue_wants_of_one_request_for_the_same_record_are_one() -> None:
     request = queue.want("aa")
     assert (request.left, queue.queue.merged) == (1, 0)
     assert queue.all() == "a"
+
+
+def test_queue_lets_requests_of_one_urgency_take_turns() -> None:
+    queue = Harness()
+    large = [f"l{at}" for at in range(64)]
+    request = LoadRequest(Urgency.WAITED, 1000)
+    for name in large:
+        queue.queue.want(request, queue.pieces.setdefault(name, Piece(name)), "space")
+    began = []
+    for _ in range(20):
+        load = queue.begin()
+        began.append(load.record.name)
+        queue.queue.end(load, Outcome.BROUGHT)
+    # It comes later, with a later deadline, and does not wait for the other's end.
+    queue.want("abcd", Urgency.WAITED, deadline_ns=2000)
+    while queue.ended == []:
+        load = queue.begin()
+        began.append(load.record.name)
+        queue.queue.end(load, Outcome.BROUGHT)
+    assert [name for name in began if name.startswith("l")] == large[: len(began) - 4]
+    assert len(began) <= 20 + 16 + 4
+    assert request.left >= 64 - 36
+
+
+def test_queue_looks_at_others_while_a_load_is_set_aside() -> None:
+    queue = Harness()
+    queue.want("ab", deadline_ns=1)
+    queue.want("cd", deadline_ns=2)
+    queue.queue.set_aside(queue.next())
+    queue.queue.set_aside(queue.next())
+    assert queue.next().record.name == "c"
+    queue.check_sums()
+    queue.queue.take_up()
+    assert queue.all() == "abcd"
+    assert len(queue.ended) == 2
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_queue_of_random_calls_tells_each_want_once_and_its_sums_are_right(seed: int) -> None:
+    rng = random.Random(seed)
+    harness = Harness()
+    queue = harness.queue
+    requests: list[tuple[LoadRequest, int]] = []
+    flying: list[Load[Piece, str]] = []
+    for now in range(1500):
+        match rng.randrange(6):
+            case 0 | 1:
+                request = LoadRequest(Urgency(rng.randrange(5)), now + rng.randrange(1, 60))
+                names = rng.sample("abcdefghijklmnopqrstuvwxyz", rng.randrange(1, 8))
+                for name in names:
+                    queue.want(request, harness.pieces.setdefault(name, Piece(name, rng.randrange(1, 9))), "space")
+                requests.append((request, len(names)))
+            case 2 | 3:
+                load = queue.next(now)
+                if load is not None and rng.random() < 0.2:
+                    queue.set_aside(load)
+                    load = queue.next(now)
+                    if load is not None:
+                        queue.begin(load)
+                        flying.append(load)
+                    queue.take_up()
+                elif load is not None:
+                    queue.begin(load)
+                    flying.append(load)
+            case 4 if flying:
+                queue.end(flying.pop(rng.randrange(len(flying))), rng.choice([Outcome.BROUGHT, Outcome.LOST]))
+            case 5 if requests:
+                queue.cancel(rng.choice(requests)[0], Outcome.CANCELLED)
+        harness.check_sums()
+        for request, wanted in requests[-20:]:
+            assert request.outcomes.total() + request.left == wanted
+    for load in flying:
+        queue.end(load, Outcome.BROUGHT)
+    assert queue.next(10_000) is None
+    assert len(queue) == 0
+    assert all(request.outcomes.total() == wanted and not request.bytes for request, wanted in requests)
+    assert queue.waiting_bytes == [0] * 5

@@ -9,10 +9,13 @@ from fakes.faulty_disk import FaultyDirectory
 from fakes.ssd_life import Life, loop_transfers
 from fakes.virtual_loop import VirtualLoop
 
-from kvstore.core.ssd_record import SsdBlock
+from kvstore.core.instructions import Refuse
+from kvstore.core.namespaces import NamespaceState
+from kvstore.core.ssd_record import SsdBlock, SsdRecord
 from kvstore.format.constants import PAGE_BYTES
 from kvstore.policy.prefetch import Outcome, Urgency
 from kvstore.protocol.keys import ROOT_KEY
+from kvstore.protocol.messages import PutStatus, Reason
 
 BLOCKS = 18
 
@@ -175,6 +178,33 @@ def test_prefetches_are_bounded_in_bytes_and_for_each_client() -> None:
         assert tier.prefetch(tier.lower[:3], session=1) == len(tier.lower[:3])
         await tier.idle()
         assert tier.loads._session_bytes == {}
+
+    in_a_tier(test)
+
+
+def test_loads_without_room_keep_no_others_waiting() -> None:
+    async def test(tier: Tier) -> None:
+        life, slot_for = tier.life, tier.life.tier.promotions.slot_for
+        large = key_of(60)
+        await life.put(large, ROOT_KEY, bytes(5000))
+        for number in range(30, 42):
+            await life.put(key_of(number), ROOT_KEY, b"x" * 1000)
+        assert await life.settle()
+        below = tier.below.lacking(life.namespace, [large])
+
+        def refusing(namespace: NamespaceState, record: SsdRecord, access: int, **options: bool) -> object:
+            if record.home_bytes == PAGE_BYTES:
+                return Refuse(PutStatus.THROTTLED, Reason.DEMOTING)
+            return slot_for(namespace, record, access, **options)
+
+        life.tier.promotions.slot_for = refusing  # type: ignore[method-assign, assignment]
+        assert tier.prefetch(tier.lower[:4], Urgency.ARRIVED) == 4
+        await tier.loads.bring_up(life.namespace, below, tier.deadline_ns())
+        assert large in life.namespace.blocks
+        assert len(tier.loads.queue) == 4
+        life.tier.promotions.slot_for = slot_for  # type: ignore[method-assign]
+        await tier.idle()
+        assert len(tier.order) == 5
 
     in_a_tier(test)
 
