@@ -18,6 +18,10 @@ SPAN: Final = WIDTH * WIDTH
 """Places under one number of the highest level; rings have a multiple of it."""
 
 
+Numbers = np.ndarray[tuple[int], np.dtype[np.int64]]
+"""A vector."""
+
+
 class GhostBytes:
     """Bytes by place in a ring that is written place after place.
 
@@ -40,7 +44,7 @@ class GhostBytes:
         self._nodes = self._nodes_array.data
         self._tops = self._tops_array.data
 
-    def write(self, place: int, out_bytes: np.ndarray[tuple[int], np.dtype[np.int64]]) -> None:
+    def write(self, place: int, out_bytes: Numbers) -> None:
         """Take the next places, from this one on."""
         end = place + len(out_bytes)
         self._all[place:end] = out_bytes

@@ -1,32 +1,43 @@
 """Ghosts: what is remembered of blocks that left, or that could not be stored or loaded; bounded in memory.
 
 Each departure takes the next place of a ring, so the last ones are remembered. All of it lies in flat arrays by place:
-a ghost costs 77 bytes, and no Python object. Keys are found as a compressor finds strings: a bucket of the hash has the
+a ghost costs 88 bytes, and no Python object. Keys are found as a compressor finds strings: a bucket of the hash has the
 place of its last key, and each place the one before it in the same bucket. Nothing is ever taken out: a place that is
 used again is recognised by its hash. Departures are written many at a time, at the speed of numpy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import struct
+from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 import numpy as np
 
-from kvstore.core.ghost_bytes import SPAN, GhostBytes
+from kvstore.core.ghost_bytes import SPAN, GhostBytes, Numbers
 from kvstore.protocol.keys import KEY_BYTES
 from kvstore.protocol.messages import Reason, TierId
 from kvstore.protocol.misses import MissCause
 
-GHOST_BYTES: Final = 77
-"""Memory for a place: hash, key, time, form and bytes (8 + 32 + 8 + 8 + 8), the place before it (4), at most two
-buckets (8), and sums (1). A test measures it."""
+DEPARTURE: Final = struct.Struct("<qqqq32s")
+"""A departure: the key's hash mixed with its namespace's, the form (see ``Ghosts.form_of``), the time in ns, the bytes
+that are out with it (0 where more room would not have kept the block), and the key."""
+
+GHOST_BYTES: Final = 88
+"""Memory for a place: a departure, with the place before it where its bytes were (64), the bytes (8), at most four
+buckets (16). A test measures it, with the sums (0.1)."""
 
 SMALLEST_BYTES: Final = GHOST_BYTES * SPAN
 """Memory for the smallest ring."""
 
 MOST_STEPS: Final = 32
 """Places of one bucket that are looked at for a key; one that lies behind more is not found."""
+
+# Numbers of a row, which is a departure in the ring.
+_ROW: Final = 8
+_HASH, _FORM, _SINCE, _BEFORE, _KEY = range(5)
+_ROW_BYTES: Final = DEPARTURE.size
+_KEY_BYTES_AT: Final = _ROW_BYTES - KEY_BYTES
 
 _CAUSES: Final = tuple(MissCause)
 _CAUSE_NUMBER: Final = {cause: number for number, cause in enumerate(_CAUSES)}
@@ -46,9 +57,6 @@ _BACK: Final = 1 << 21
 """Flag: it came back since."""
 DEPTH_SHIFT: Final = 22
 _NOT_STORED: Final = _CAUSE_NUMBER[MissCause.NOT_STORED]
-
-Departure = tuple[int, bytes, int, int, int]
-"""The namespace's hash, key, form, time in ns, and bytes that are out with it."""
 
 
 class Ghost(NamedTuple):
@@ -93,22 +101,15 @@ class Ghosts:
         self.next = 0
         self._policies: list[str] = [""]
         # Zeros: their memory is taken as places are used.
-        buckets = 1 << (self.places - 1).bit_length()
+        buckets = 2 << (self.places - 1).bit_length()
         self._mask = buckets - 1
         self._heads_array = np.zeros(buckets, np.int32)
-        self._before_array = np.zeros(self.places, np.int32)
-        self._hashes_array = np.zeros(self.places, np.int64)
-        self._keys_array = np.zeros((self.places, KEY_BYTES), np.uint8)
-        self._since_array = np.zeros(self.places, np.int64)
-        self._forms_array = np.zeros(self.places, np.int64)
+        self._rows_array = np.zeros((self.places, _ROW), np.int64)
         self._sums = GhostBytes(self.places)
-        # The same memory: single numbers are read and written faster in this way. Places in it count from 1.
+        # The same memory: single numbers are read and written faster in this way. Links count places from 1.
         self._heads = self._heads_array.data
-        self._before = self._before_array.data
-        self._hashes = self._hashes_array.data
-        self._keys = self._keys_array.data.cast("B", (self.places * KEY_BYTES,))
-        self._since_ns = self._since_array.data
-        self._forms = self._forms_array.data
+        self._rows = self._rows_array.reshape(-1).data
+        self._bytes = self._rows.cast("B")
         self.out = self._sums.out
 
     def __len__(self) -> int:
@@ -123,7 +124,7 @@ class Ghosts:
     @property
     def oldest_ns(self) -> int:
         """When the oldest departure was that is remembered, 0 where none is."""
-        return self._since_ns[self.next if self.departures > self.places else 0]
+        return self._rows[_ROW * (self.next if self.departures > self.places else 0) + _SINCE]
 
     # -------------------------------------------------------------- writing
 
@@ -144,133 +145,141 @@ class Ghosts:
         form = _CAUSE_NUMBER[cause] | tier << _TIER_SHIFT | reason << _REASON_SHIFT | number << _POLICY_SHIFT
         return form | depth << DEPTH_SHIFT | (BRANCHED if branched else 0)
 
-    def add(self, departures: Sequence[Departure]) -> None:
-        """Blocks left, in that order.
+    def add(self, departures: bytes | bytearray | memoryview) -> None:
+        """Blocks left, in that order: a ``DEPARTURE`` each."""
+        rows = np.frombuffer(departures, np.int64).reshape(-1, _ROW)
+        for begin in range(0, len(rows), self.places):
+            self._add(rows[begin : begin + self.places])
 
-        In a departure the form is one of ``form_of``; the bytes are 0 where more room would not have kept the block.
-        """
-        for begin in range(0, len(departures), self.places):
-            self._add(departures[begin : begin + self.places])
-
-    def _add(self, departures: Sequence[Departure]) -> None:
-        count = len(departures)
-        salts, keys, forms, since_ns, out_bytes = zip(*departures, strict=True)
-        hashes = np.fromiter(map(hash, keys), np.int64, count) ^ np.array(salts, np.int64)
-        packed = np.frombuffer(b"".join(keys), np.uint8).reshape(count, KEY_BYTES)
-        formed, since = np.array(forms, np.int64), np.array(since_ns, np.int64)
-        out = np.array(out_bytes, np.int64)
+    def _add(self, rows: np.ndarray[tuple[int, int], np.dtype[np.int64]]) -> None:
         done = 0
-        while done < count:
+        while done < len(rows):
             place = self.next
-            end = min(place + count - done, self.places)
-            some = slice(done, done + end - place)
-            self._link(hashes[some], place, end)
-            self._hashes_array[place:end] = hashes[some]
-            self._keys_array[place:end] = packed[some]
-            self._forms_array[place:end] = formed[some]
-            self._since_array[place:end] = since[some]
-            self._sums.write(place, out[some])
+            end = min(place + len(rows) - done, self.places)
+            some = rows[done : done + end - place]
+            before = self._link(some[:, _HASH], place, end)
+            self._rows_array[place:end] = some
+            self._rows_array[place:end, _BEFORE] = before
+            self._sums.write(place, some[:, _BEFORE])
             done += end - place
             self.next = 0 if end == self.places else end
-        self.departures += count
+        self.departures += len(rows)
 
-    def _link(self, hashes: np.ndarray[tuple[int], np.dtype[np.int64]], begin: int, end: int) -> None:
-        """Put places at the front of the buckets of their hashes."""
+    def _link(self, hashes: Numbers, begin: int, end: int) -> Numbers:
+        """Put places at the front of the buckets of their hashes; the places before them there."""
         buckets = hashes & self._mask
         numbers = np.arange(begin + 1, end + 1, dtype=np.int32)
-        self._before_array[begin:end] = self._heads_array[buckets]
+        before: Numbers = self._heads_array[buckets].astype(np.int64)
         self._heads_array[buckets] = numbers
         if not np.array_equal(self._heads_array[buckets], numbers):
             # Some share a bucket: the last of them is its head already.
             last: dict[int, int] = {}
-            for place, bucket in enumerate(buckets.tolist(), begin):
+            for index, bucket in enumerate(buckets.tolist()):
                 if bucket in last:
-                    self._before[place] = last[bucket]
-                last[bucket] = place + 1
+                    before[index] = last[bucket]
+                last[bucket] = begin + index + 1
+        return before
 
     def came_back(self, place: int) -> int:
         """A block was stored again; ``BRANCHED`` where something was behind it."""
         self._sums.clear(place)
-        form = self._forms[place]
-        self._forms[place] = (form | _BACK) & ~_REASON_MASK
+        form = self._rows[_ROW * place + _FORM]
+        self._rows[_ROW * place + _FORM] = (form | _BACK) & ~_REASON_MASK
         return form & BRANCHED
+
+    def left_again(self, place: int) -> None:
+        """A block came back and left once more, to this place: what was out with it before is not out twice."""
+        wanted = self._rows[_ROW * place + _HASH]
+        for earlier in self._with(wanted, self._rows[_ROW * place + _BEFORE] - 1):
+            self._sums.clear(earlier)
 
     def refused(self, place: int, reason: Reason, since_ns: int) -> None:
         """A put of a ghost was refused."""
-        form = self._forms[place]
+        form = self._rows[_ROW * place + _FORM]
         if form & _BACK or form & _CAUSE_BITS == _NOT_STORED:
             # What became of it before is over.
             form = form & ~_CAUSE_BITS & ~_BACK | _NOT_STORED
-            self._since_ns[place] = since_ns
-        self._forms[place] = form & ~_REASON_MASK | reason << _REASON_SHIFT
+            self._rows[_ROW * place + _SINCE] = since_ns
+        self._rows[_ROW * place + _FORM] = form & ~_REASON_MASK | reason << _REASON_SHIFT
 
     def branch(self, place: int) -> None:
         """A ghost has a block behind it."""
-        self._forms[place] |= BRANCHED
+        self._rows[_ROW * place + _FORM] |= BRANCHED
 
     # -------------------------------------------------------------- reading
 
     def find(self, salt: int, key: bytes) -> int:
         """Place of the last departure of a key, -1 where none is remembered. ``salt``: the namespace's hash."""
         wanted = hash(key) ^ salt
-        bucket = wanted & self._mask
-        place = self._heads[bucket] - 1
-        hashes = self._hashes
-        for _ in range(MOST_STEPS):
-            if place < 0:
-                return -1
-            found = hashes[place]
-            if found == wanted and self._keys[KEY_BYTES * place : KEY_BYTES * (place + 1)] == key:
+        for place in self._with(wanted, self._heads[wanted & self._mask] - 1):
+            if self.key(place) == key:
                 return place
-            if found & self._mask != bucket:
-                # Used again since: what is behind it is older still.
-                return -1
-            place = self._before[place] - 1
         return -1
 
-    def find_many(self, salts: Iterable[int], keys: Sequence[bytes]) -> list[tuple[int, int]]:
-        """As ``find`` of each, at a fraction of the cost: which of them were found, and where."""
-        wanted = np.fromiter(map(hash, keys), np.int64, len(keys)) ^ np.fromiter(salts, np.int64, len(keys))
-        buckets = wanted & self._mask
+    def _with(self, wanted: int, place: int) -> Iterator[int]:
+        """Places of a hash, from one of its bucket on, the last first."""
+        rows, mask = self._rows, self._mask
+        for _ in range(MOST_STEPS):
+            if place < 0:
+                return
+            at = _ROW * place
+            found = rows[at + _HASH]
+            if found == wanted:
+                yield place
+            elif (found ^ wanted) & mask:
+                # Used again since: what is behind it is older still.
+                return
+            place = rows[at + _BEFORE] - 1
+
+    def find_many(self, hashes: Numbers) -> list[tuple[int, int]]:
+        """Which of many keys may have been found, by their hashes mixed with the namespaces', and where.
+
+        Two keys may have one hash: whoever asks compares ``key``.
+        """
+        buckets = hashes & self._mask
         places = self._heads_array[buckets] - 1
-        asked = np.arange(len(keys))
+        asked = np.flatnonzero(places >= 0)
+        places = places[asked]
+        column, before = self._rows_array[:, _HASH], self._rows_array[:, _BEFORE]
         found: list[tuple[int, int]] = []
         for _ in range(MOST_STEPS):
-            known = places >= 0
-            if not known.any():
+            if not len(asked):
                 break
-            asked, places = asked[known], places[known]
-            hashes = self._hashes_array[places]
-            same = hashes == wanted[asked]
+            mixed = column[places] ^ hashes[asked]
+            same = mixed == 0
             if same.any():
-                for index, place in zip(asked[same].tolist(), places[same].tolist(), strict=True):
-                    if self._keys[KEY_BYTES * place : KEY_BYTES * (place + 1)] == keys[index]:
-                        found.append((index, place))
-            further = ~same & (hashes & self._mask == buckets[asked])
-            asked, places = asked[further], self._before_array[places[further]] - 1
+                found += zip(asked[same].tolist(), places[same].tolist(), strict=True)
+            further = (mixed & self._mask == 0) & ~same
+            asked, places = asked[further], before[places[further]] - 1
+            known = places >= 0
+            asked, places = asked[known], places[known]
         return found
 
     def all_keys(self) -> list[bytes]:
         """Keys of all ghosts, each once; O(places). May be asked in any thread."""
-        joined = self._keys[: KEY_BYTES * len(self)].tobytes()
-        return list(dict.fromkeys(joined[at : at + KEY_BYTES] for at in range(0, len(joined), KEY_BYTES)))
+        rows = self._rows_array[: len(self), _KEY:].tobytes()
+        return list(dict.fromkeys(rows[at : at + KEY_BYTES] for at in range(0, len(rows), KEY_BYTES)))
 
     def key(self, place: int) -> bytes:
         """Whose departure it was."""
-        return bytes(self._keys[KEY_BYTES * place : KEY_BYTES * (place + 1)])
+        begin = _ROW_BYTES * place + _KEY_BYTES_AT
+        return bytes(self._bytes[begin : begin + KEY_BYTES])
+
+    def _form(self, place: int) -> int:
+        return self._rows[_ROW * place + _FORM]
 
     def branched(self, place: int) -> bool:
         """Whether a ghost had a block behind it."""
-        return bool(self._forms[place] & BRANCHED)
+        return bool(self._form(place) & BRANCHED)
 
     def cause(self, place: int) -> MissCause:
         """Why a ghost is not there."""
-        form = self._forms[place]
+        form = self._form(place)
         return MissCause.NOT_STORED if form & _REASON_MASK else _CAUSES[form & _CAUSE_BITS]
 
     def tier(self, place: int) -> TierId:
         """The tier that a ghost left for good."""
-        return TierId(self._forms[place] >> _TIER_SHIFT & _TIER_BITS)
+        return TierId(self._form(place) >> _TIER_SHIFT & _TIER_BITS)
 
     def extra_bytes(self, place: int) -> int:
         """How many more bytes would have kept an evicted ghost: what left since then and is out, and itself.
@@ -285,10 +294,10 @@ class Ghosts:
 
     def ghost(self, place: int) -> Ghost:
         """All that is remembered."""
-        form = self._forms[place]
+        form = self._form(place)
         return Ghost(
             _CAUSES[form & _CAUSE_BITS],
-            self._since_ns[place],
+            self._rows[_ROW * place + _SINCE],
             TierId(form >> _TIER_SHIFT & _TIER_BITS),
             self._policies[form >> _POLICY_SHIFT & _POLICY_BITS],
             Reason(form >> _REASON_SHIFT & _REASON_BITS),

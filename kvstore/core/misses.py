@@ -10,32 +10,23 @@ matches asked for and did not find, and what other gets did not find.
 from __future__ import annotations
 
 from array import array
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Sequence
 from typing import Final
 
 from kvstore.core.block import Block
+from kvstore.core.departures import Departures
 from kvstore.core.events import Accessed
-from kvstore.core.ghosts import BRANCHED, DEPTH_SHIFT, GHOST_BYTES, Departure, Ghosts
+from kvstore.core.ghosts import GHOST_BYTES
 from kvstore.core.namespaces import NamespaceState
-from kvstore.core.ssd_record import SsdBlock, SsdNamespace
+from kvstore.core.ssd_record import SsdBlock
 from kvstore.core.state import ACCESS_IDS, StoreState
-from kvstore.core.tree import ORPHAN_DEPTH
-from kvstore.core.watching import Cause
-from kvstore.policy.base import EvictionPolicy
-from kvstore.protocol.keys import ROOT_KEY
-from kvstore.protocol.messages import Reason, TierId
+from kvstore.protocol.messages import TierId
 from kvstore.protocol.misses import MissCause
 from kvstore.protocol.statistics import CauseStats, MissStats
 
-_AT_ONCE: Final = 512
-"""Blocks that left which are taken down together."""
-
 MOST_EXPLAINED: Final = 4096
 """Keys of one report that get a cause of their own; those behind them are counted with the last one's."""
-
-MOST_REFUSED: Final = 4096
-"""Blocks behind which puts were refused, as far as is remembered without a key."""
 
 _STEPS: Final = 64
 """Places between two ghosts whose bytes are added up one by one."""
@@ -45,13 +36,11 @@ LARGEST_EXTRA: Final = 5
 EXTRA_MULTIPLES: Final = tuple(2.0**power for power in range(-SMALLEST_EXTRA, LARGEST_EXTRA + 1))
 """Upper bounds of ``Misses.extra``, as multiples of the tier's capacity; what is more comes behind them."""
 
-_EVICTED: Final = Cause.EVICTED
-_LEFT: Final = {cause: MissCause.REMOVED if cause is Cause.CLEARED else MissCause(cause.value) for cause in Cause}
 _CARRIED_ON: Final = frozenset({MissCause.DIVERGED, MissCause.NOT_STORED})
 """Causes of a key that was never seen which those behind it share: they were never seen because of it."""
 
 
-class Misses:
+class Misses(Departures):
     """See the module, and ``kvstore.core.watching.Explainer``. Is told of the SSD's changes too, see ``watch``.
 
     Args:
@@ -65,18 +54,12 @@ class Misses:
     """
 
     def __init__(self, store: StoreState, limit_bytes: int) -> None:
-        self.ghosts = Ghosts(limit_bytes)
+        super().__init__(store, limit_bytes)
         self.blocks: Counter[MissCause] = Counter()
         self.requests: Counter[MissCause] = Counter()
         self.extra = [0] * (len(EXTRA_MULTIPLES) + 1)
-        self._store = store
         self._counted = array("q", bytes(8 * ACCESS_IDS))
         """By access number: the number, and whether it was that of a match."""
-        self._gone: list[Departure] = []
-        self._came: list[Block | SsdBlock] = []
-        self._evicted = 0
-        self._policy: EvictionPolicy | None = None
-        self._behind: OrderedDict[tuple[bytes, bytes], tuple[Reason, int]] = OrderedDict()
 
     @classmethod
     def watch(cls, store: StoreState, limit_bytes: int) -> Misses:
@@ -107,143 +90,6 @@ class Misses:
             ghost_limit_bytes=ghosts.places * GHOST_BYTES,
             oldest_ghost_s=(now_ns - ghosts.oldest_ns) / 1e9 if len(ghosts) else 0.0,
         )
-
-    # -------------------------------------------------------------- what comes and goes
-
-    def stored(self, block: Block) -> None:
-        """See ``Explainer``."""
-        self._came.append(block)
-        namespace = block.namespace
-        if block.parent is None and block.parent_key != ROOT_KEY:
-            self._branch(namespace, block.parent_key)
-        if namespace.ssd is not None:
-            copy = namespace.ssd.tree.blocks.get(block.key)
-            if copy is not None and copy.branched:
-                block.branched = True
-
-    def left(self, block: Block, cause: Cause) -> None:
-        """See ``Explainer``."""
-        namespace = block.namespace
-        if namespace.ssd is not None:
-            copy = namespace.ssd.tree.blocks.get(block.key)
-            if copy is not None:
-                copy.branched = copy.branched or block.branched
-                if len(copy.parts) == namespace.parts:
-                    # It is there still.
-                    return
-        store = self._store
-        if store.policy is not self._policy:
-            self._know_policy()
-        form = block.depth << DEPTH_SHIFT | (BRANCHED if block.branched else 0)
-        gone = self._gone
-        if cause is _EVICTED:
-            gone.append((namespace.salt, block.key, form | self._evicted, store._now_ns, block.slot_bytes))
-        else:
-            form |= self.ghosts.form_of(_LEFT[cause], TierId.DRAM)
-            gone.append((namespace.salt, block.key, form, store._now_ns, 0))
-        if len(gone) >= _AT_ONCE:
-            self.settle()
-
-    def stored_ssd(self, block: SsdBlock) -> None:
-        """A block became readable on the SSD, with its first part."""
-        self._came.append(block)
-
-    def left_ssd(self, block: SsdBlock, cause: Cause) -> None:
-        """A block leaves the SSD; it is still linked, and its parts are still there."""
-        namespace = self._store.namespaces.by_id.get(block.namespace.state)
-        above = None if namespace is None else namespace.blocks.get(block.key)
-        if above is not None:
-            above.branched = above.branched or block.branched
-            return
-        ssd = self._store.ssd
-        assert ssd is not None
-        evicted = cause is Cause.EVICTED
-        policy, out_bytes = (ssd.policy.name, block.slot_bytes) if evicted else ("", 0)
-        form = self.ghosts.form_of(_LEFT[cause], TierId.SSD, policy, depth=block.depth, branched=block.branched)
-        self._note(block.namespace, block.key, form, out_bytes)
-
-    def _note(self, namespace: NamespaceState | SsdNamespace, key: bytes, form: int, out_bytes: int = 0) -> None:
-        self._gone.append((namespace.salt, key, form, self._store.now_ns, out_bytes))
-        if len(self._gone) >= _AT_ONCE:
-            self.settle()
-
-    def _know_policy(self) -> None:
-        """What leaves from now on another policy chose."""
-        self._policy = self._store.policy
-        self._evicted = self.ghosts.form_of(MissCause.EVICTED, TierId.DRAM, self._policy.name)
-
-    def settle(self) -> None:
-        """Take down what came and went since the last time, which together costs a fraction of one by one."""
-        ghosts = self.ghosts
-        came, gone = self._came, self._gone
-        if came:
-            self._came = []
-            salts = [block.namespace.salt for block in came]
-            for index, place in ghosts.find_many(salts, [block.key for block in came]):
-                if ghosts.came_back(place):
-                    came[index].branched = True
-        if gone:
-            self._gone = []
-            keys = {departure[1] for departure in gone}
-            if len(keys) < len(gone):
-                _forget_repeated(gone)
-            ghosts.add(gone)
-            if came and not keys.isdisjoint([block.key for block in came]):
-                # It left first, or it left again; what is there now is back.
-                for block in came:
-                    if block.parts and block.key in keys:
-                        place = ghosts.find(block.namespace.salt, block.key)
-                        if place >= 0 and ghosts.came_back(place):
-                            block.branched = True
-
-    def _branch(self, namespace: NamespaceState, parent_key: bytes) -> None:
-        """A block came whose parent is not in its tier: wherever that is, it has a block behind it."""
-        other: Block | SsdBlock | None = namespace.blocks.get(parent_key)
-        if other is None and namespace.ssd is not None:
-            other = namespace.ssd.tree.blocks.get(parent_key)
-        if other is not None:
-            other.branched = True
-            return
-        self.settle()
-        place = self.ghosts.find(namespace.salt, parent_key)
-        if place >= 0:
-            self.ghosts.branch(place)
-
-    # -------------------------------------------------------------- what did not succeed
-
-    def refused(self, namespace: NamespaceState, key: bytes, reason: Reason) -> None:
-        """See ``Explainer``."""
-        if reason is Reason.STALE_NAMESPACE or self._is_there(namespace, key):
-            return
-        self.settle()
-        place = self.ghosts.find(namespace.salt, key)
-        if place >= 0:
-            self.ghosts.refused(place, reason, self._store.now_ns)
-            return
-        form = self.ghosts.form_of(MissCause.NOT_STORED, TierId.NONE, reason=reason, depth=ORPHAN_DEPTH)
-        self._note(namespace, key, form)
-
-    def refused_behind(self, namespace: NamespaceState, parent_key: bytes, reason: Reason) -> None:
-        """See ``Explainer``."""
-        if parent_key != ROOT_KEY:
-            self._behind.pop((namespace.canonical, parent_key), None)
-            self._behind[namespace.canonical, parent_key] = reason, self._store.now_ns
-            if len(self._behind) > MOST_REFUSED:
-                self._behind.popitem(last=False)
-
-    def failed_load(self, namespace: NamespaceState, key: bytes) -> None:
-        """See ``Explainer``."""
-        if key in namespace.blocks:
-            return
-        block = None if namespace.ssd is None else namespace.ssd.tree.blocks.get(key)
-        depth, branched = (ORPHAN_DEPTH, False) if block is None else (block.depth, block.branched)
-        form = self.ghosts.form_of(MissCause.FAILED_LOAD, TierId.SSD, depth=depth, branched=branched)
-        self._note(namespace, key, form)
-
-    @staticmethod
-    def _is_there(namespace: NamespaceState, key: bytes) -> bool:
-        """Whether some of a block is in any tier."""
-        return key in namespace.blocks or (namespace.ssd is not None and key in namespace.ssd.tree.blocks)
 
     # -------------------------------------------------------------- lookups
 
@@ -383,7 +229,7 @@ class Misses:
 
     def _unseen(self, namespace: NamespaceState, parent_key: bytes) -> MissCause:
         """Why a block was never seen that would be behind one that was."""
-        if (namespace.canonical, parent_key) in self._behind:
+        if (namespace.salt, parent_key) in self._behind:
             return MissCause.NOT_STORED
         return MissCause.DIVERGED if self.branches(namespace, parent_key) else MissCause.NEVER_SEEN
 
@@ -399,13 +245,3 @@ class Misses:
                 return True
         place = self.ghosts.find(namespace.salt, key)
         return place >= 0 and self.ghosts.branched(place)
-
-
-def _forget_repeated(gone: list[Departure]) -> None:
-    """Of a block that left several times only the last one counts: it was back in between."""
-    seen: set[tuple[int, bytes]] = set()
-    for index in range(len(gone) - 1, -1, -1):
-        salt, key, form, since_ns, _ = gone[index]
-        if (salt, key) in seen:
-            gone[index] = (salt, key, form, since_ns, 0)
-        seen.add((salt, key))

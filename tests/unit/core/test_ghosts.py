@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kvstore.core.ghost_bytes import SPAN, GhostBytes
-from kvstore.core.ghosts import GHOST_BYTES, SMALLEST_BYTES, Departure, Ghosts
+from kvstore.core.ghosts import DEPARTURE, GHOST_BYTES, SMALLEST_BYTES, Ghosts
 from kvstore.protocol.messages import Reason, TierId
 from kvstore.protocol.misses import MissCause
 
@@ -21,9 +21,14 @@ def key_of(number: int) -> bytes:
     return sha256(number.to_bytes(8, "little")).digest()
 
 
-def departure(ghosts: Ghosts, number: int, out_bytes: int = 1, salt: int = SALT) -> Departure:
+def departure(ghosts: Ghosts, number: int, out_bytes: int = 1, salt: int = SALT) -> bytes:
     form = ghosts.form_of(MissCause.EVICTED, TierId.DRAM, "lru", depth=number)
-    return salt, key_of(number), form, 1000 + number, out_bytes
+    key = key_of(number)
+    return DEPARTURE.pack(hash(key) ^ salt, form, 1000 + number, out_bytes, key)
+
+
+def find_many(ghosts: Ghosts, keys: list[bytes], salt: int = SALT) -> list[tuple[int, int]]:
+    return ghosts.find_many(np.array([hash(key) ^ salt for key in keys], np.int64))
 
 
 def test_bytes_are_those_of_a_plain_sum() -> None:
@@ -53,7 +58,7 @@ def test_ghosts_are_found_until_their_place_is_used_again() -> None:
     choose = random.Random(3)
     while number < 3 * SPAN:
         count = choose.randrange(1, 900)
-        ghosts.add([departure(ghosts, index) for index in range(number, number + count)])
+        ghosts.add(b"".join(departure(ghosts, index) for index in range(number, number + count)))
         number += count
         known = range(max(number - SPAN, 0), number)
         for index in choose.sample(known, min(50, len(known))):
@@ -63,7 +68,7 @@ def test_ghosts_are_found_until_their_place_is_used_again() -> None:
             assert ghosts.ghost(place).depth == index
             assert ghosts.extra_bytes(place) == number - index
         asked = [choose.randrange(number + 100) for _ in range(64)]
-        found = dict(ghosts.find_many([SALT] * len(asked), [key_of(index) for index in asked]))
+        found = dict(find_many(ghosts, [key_of(index) for index in asked]))
         assert sorted(asked[at] for at in found) == sorted(index for index in asked if index in known)
         for at, place in found.items():
             assert ghosts.key(place) == key_of(asked[at])
@@ -73,27 +78,27 @@ def test_ghosts_are_found_until_their_place_is_used_again() -> None:
 
 def test_a_key_of_another_namespace_is_another_ghost() -> None:
     ghosts = Ghosts(SMALLEST_BYTES)
-    ghosts.add([departure(ghosts, 1), departure(ghosts, 1, salt=99)])
+    ghosts.add(departure(ghosts, 1) + departure(ghosts, 1, salt=99))
     assert ghosts.find(SALT, key_of(1)) == 0
     assert ghosts.find(99, key_of(1)) == 1
     assert ghosts.find(7, key_of(1)) == -1
-    assert ghosts.find_many([99, SALT, 7], [key_of(1)] * 3) == [(0, 1), (1, 0)]
+    assert [find_many(ghosts, [key_of(1)], salt) for salt in (99, SALT, 7)] == [[(0, 1)], [(0, 0)], []]
 
 
 def test_many_ghosts_of_one_bucket_are_found_up_to_a_bound() -> None:
     ghosts = Ghosts(SMALLEST_BYTES)
-    mask = (1 << (SPAN - 1).bit_length()) - 1
-    numbers = [number for number in range(300_000) if hash(key_of(number)) & mask == 5][:40]
-    ghosts.add([departure(ghosts, number, salt=0) for number in numbers])
+    mask = 2 * SPAN - 1
+    numbers = [number for number in range(400_000) if hash(key_of(number)) & mask == 5][:40]
+    ghosts.add(b"".join(departure(ghosts, number, salt=0) for number in numbers))
     found = [ghosts.find(0, key_of(number)) >= 0 for number in numbers]
     assert found == [False] * (len(numbers) - 32) + [True] * min(32, len(numbers))
-    many = ghosts.find_many([0] * len(numbers), [key_of(number) for number in numbers])
+    many = find_many(ghosts, [key_of(number) for number in numbers], 0)
     assert sorted(at for at, _ in many) == list(range(len(numbers) - 32, len(numbers)))
 
 
 def test_what_came_back_is_not_out_any_more() -> None:
     ghosts = Ghosts(SMALLEST_BYTES)
-    ghosts.add([departure(ghosts, number) for number in range(10)])
+    ghosts.add(b"".join(departure(ghosts, number) for number in range(10)))
     ghosts.came_back(ghosts.find(SALT, key_of(7)))
     assert ghosts.extra_bytes(0) == 9
     back = ghosts.ghost(7)
@@ -109,7 +114,7 @@ def test_a_form_keeps_all_that_is_remembered() -> None:
         form = ghosts.form_of(
             cause, TierId.SSD, policies[number], reason=Reason.MISSING, depth=1 << 32, branched=bool(number % 2)
         )
-        ghosts.add([(SALT, key_of(number), form, 77, 0)])
+        ghosts.add(DEPARTURE.pack(hash(key_of(number)) ^ SALT, form, 77, 0, key_of(number)))
         found = ghosts.ghost(number)
         assert found == (cause, 77, TierId.SSD, policies[number], Reason.MISSING, 1 << 32, bool(number % 2), False)
     assert all(ghosts.form_of(MissCause.EVICTED, TierId.DRAM, policy) for policy in policies)
@@ -122,7 +127,7 @@ def test_memory_of_a_full_ring_is_within_its_limit(limit_bytes: int) -> None:
         before, _ = tracemalloc.get_traced_memory()
         ghosts = Ghosts(limit_bytes)
         for number in range(0, ghosts.places + 1000, 500):
-            ghosts.add([departure(ghosts, index) for index in range(number, number + 500)])
+            ghosts.add(b"".join(departure(ghosts, index) for index in range(number, number + 500)))
         after, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
