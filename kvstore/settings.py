@@ -415,7 +415,7 @@ class ExplainSettings(_Section):
     """Why lookups miss."""
 
     memory_bytes: Annotated[int, BeforeValidator(_size_or_zero)] = 32 << 20
-    """Memory for what is remembered of blocks that left (77 bytes each); 0: misses are not explained."""
+    """Memory for what is remembered of blocks that left (88 bytes each); 0: misses are not explained."""
 
     @model_validator(mode="after")
     def _check_memory(self) -> Self:

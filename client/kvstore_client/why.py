@@ -216,8 +216,9 @@ class Explanation:
         if miss is not None:
             at = f" (from token {miss.at_token:,} on)" if miss.at_token >= 0 else ""
             lines.append(f"Block {hits}{at}, {miss.key.hex()[:_KEY_DIGITS]}, {miss.reason}.")
-        for cause, count in _causes(self.stories[hits + 1 :]):
-            lines.append(f"Behind it: {count:,} blocks {_words(cause)}.")
+        behind = [f"{count:,} {_words(cause)}" for cause, count in _causes(self.stories[hits + 1 :])]
+        if behind:
+            lines.append(f"Of the blocks behind it: {', '.join(behind)}.")
         return "\n".join(lines)
 
 

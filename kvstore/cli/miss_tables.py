@@ -48,8 +48,8 @@ _ADVICE: Final = {
     ),
     MissCause.CORRUPT: "Most of what missed was corrupt: look into the log, and run kvstore verify and a memory test.",
     MissCause.DIVERGED: (
-        "Most of what missed lies behind the point where a prompt leaves one that is known: move what varies (dates, "
-        "ids, names) behind what stays the same."
+        "Most of what missed is behind the point where a prompt leaves a known one. New conversations behind a shared "
+        "beginning must do that; where prompts ought to share more, move what varies (dates, ids, names) to their end."
     ),
     MissCause.FAILED_LOAD: (
         "Most of what missed is below memory and could not be loaded: look at the SSD in kvstore stats and at the log; "

@@ -161,6 +161,11 @@ class NamespaceState(PrefixTree[Block]):
             self.insert(block)
             return
         self.insert(block, min(self.depth_below(block.parent_key) + 1, ORPHAN_DEPTH))
+        below = self.ssd.tree.blocks
+        if block.parent is None and block.parent_key in below:
+            below[block.parent_key].branched = True
+        if block.key in below and below[block.key].branched:
+            block.branched = True
         if block.key in self.ssd.tree.orphans and block.depth < ORPHAN_DEPTH:
             self.ssd.tree.deepen(block.key, block.depth)
 

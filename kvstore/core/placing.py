@@ -107,11 +107,7 @@ class Placing(Demoting):
         if self.demotes:
             instructions += self._retire_ahead()
         if self.explainer is not None and namespace is not None:
-            well = statuses.count(PutStatus.STORED) + statuses.count(PutStatus.EXISTS)
-            if well < len(statuses):
-                for commit, reason in zip(event.records, reasons, strict=True):
-                    if reason is not Reason.NONE:
-                        self.explainer.refused(namespace, commit.key, reason)
+            self.explainer.committed(namespace, event.records, reasons)
         instructions.append(Answer(statuses, reasons))
         return instructions
 
@@ -302,11 +298,11 @@ class Placing(Demoting):
         self.policy.insert(block, access)
         if block.depth >= ORPHAN_DEPTH and not placing.promoted:
             placing.orphans.append(block)
+            if self.explainer is not None:
+                self.explainer.orphaned(block)
         elif block.children:
             for below in descendants(block):
                 self.policy.touch(below, 1, access)
-        if self.explainer is not None:
-            self.explainer.stored(block)
         if block.children and self.leases.held_bytes:
             self.leases.adopted(block)
         if block.namespace.retained:

@@ -275,6 +275,8 @@ class Store(Granting, Placing):
             hand_over(self.policy, event.policy, [block for block in held if not block.retired])
             self.policy = event.policy
         self.counters.switched_policies += 1
+        if self.explainer is not None:
+            self.explainer.policy_changed()
         return []
 
     def _admission_changed(self, event: AdmissionChanged) -> list[Instruction]:

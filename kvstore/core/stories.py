@@ -12,12 +12,15 @@ from kvstore.core.retention import FOREVER_NS, Retained
 from kvstore.core.ssd_record import SsdBlock
 from kvstore.core.state import StoreState
 from kvstore.core.story import Chapter
-from kvstore.core.tree import ORPHAN_DEPTH
+from kvstore.core.tree import ORPHAN_DEPTH, descendants
 from kvstore.format.constants import CodecId
 from kvstore.protocol.keys import ROOT_KEY
 from kvstore.protocol.messages import Reason, TierId
 from kvstore.protocol.misses import MissCause
 from kvstore.protocol.stories import ChapterStory, GhostStory, KeyStory
+
+MOST_DESCENDANTS: Final = 65_536
+"""Blocks behind those that are asked about, which are asked for their last use."""
 
 MOST_CHAPTERS: Final = 8
 """Changes of state that are told of one key, the last ones."""
@@ -49,7 +52,7 @@ class Stories:
         stories: list[KeyStory] = []
         depth = -1
         for index, (key, cause) in enumerate(zip(keys, causes, strict=True)):
-            story = self._story(namespace, key, now_ns)
+            story = self._story(namespace, key, now_ns, MOST_DESCENDANTS // len(keys))
             story.cause = "" if cause is None else cause.value
             story.chapters = [_chapter(chapter, now_ns) for chapter in chapters.get(key, ())]
             if chained:
@@ -85,7 +88,7 @@ class Stories:
                 found.setdefault(chapter.key, []).append(chapter)
         return {key: chapters[-MOST_CHAPTERS:] for key, chapters in found.items()}
 
-    def _story(self, namespace: NamespaceState, key: bytes, now_ns: int) -> KeyStory:
+    def _story(self, namespace: NamespaceState, key: bytes, now_ns: int, most_behind: int) -> KeyStory:
         block = namespace.blocks.get(key)
         copy = None if namespace.ssd is None else namespace.ssd.tree.blocks.get(key)
         story = KeyStory(key=key, state=self._state(namespace, block, copy))
@@ -103,7 +106,7 @@ class Stories:
             story.branched = any(one.branched for one in known)
         used = 0
         if block is not None and not block.retired:
-            used = self._store.policy.used(block)
+            used = self._used(block, most_behind)
         elif copy is not None:
             used = copy.used
         if used > 0:
@@ -116,6 +119,16 @@ class Stories:
         if place >= 0:
             self._remember(story, place, now_ns, there=bool(known))
         return story
+
+    def _used(self, block: Block, most_behind: int) -> int:
+        """Access number of a block's last use, which those behind it were used by as well; 0 where that is unknown."""
+        used = self._store.policy.used(block)
+        for number, below in enumerate(descendants(block)):
+            if number >= most_behind:
+                return 0
+            if not below.retired:
+                used = max(used, self._store.policy.used(below))
+        return used
 
     @staticmethod
     def _state(namespace: NamespaceState, block: Block | None, copy: SsdBlock | None) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from kvstore.core.block import Block
-    from kvstore.core.events import Accessed
+    from kvstore.core.events import Accessed, CommittedRecord
     from kvstore.core.namespaces import NamespaceState
     from kvstore.core.ssd_record import SsdBlock
     from kvstore.protocol.messages import Reason
@@ -68,11 +68,19 @@ class Watcher(Protocol):
 class Explainer(Protocol):
     """Gives misses their causes: is told, beside what watchers are, all that the causes take. Must not raise."""
 
-    def stored(self, block: Block) -> None:
-        """As ``Watcher.stored``."""
+    def committed(
+        self, namespace: NamespaceState, records: Sequence[CommittedRecord], reasons: Sequence[Reason]
+    ) -> None:
+        """Records were committed; why each was refused, ``NONE`` where it was not."""
+
+    def orphaned(self, block: Block) -> None:
+        """A block was stored whose parent is in no tier."""
 
     def left(self, block: Block, cause: Cause) -> None:
         """As ``Watcher.left``."""
+
+    def policy_changed(self) -> None:
+        """What leaves from now on another policy chooses."""
 
     def reported(self, report: Accessed, access: int) -> None:
         """An access report, and the access number of its engine request."""

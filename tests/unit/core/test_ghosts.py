@@ -27,6 +27,14 @@ def departure(ghosts: Ghosts, number: int, out_bytes: int = 1, salt: int = SALT)
     return DEPARTURE.pack(hash(key) ^ salt, form, 1000 + number, out_bytes, key)
 
 
+def add(ghosts: Ghosts, departures: bytes, *, singly: bool = False) -> None:
+    if singly:
+        for fields in DEPARTURE.iter_unpack(departures):
+            ghosts.add_one(*fields)
+        return
+    ghosts.add(np.frombuffer(departures, np.int64).reshape(-1, DEPARTURE.size // 8))
+
+
 def find_many(ghosts: Ghosts, keys: list[bytes], salt: int = SALT) -> list[tuple[int, int]]:
     return ghosts.find_many(np.array([hash(key) ^ salt for key in keys], np.int64))
 
@@ -39,7 +47,11 @@ def test_bytes_are_those_of_a_plain_sum() -> None:
     for _ in range(400):
         count = min(choose.choice((1, 3, 64, 700, 5000)), places - at)
         written = [choose.randrange(100) for _ in range(count)]
-        sums.write(at, np.array(written, np.int64))
+        if count < 64:
+            for place, out_bytes in enumerate(written, at):
+                sums.write_one(place, out_bytes)
+        else:
+            sums.write(at, np.array(written, np.int64))
         plain[at : at + count] = written
         at = (at + count) % places
         for _ in range(20):
@@ -51,14 +63,15 @@ def test_bytes_are_those_of_a_plain_sum() -> None:
         assert sums.since(begin, at) == expected
 
 
-def test_ghosts_are_found_until_their_place_is_used_again() -> None:
+@pytest.mark.parametrize("singly", [False, True])
+def test_ghosts_are_found_until_their_place_is_used_again(singly: bool) -> None:
     ghosts = Ghosts(SMALLEST_BYTES)
     assert ghosts.places == SPAN
     number = 0
     choose = random.Random(3)
     while number < 3 * SPAN:
         count = choose.randrange(1, 900)
-        ghosts.add(b"".join(departure(ghosts, index) for index in range(number, number + count)))
+        add(ghosts, b"".join(departure(ghosts, index) for index in range(number, number + count)), singly=singly)
         number += count
         known = range(max(number - SPAN, 0), number)
         for index in choose.sample(known, min(50, len(known))):
@@ -78,7 +91,7 @@ def test_ghosts_are_found_until_their_place_is_used_again() -> None:
 
 def test_a_key_of_another_namespace_is_another_ghost() -> None:
     ghosts = Ghosts(SMALLEST_BYTES)
-    ghosts.add(departure(ghosts, 1) + departure(ghosts, 1, salt=99))
+    add(ghosts, departure(ghosts, 1) + departure(ghosts, 1, salt=99))
     assert ghosts.find(SALT, key_of(1)) == 0
     assert ghosts.find(99, key_of(1)) == 1
     assert ghosts.find(7, key_of(1)) == -1
@@ -89,7 +102,7 @@ def test_many_ghosts_of_one_bucket_are_found_up_to_a_bound() -> None:
     ghosts = Ghosts(SMALLEST_BYTES)
     mask = 2 * SPAN - 1
     numbers = [number for number in range(400_000) if hash(key_of(number)) & mask == 5][:40]
-    ghosts.add(b"".join(departure(ghosts, number, salt=0) for number in numbers))
+    add(ghosts, b"".join(departure(ghosts, number, salt=0) for number in numbers))
     found = [ghosts.find(0, key_of(number)) >= 0 for number in numbers]
     assert found == [False] * (len(numbers) - 32) + [True] * min(32, len(numbers))
     many = find_many(ghosts, [key_of(number) for number in numbers], 0)
@@ -98,7 +111,7 @@ def test_many_ghosts_of_one_bucket_are_found_up_to_a_bound() -> None:
 
 def test_what_came_back_is_not_out_any_more() -> None:
     ghosts = Ghosts(SMALLEST_BYTES)
-    ghosts.add(b"".join(departure(ghosts, number) for number in range(10)))
+    add(ghosts, b"".join(departure(ghosts, number) for number in range(10)))
     ghosts.came_back(ghosts.find(SALT, key_of(7)))
     assert ghosts.extra_bytes(0) == 9
     back = ghosts.ghost(7)
@@ -114,7 +127,7 @@ def test_a_form_keeps_all_that_is_remembered() -> None:
         form = ghosts.form_of(
             cause, TierId.SSD, policies[number], reason=Reason.MISSING, depth=1 << 32, branched=bool(number % 2)
         )
-        ghosts.add(DEPARTURE.pack(hash(key_of(number)) ^ SALT, form, 77, 0, key_of(number)))
+        add(ghosts, DEPARTURE.pack(hash(key_of(number)) ^ SALT, form, 77, 0, key_of(number)))
         found = ghosts.ghost(number)
         assert found == (cause, 77, TierId.SSD, policies[number], Reason.MISSING, 1 << 32, bool(number % 2), False)
     assert all(ghosts.form_of(MissCause.EVICTED, TierId.DRAM, policy) for policy in policies)
@@ -127,7 +140,7 @@ def test_memory_of_a_full_ring_is_within_its_limit(limit_bytes: int) -> None:
         before, _ = tracemalloc.get_traced_memory()
         ghosts = Ghosts(limit_bytes)
         for number in range(0, ghosts.places + 1000, 500):
-            ghosts.add(b"".join(departure(ghosts, index) for index in range(number, number + 500)))
+            add(ghosts, b"".join(departure(ghosts, index) for index in range(number, number + 500)))
         after, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
