@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from daemon_process import DaemonProcess, child_environment, wait_until
+from daemon_process import DaemonProcess, wait_until
 
+from kvstore.cli.stats import stats
 from kvstore.cli.warm import warm
 from kvstore.errors import InvalidArgument
 from kvstore.format.warm_list import parse_warm_list
@@ -155,14 +154,9 @@ def test_warm_up_of_a_list_and_of_the_hottest(daemon: DaemonProcess, client: Cli
     assert set(chain.keys[:10]) <= set(resident)
 
 
-def run(daemon: DaemonProcess, *arguments: str) -> str:
-    command = [sys.executable, "-m", "kvstore", *arguments, "--endpoint", daemon.endpoint]
-    done = subprocess.run(command, env=child_environment(), capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_stats_hold_the_curve_of_what_was_asked_for(daemon: DaemonProcess, client: Client) -> None:
+def test_stats_hold_the_curve_of_what_was_asked_for(
+    daemon: DaemonProcess, client: Client, capsys: pytest.CaptureFixture[str]
+) -> None:
     chain = Chain(client, 6)
     for _ in range(50):
         client.match(chain.keys)
@@ -174,7 +168,8 @@ def test_stats_hold_the_curve_of_what_was_asked_for(daemon: DaemonProcess, clien
     assert curve.hit_rates == sorted(curve.hit_rates)
     assert curve.hit_rate > 0.5
     assert curve.accesses > 50 * CHAIN
-    shown = run(daemon, "stats", "--curve")
+    stats(endpoint=daemon.endpoint, curve=True)
+    shown = capsys.readouterr().out
     assert "of DRAM with LRU would hit" in shown
     assert "DRAM and SSD together" in shown
 
@@ -233,9 +228,9 @@ def test_daemon_warms_itself_up_at_the_start(daemon: DaemonProcess, client: Clie
     wait_until(lambda: client.stats().prefetch.waiting_bytes == 0)
     # The chain was used last; a quarter of memory is kept for puts.
     wait_until(lambda: client.match(chain.keys).tiers == ["dram"] * CHAIN)
-    stats = client.stats()
-    assert stats.dram.resident_bytes <= 3 << 20
-    assert stats.eviction.evicted_blocks == 0
+    told = client.stats()
+    assert told.dram.resident_bytes <= 3 << 20
+    assert told.eviction.evicted_blocks == 0
     # The module's last test: another process is there than at its beginning.
     client.close()
     assert daemon.terminate() == 0
