@@ -200,10 +200,8 @@ class Placing(Demoting):
         if len(placing.touched) > placing.told:
             self._touch_placed(placing)
         parent = block.namespace.blocks.get(block.parent_key)
-        if parent is not None and parent.children:
-            parent = None
         if parent is not None:
-            # Until it has this child.
+            # Until it has this child: the last of those that it has may leave.
             parent.leases += 1
         slots: list[int] = []
         records = 1
