@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from kvstore.core.block import Record, runs_of
+from kvstore.core.block import Block, Record, runs_of
 from kvstore.core.events import Accessed, FoundCorrupt
+from kvstore.core.ssd_record import SsdBlock
 from kvstore.errors import CorruptRecord
 from kvstore.format.constants import RECORD_HEADER_BYTES
 from kvstore.observability.logs import RepeatedLog
 from kvstore.protocol.keys import split_keys
-from kvstore.protocol.messages import Get, GetReply, GetStatus
+from kvstore.protocol.messages import Get, GetReply, GetStatus, TierId
 from kvstore.protocol.version import TIERS_SINCE
 from kvstore.server.counters import RequestCounters
 from kvstore.server.executor import Executor
@@ -84,6 +85,21 @@ class Reads:
         counters.bytes_out += total - RECORD_HEADER_BYTES * len(payloads)
         report = Accessed(session.id, request.access, runs_of(blocks), len(keys), tuple(missing), request.namespace_id)
         return GetReply(request.id, incarnation, bytes(statuses)), payloads, slots, total, report
+
+    def exists(self, namespace_id: int, keys: list[bytes], *, below: bool) -> tuple[bytes, bytes]:
+        """Where blocks are complete, and how good they are; ``below``: tiers below DRAM count. Is no access."""
+        namespace = self._executor.store.namespaces.by_id.get(namespace_id)
+        tiers, fidelities = bytearray(len(keys)), bytearray(len(keys))
+        if namespace is not None:
+            for index, key in enumerate(keys):
+                block = namespace.blocks.get(key)
+                found: Block | SsdBlock | None = block if block is not None and block.complete else None
+                if found is None and below:
+                    found = namespace.below(key)
+                if found is not None:
+                    tiers[index] = TierId.DRAM if found is block else TierId.SSD
+                    fidelities[index] = min(record.fidelity for record in found.parts.values())
+        return bytes(tiers), bytes(fidelities)
 
     def _waits_below(self, request: Get, key: bytes) -> bool:
         namespace = self._executor.store.namespaces.by_id.get(request.namespace_id)

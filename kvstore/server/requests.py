@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -15,23 +14,18 @@ from kvstore.core.events import (
     ClearWanted,
     InvalidateWanted,
     Joined,
-    LeaseReleased,
     RemoveWanted,
     SessionClosed,
     SessionOpened,
-    SlotWanted,
 )
-from kvstore.core.instructions import Count, Namespaced, Refuse
+from kvstore.core.instructions import Count, Namespaced
 from kvstore.core.ssd_record import SsdBlock
 from kvstore.errors import ErrorCode, InvalidArgument
-from kvstore.format.constants import MAX_RECORD_BYTES, RECORD_HEADER_BYTES
-from kvstore.mapped.client_file import LANE_COUNT
+from kvstore.format.constants import RECORD_HEADER_BYTES
 from kvstore.observability.logs import Log, RepeatedLog
 from kvstore.policy.prefetch import Urgency
 from kvstore.protocol.framing import decode_request, encode, request_id
-from kvstore.protocol.keys import KEY_BYTES
 from kvstore.protocol.messages import (
-    AnyReply,
     AnyRequest,
     Attach,
     Attached,
@@ -64,13 +58,11 @@ from kvstore.protocol.messages import (
     Reply,
     ReportPrefill,
     Reserve,
-    Reserved,
     Retain,
     Stats,
     StatsReply,
     TierId,
     Verify,
-    VerifyReply,
     Warm,
     Welcome,
     Why,
@@ -85,6 +77,7 @@ from kvstore.server.below import Below, deepest_of, tiers_of
 from kvstore.server.counters import RequestCounters
 from kvstore.server.executor import Executor
 from kvstore.server.gets import Reads
+from kvstore.server.lane_requests import LaneRequests
 from kvstore.server.lower_requests import LowerRequests
 from kvstore.server.mapping import Mapping
 from kvstore.server.outbound import Outbound
@@ -98,7 +91,7 @@ from kvstore.server.retention_requests import RetentionRequests
 from kvstore.server.sessions import Session, Sessions, TooManySessions
 from kvstore.server.statistics import Statistics
 from kvstore.server.transport import RouterTransport
-from kvstore.server.verification import Verified, verify
+from kvstore.server.verify_requests import VerifyRequests
 from kvstore.server.warm_requests import WarmRequests
 from kvstore.server.why_requests import WhyRequests
 
@@ -153,8 +146,8 @@ class Requests:
         self._lower = LowerRequests(executor, sessions, below, mapping.drain_all, incarnation, self._send, self._log)
         self._retentions = RetentionRequests(executor, below, incarnation, hint_ns)
         warming = WarmRequests(self._store, self._lower, incarnation, self._send_payloads)
-        self._verification: asyncio.Task[Verified] | None = None
-        self._waiting: set[asyncio.Task[None]] = set()
+        tier = None if below is None else below.tier
+        self._verifying = VerifyRequests(executor, tier, incarnation, self._send, self._log)
         self.transport: RouterTransport | None = None
         self.statistics: Statistics | None = None
         self.stopping = False
@@ -162,7 +155,7 @@ class Requests:
         self._handlers: dict[type, Callable[[Session, Any], Reply | None]] = {
             Match: self._match,
             Get: self._get,
-            Verify: self._verify,
+            Verify: self._verifying.verify,
             Bye: self._bye,
             Attach: self._attach,
             Exists: self._exists,
@@ -175,8 +168,8 @@ class Requests:
             Persist: self._lower.persist,
             Hint: self._retentions.hint,
             Retain: self._retentions.retain,
-            Release: self._release,
-            Reserve: self._reserve,
+            Release: self._retentions.release,
+            Reserve: LaneRequests(self._store, mapping, incarnation).reserve,
             Stats: self._stats,
             ReportPrefill: self._lower.report_prefill,
             Warm: warming.warm,
@@ -449,20 +442,9 @@ class Requests:
         self._executor.apply(report)
 
     def _exists(self, session: Session, request: Exists) -> Reply:
-        namespace = self._store.namespaces.by_id.get(request.namespace_id)
-        below = self._below_for(session)
-        keys = keys_of(request.keys)
-        tiers, fidelities = bytearray(len(keys)), bytearray(len(keys))
-        if namespace is not None:
-            for index, key in enumerate(keys):
-                block = namespace.blocks.get(key)
-                found: Block | SsdBlock | None = block if block is not None and block.complete else None
-                if found is None and below is not None:
-                    found = namespace.below(key)
-                if found is not None:
-                    tiers[index] = TierId.DRAM if found is block else TierId.SSD
-                    fidelities[index] = min(record.fidelity for record in found.parts.values())
-        return ExistsReply(request.id, self._incarnation, bytes(tiers), bytes(fidelities))
+        below = self._below_for(session) is not None
+        tiers, fidelities = self._reads.exists(request.namespace_id, keys_of(request.keys), below=below)
+        return ExistsReply(request.id, self._incarnation, tiers, fidelities)
 
     def _remove(self, session: Session, request: Remove) -> Reply | None:
         reply = self._count(request.id, RemoveWanted(request.namespace_id, keys_of(request.keys)))
@@ -471,33 +453,7 @@ class Requests:
     def _clear(self, session: Session, request: Clear) -> Reply | None:
         return self._lower.once_said(session, request, self._count(request.id, ClearWanted(request.namespace_id)))
 
-    def _reserve(self, session: Session, request: Reserve) -> Reply:
-        if not 0 <= request.lane < LANE_COUNT or not RECORD_HEADER_BYTES < request.record_bytes <= MAX_RECORD_BYTES:
-            raise Refused(ErrorCode.BAD_REQUEST, f"no lane {request.lane} for records of {request.record_bytes} bytes")
-        if not session.locked:
-            raise Refused(ErrorCode.BAD_REQUEST, "a client that does not hold the lock on its file is lent no slots")
-        if len(request.parent) not in (0, KEY_BYTES):
-            raise Refused(ErrorCode.BAD_REQUEST, f"the parent's key has {len(request.parent)} bytes, not {KEY_BYTES}")
-        wanted = SlotWanted(
-            session.id,
-            request.record_bytes,
-            access=request.access,
-            namespace_id=request.namespace_id,
-            parent_key=request.parent,
-        )
-        answer = self._mapping.reserve(request.lane, wanted)
-        if answer is None:
-            raise Refused(ErrorCode.BAD_REQUEST, "this session maps nothing, so it has no lanes")
-        if isinstance(answer, Refuse):
-            if request.parent:
-                self._store.tell_refused_behind(request.namespace_id, request.parent, answer.reason)
-            return Reserved(request.id, self._incarnation, 0, 0, answer.reason.known_in(session.protocol))
-        return Reserved(request.id, self._incarnation, answer.slot_bytes, answer.lent)
-
-    def _release(self, session: Session, request: Release) -> Reply:
-        return self._count(request.id, LeaseReleased(session.id, request.lease))
-
-    def _count(self, number: int, event: RemoveWanted | ClearWanted | LeaseReleased) -> Reply:
+    def _count(self, number: int, event: RemoveWanted | ClearWanted) -> Reply:
         answer = self._executor.apply(event)
         assert isinstance(answer, Count)
         return CountReply(number, self._incarnation, answer.count)
@@ -530,34 +486,9 @@ class Requests:
     def _bye(self, session: Session, request: Bye) -> None:
         self.close_session(session)
 
-    def _verify(self, session: Session, request: Verify) -> None:
-        if self._verification is None or self._verification.done():
-            tier = None if self._below is None else self._below.tier
-            self._verification = asyncio.ensure_future(verify(self._executor, tier))
-        waiting = asyncio.ensure_future(self._answer_verified(session.identity, request.id, self._verification))
-        self._waiting.add(waiting)
-        waiting.add_done_callback(self._waiting.discard)
-
-    async def _answer_verified(self, identity: bytes, number: int, verification: asyncio.Task[Verified]) -> None:
-        reply: AnyReply
-        try:
-            found = await asyncio.shield(verification)
-        except asyncio.CancelledError:
-            reply = ErrorReply(number, self._incarnation, ErrorCode.SHUTTING_DOWN, "the daemon is stopping")
-        except Exception as error:
-            self._log.log_every(1, "verify", "error", "verification_failed", error=repr(error), exc_info=error)
-            reply = ErrorReply(number, self._incarnation, ErrorCode.INTERNAL, f"the verification failed: {error!r}")
-        else:
-            reply = VerifyReply(
-                number, self._incarnation, found.records, found.record_bytes, found.seconds, found.problems
-            )
-        self._send(identity, reply)
-
     async def stop(self) -> None:
         """Refuse new requests and answer those that wait."""
         self.stopping = True
-        if self._verification is not None:
-            self._verification.cancel()
+        self._verifying.cancel()
         await self._lower.stop()
-        if self._waiting:
-            await asyncio.wait(self._waiting, timeout=1.0)
+        await self._verifying.stop()

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvstore.core.block import Block
-from kvstore.core.events import Hinted, LeaseWanted, RetainWanted
+from kvstore.core.events import Hinted, LeaseReleased, LeaseWanted, RetainWanted
 from kvstore.core.instructions import Count, Leased, Refuse
 from kvstore.core.instructions import Retained as RetainedBlocks
 from kvstore.core.ssd_record import SsdBlock
 from kvstore.errors import ErrorCode
-from kvstore.protocol.messages import CountReply, Hint, Reply, Retain, Retained
+from kvstore.protocol.messages import CountReply, Hint, Release, Reply, Retain, Retained
 from kvstore.protocol.version import MAX_KEYS_PER_RETAIN, MAX_PRIORITY, MAX_TTL_MS
 from kvstore.server.below import Below
 from kvstore.server.executor import Executor
@@ -54,6 +54,12 @@ class RetentionRequests:
                 "they may (limits.lease_share), so no block of these can be leased; release some, or match without",
             )
         return answer.lease, answer.count
+
+    def release(self, session: Session, request: Release) -> Reply:
+        """Give a lease back."""
+        answer = self._executor.apply(LeaseReleased(session.id, request.lease))
+        assert isinstance(answer, Count)
+        return CountReply(request.id, self._incarnation, answer.count)
 
     def retain(self, session: Session, request: Retain) -> Reply:
         """Have blocks leave later than others, or earlier, for a time."""
