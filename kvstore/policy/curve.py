@@ -16,8 +16,9 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Final, Protocol, TypeAlias
+from typing import Final
 
+from kvstore.policy.hot_blocks import MOST_WATCHED, HotBlocks, Ident, Linked, Resident
 from kvstore.policy.stack_distance import StackDistances, StackEntry
 
 SAMPLED_BLOCKS: Final = 8192
@@ -40,8 +41,8 @@ _FALL: Final = 0.8
 _BUSY_TOUCHES: Final = 1024
 _BUSY_PER_S: Final = 1000.0
 _BUSY_BLOCKS: Final = 1024
-"""Where sampled accesses come faster than that the threshold falls too, as long as so many blocks stay sampled: what
-they cost is bounded, about half a hundredth of a core."""
+"""Where sampled accesses come faster than that the threshold falls too, so that they cost about half a hundredth of a
+core; but not below so many sampled blocks."""
 
 _UNIT_BYTES: Final = 4096
 _BINS_PER_OCTAVE: Final = 16
@@ -55,62 +56,7 @@ _REQUESTS: Final = 1024
 _RESIDENCE_WEIGHT: Final = 1 / 32
 _RESIDENCE_SHARE: Final = 4
 
-_HOT_FROM: Final = 0.01
-_HOT_UNTIL: Final = 0.005
-_HOT_BLOCKS: Final = 1024
-_HOT_REQUESTS: Final = 128
-"""Requests that a block must have been watched for before it is hot."""
-
 _SWEEP_REQUESTS: Final = 256
-
-Ident: TypeAlias = tuple[int, bytes]
-
-
-class Linked(Protocol):
-    """What the curve sees of a block, in DRAM or below; see ``Evictable``."""
-
-    key: bytes
-    depth: int
-    slot_bytes: int
-
-    @property
-    def parent(self) -> Linked | None:
-        """The resident parent."""
-
-
-class Owner(Protocol):
-    """A namespace, by its id."""
-
-    id: int
-
-
-class Resident(Linked, Protocol):
-    """What the curve sees of a block in DRAM."""
-
-    @property
-    def namespace(self) -> Owner:
-        """Whose it is."""
-
-
-class _Frequent:
-    """A block that may be hot.
-
-    Attributes:
-        count: requests that used it, faded.
-        since: weight of all requests when it was first seen, faded as well.
-        access: the last request that was counted.
-        slot_bytes: its size.
-        hot: it is counted, not sampled.
-    """
-
-    __slots__ = ("access", "count", "hot", "since", "slot_bytes")
-
-    def __init__(self, since: float, access: int, slot_bytes: int) -> None:
-        self.count = 1.0
-        self.since = since
-        self.access = access
-        self.slot_bytes = slot_bytes
-        self.hot = False
 
 
 class LiveCurve:
@@ -158,14 +104,9 @@ class LiveCurve:
         """Weight of an access now; those before have less by having been given less."""
         self._weight = 1.0
         """The same over the sampling rate."""
-        self._hot_accesses = 0.0
-        self._frequent: dict[int, dict[bytes, _Frequent]] = {}
-        self._watched = 0
-        self.hot_blocks = 0
-        self.hot_bytes = 0
+        self._hot = HotBlocks()
         self.residence_s: float | None = None
         """How long blocks stay that nobody uses: their age when they are evicted, moving mean; None: none was yet."""
-        self._requests = 0.0
         self._to_sweep = _SWEEP_REQUESTS
         self._touches = 0
         self._walked: OrderedDict[int, int] = OrderedDict()
@@ -203,8 +144,7 @@ class LiveCurve:
         if len(runs) > 1:
             chain.sort(key=_depth, reverse=True)
         if chain or missing:
-            if self._count_hot(namespace_id, access, chain, missing, first):
-                chain = self._without_hot(namespace_id, chain)
+            chain = self._hot.count(namespace_id, access, chain, missing, self._grown, first=first)
             self._count_sampled(namespace_id, access, chain, missing)
         if asked > hits + len(missing):
             self._unlisted[access] = None
@@ -226,8 +166,7 @@ class LiveCurve:
                 entry.used_ns = self._clock()
             return
         namespace_id = block.namespace.id
-        known = self._frequent.get(namespace_id)
-        if known is not None and block.key in known and known[block.key].hot:
+        if self._hot.is_hot(namespace_id, block.key):
             return
         ident = namespace_id, block.key
         entry = self._sampled.get(ident)
@@ -264,13 +203,23 @@ class LiveCurve:
     @property
     def accesses(self) -> float:
         """Block accesses that the curve is about: estimated, and faded."""
-        return (sum(self._distances) + self._far + self._hot_accesses) / self._grown
+        return (sum(self._distances) + self._far + self._hot.accesses) / self._grown
+
+    @property
+    def hot_blocks(self) -> int:
+        """Blocks that are counted, not sampled."""
+        return self._hot.blocks
+
+    @property
+    def hot_bytes(self) -> int:
+        """Their slots."""
+        return self._hot.bytes
 
     @property
     def hot_share(self) -> float:
         """Share of the accesses that go to hot blocks."""
         total = self.accesses
-        return self._hot_accesses / self._grown / total if total else 0.0
+        return self._hot.accesses / self._grown / total if total else 0.0
 
     @property
     def sampling_rate(self) -> float:
@@ -285,7 +234,7 @@ class LiveCurve:
     @property
     def memory_bytes(self) -> int:
         """Most memory that all this takes, about."""
-        return self._most * _ENTRY_BYTES + _BINS * 32 + (_HOT_BLOCKS + 2 * _REQUESTS) * 300
+        return self._most * _ENTRY_BYTES + _BINS * 32 + (MOST_WATCHED + 2 * _REQUESTS) * 300
 
     @property
     def age_s(self) -> float:
@@ -298,7 +247,7 @@ class LiveCurve:
         Beyond ``reach_bytes`` it grows no more.
         """
         distances = list(self._distances)
-        total = sum(distances) + self._far + self._hot_accesses
+        total = sum(distances) + self._far + self._hot.accesses
         below = [0.0]
         for count in distances:
             below.append(below[-1] + count)
@@ -307,13 +256,13 @@ class LiveCurve:
             if not total or capacity_bytes <= 0:
                 rates.append(0.0)
                 continue
-            cold_bytes = capacity_bytes - self.hot_bytes
+            cold_bytes = capacity_bytes - self._hot.bytes
             if cold_bytes <= 0:
-                rates.append(self._hot_accesses * capacity_bytes / self.hot_bytes / total)
+                rates.append(self._hot.accesses * capacity_bytes / self._hot.bytes / total)
                 continue
             at = min(max(math.log2(cold_bytes / _UNIT_BYTES) * _BINS_PER_OCTAVE, 0.0), _BINS - 1.0)
             whole = int(at)
-            rates.append((self._hot_accesses + below[whole] + (at - whole) * distances[whole]) / total)
+            rates.append((self._hot.accesses + below[whole] + (at - whole) * distances[whole]) / total)
         return rates
 
     # -------------------------------------------------------------- sampled blocks
@@ -321,11 +270,10 @@ class LiveCurve:
     def _count_sampled(self, namespace_id: int, access: int, chain: list[Linked], missing: Sequence[bytes]) -> None:
         key_hash, threshold, known = self._key_hash, self._threshold, self._sampled.get
         fresh: list[tuple[Ident, int, int]] = []
-        frequent = self._frequent.get(namespace_id) or {}
         # Deepest first, as a tail-first LRU has it; all are looked up before any of them moves.
         for key in reversed(missing):
             sample = key_hash(key) & _HASH_MASK
-            if sample < threshold and not (key in frequent and frequent[key].hot):
+            if sample < threshold and not self._hot.is_hot(namespace_id, key):
                 ident = namespace_id, key
                 entry = known(ident)
                 if entry is None or entry.access < access:
@@ -389,6 +337,11 @@ class LiveCurve:
         self._stack.remove(entry)
         del self._sampled[entry.ident]
 
+    def _drop_hot(self, ident: Ident) -> None:
+        entry = self._sampled.get(ident)
+        if entry is not None:
+            self._drop(entry)
+
     def _lower_threshold(self, by: float) -> None:
         self._threshold = max(int(self._threshold * by), 1)
         self._scale = _HASH_RANGE / self._threshold
@@ -397,7 +350,7 @@ class LiveCurve:
         for entry in [entry for entry in self._sampled.values() if entry.sample >= self._threshold]:
             self._drop(entry)
 
-    # -------------------------------------------------------------- requests and hot blocks
+    # -------------------------------------------------------------- requests
 
     def _new_request(self, access: int) -> None:
         now_ns = self._clock()
@@ -407,105 +360,19 @@ class LiveCurve:
         if grown > _GROWN_MOST:
             self._distances = [count / grown for count in self._distances]
             self._far /= grown
-            self._hot_accesses /= grown
-            self._requests /= grown
-            for known in self._frequent.values():
-                for one in known.values():
-                    one.count /= grown
-                    one.since /= grown
+            self._hot.scale(grown)
             grown = 1.0
         self._grown = grown
         self._weight = grown * self._scale
-        self._requests += grown
+        self._hot.request(grown)
         self._walked[access] = 0
         if len(self._walked) > _REQUESTS:
             self._walked.popitem(last=False)
         self._to_sweep -= 1
         if not self._to_sweep:
             self._to_sweep = _SWEEP_REQUESTS
-            self._sweep()
-
-    def _count_hot(
-        self, namespace_id: int, access: int, chain: list[Linked], missing: Sequence[bytes], first: bool
-    ) -> bool:
-        """Count the blocks at a chain's beginning that many requests share; whether some of them are hot."""
-        known = self._frequent.get(namespace_id)
-        if known is None:
-            known = self._frequent[namespace_id] = {}
-        if chain:
-            head = chain[-1]
-            if head.depth and (head.parent is None or head.parent.key not in known):
-                return False
-        elif not first:
-            return False
-        grown = self._grown
-        hot = False
-        for at in range(len(chain) + len(missing)):
-            if at < len(chain):
-                block = chain[-1 - at]
-                key, slot_bytes = block.key, block.slot_bytes
-            else:
-                key, slot_bytes = missing[at - len(chain)], 0
-            one = known.get(key)
-            if one is None:
-                # What lies behind a block is asked for no oftener than itself: it comes to be known when it is.
-                if self._watched < _HOT_BLOCKS:
-                    known[key] = _Frequent(self._requests - grown, access, slot_bytes)
-                    self._watched += 1
-                break
-            if slot_bytes and slot_bytes != one.slot_bytes:
-                if one.hot:
-                    self.hot_bytes += slot_bytes - one.slot_bytes
-                one.slot_bytes = slot_bytes
-            hot |= one.hot
-            if one.access < access:
-                one.access = access
-                one.count += grown
-                if one.hot:
-                    self._hot_accesses += grown
-        return hot
-
-    def _without_hot(self, namespace_id: int, chain: list[Linked]) -> list[Linked]:
-        known = self._frequent[namespace_id]
-        end = len(chain)
-        while end and (one := known.get(chain[end - 1].key)) is not None and one.hot:
-            end -= 1
-        return chain[:end]
-
-    def _sweep(self) -> None:
-        """Decide which blocks are hot, and forget those that are far from it."""
-        least = _HOT_REQUESTS * self._grown
-        # Where all blocks are in the sample, it is exact as it is.
-        sampling = self._threshold < _HASH_RANGE
-        for namespace_id, known in list(self._frequent.items()):
-            for key, one in list(known.items()):
-                seen = self._requests - one.since
-                if one.hot:
-                    # It stands for a count since it is known; a block that is asked for no more has to become cold.
-                    rate = one.count / seen
-                    if rate < _HOT_UNTIL:
-                        self._cool(one)
-                elif one.count >= _HOT_FROM * max(seen, least) and seen >= least and one.slot_bytes:
-                    if sampling:
-                        self._heat((namespace_id, key), one)
-                elif one.count < _HOT_UNTIL * max(seen, least):
-                    del known[key]
-                    self._watched -= 1
-            if not known:
-                del self._frequent[namespace_id]
-
-    def _heat(self, ident: Ident, one: _Frequent) -> None:
-        one.hot = True
-        self.hot_blocks += 1
-        self.hot_bytes += one.slot_bytes
-        entry = self._sampled.get(ident)
-        if entry is not None:
-            self._drop(entry)
-
-    def _cool(self, one: _Frequent) -> None:
-        one.hot = False
-        self.hot_blocks -= 1
-        self.hot_bytes -= one.slot_bytes
+            # Where all blocks are in the sample, it is exact as it is.
+            self._hot.sweep(grown, heat=self._threshold < _HASH_RANGE, on_hot=self._drop_hot)
 
 
 def _depth(block: Linked) -> int:

@@ -56,7 +56,7 @@ from kvstore.server.sessions import Sessions
 from kvstore.server.ssd import SsdTier
 from kvstore.server.statistics import Statistics
 from kvstore.server.transport import RouterTransport
-from kvstore.server.warming import WarmOutcome, Warmup
+from kvstore.server.warming import WarmOutcome, Warmup, log_failure
 from kvstore.settings import Settings
 from kvstore.tiers.dram import Arena, automatic_slab_bytes, slab_count
 from kvstore.tiers.files import Doorbell, OwnerLock, make_directory, read_text, remove_stale, require_socket_or_nothing
@@ -279,7 +279,7 @@ class Daemon:
         self._undo.callback(population.stop)
         if below is not None and warmup is not None:
             self._warming = asyncio.create_task(warmup.run(below, store, self._clock, self._log))
-            self._warming.add_done_callback(functools.partial(_log_failure, self._log))
+            self._warming.add_done_callback(functools.partial(log_failure, self._log))
             self._undo.push_async_callback(self._end_warming)
         self.ready = True
         self._log.info(
@@ -426,12 +426,6 @@ class Daemon:
 async def _end_recording(recorder: Recorder) -> None:
     recorder.stop()
     await asyncio.to_thread(recorder.finished)
-
-
-def _log_failure(log: Log, task: asyncio.Task[WarmOutcome]) -> None:
-    if not task.cancelled() and task.exception() is not None:
-        error = task.exception()
-        log.error("warming_failed", error=repr(error), exc_info=error)
 
 
 def _hazard_bytes(settings: Settings) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from kvstore.server.chains import list_chains
 from kvstore.sizes import parse_size
 from kvstore.tiers.files import read_lines
 
-__all__ = ["WarmOutcome", "Warmup", "namespace_of_digest", "warm"]
+__all__ = ["WarmOutcome", "Warmup", "log_failure", "namespace_of_digest", "warm"]
 
 _AT_ONCE: Final = 512
 """Keys that are warmed together at the start."""
@@ -184,3 +185,10 @@ class Warmup:
             else:
                 batches.append((namespace, list(keys)))
         return batches
+
+
+def log_failure(log: Log, task: asyncio.Task[WarmOutcome]) -> None:
+    """Say that warming up ended with a defect of ours."""
+    if not task.cancelled() and task.exception() is not None:
+        error = task.exception()
+        log.error("warming_failed", error=repr(error), exc_info=error)
