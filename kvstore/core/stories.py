@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from kvstore.core.block import Block
@@ -32,11 +32,18 @@ class Stories:
     Args:
         store: of the blocks.
         misses: what is remembered.
+        would_load: of how many leading blocks of a chain in a namespace (its id) a match would not refuse the load.
     """
 
-    def __init__(self, store: StoreState, misses: Misses) -> None:
+    def __init__(
+        self,
+        store: StoreState,
+        misses: Misses,
+        would_load: Callable[[int, list[Block | SsdBlock]], int] = lambda namespace_id, blocks: len(blocks),
+    ) -> None:
         self._store = store
         self._misses = misses
+        self._would_load = would_load
 
     def tell(self, namespace: NamespaceState, keys: list[bytes], now_ns: int, *, chained: bool) -> list[KeyStory]:
         """The story of each key.
@@ -70,8 +77,10 @@ class Stories:
         """Why each key misses now, None where it hits."""
         if chained:
             found = self._store.leading_in_tiers(namespace.id, keys)
-            hits = len(found)
-            causes = self._misses.causes(namespace, keys[hits:], found[-1] if found else None, matched=True)
+            hits = self._would_load(namespace.id, found)
+            above = found[hits - 1] if hits else None
+            refused = len(found) - hits
+            causes = self._misses.causes(namespace, keys[hits:], above, matched=True, refused=refused)
             return [None] * hits + [cause for cause, _ in causes]
         causes_each: list[MissCause | None] = []
         for key in keys:

@@ -217,6 +217,14 @@ class LoadCosts:
         saved_s = max(nothing_s if taken == below else all_s, best_s) - best_s
         return self._count(LoadDecision(blocks, kind, saved_s, queue_s), below - taken)
 
+    def would_take(self, namespace_id: int, loads: Sequence[int], block_tokens: int, queued_bytes: int) -> int:
+        """How many leading blocks ``decide`` would find worth taking, but for a probe; nothing is counted."""
+        rate = self.prefill_tokens_per_s(namespace_id)
+        if not rate or not self.bytes_per_s or not block_tokens:
+            return len(loads)
+        before_s = self.latency_s + queued_bytes / self.bytes_per_s
+        return leading_worth_loading(loads, before_s, self.bytes_per_s, block_tokens / rate)[0]
+
     def _count(self, decision: LoadDecision, refused: int) -> LoadDecision:
         self.decisions[decision.kind] += 1
         self.refused_blocks += refused

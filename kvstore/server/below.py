@@ -144,21 +144,30 @@ class Below:
 
     def worth_loading(self, namespace_id: int, blocks: list[Block | SsdBlock]) -> list[Block | SsdBlock]:
         """The leading blocks that are worth taking: loading them takes no longer than computing them anew."""
-        lower = [block for block in blocks if isinstance(block, SsdBlock)]
-        if not lower:
+        if not any(isinstance(block, SsdBlock) for block in blocks):
             return blocks
+        decision = self.tier.costs.decide(namespace_id, *self._costs_of(blocks))
+        return blocks[: decision.blocks]
+
+    def would_load(self, namespace_id: int, blocks: list[Block | SsdBlock]) -> int:
+        """How many leading blocks ``worth_loading`` would take; nothing is counted."""
+        if not any(isinstance(block, SsdBlock) for block in blocks):
+            return len(blocks)
+        return self.tier.costs.would_take(namespace_id, *self._costs_of(blocks))
+
+    def _costs_of(self, blocks: list[Block | SsdBlock]) -> tuple[list[int], int, int]:
+        """Of a chain with blocks below: bytes to be loaded of each block, tokens a block, and bytes that come first."""
+        lower = [block for block in blocks if isinstance(block, SsdBlock)]
         queue = self.loads.queue
         coming_bytes = sum(
             record.home_bytes for block in lower for record in block.parts.values() if queue.holds(record)
         )
-        decision = self.tier.costs.decide(
-            namespace_id,
+        return (
             [max(block.slot_bytes, 1) if isinstance(block, SsdBlock) else 0 for block in blocks],
             lower[0].namespace.block_tokens,
             # What comes up for this chain already is in its own loads.
             max(self.loads.queued_bytes(Urgency.ARRIVED) - coming_bytes, 0),
         )
-        return blocks[: decision.blocks]
 
     def hint(self, namespace: NamespaceState, keys: list[bytes], within_ms: int = 0, session: int = 0) -> None:
         """A session with this chain is about to come back, within so many milliseconds.

@@ -178,7 +178,7 @@ class Requests:
                 executor, 0 if below is None else below.tier.settings.capacity_bytes or 0, clock, incarnation, log
             ).configure,
             Record: RecordRequests(recorder, mapping.drain_all, self._lower.later, self._send, incarnation, log).record,
-            Why: WhyRequests(executor, incarnation, clock, self._send, self._lower.later).why,
+            Why: WhyRequests(executor, incarnation, clock, self._send, self._lower.later, below).why,
         }
 
     # -------------------------------------------------------------- dispatch

@@ -13,6 +13,7 @@ from kvstore.core.stories import Stories, keys_with
 from kvstore.errors import ErrorCode
 from kvstore.protocol.messages import AnyReply, ErrorReply, Why, WhyReply
 from kvstore.protocol.statistics import NamespaceStats
+from kvstore.server.below import Below
 from kvstore.server.executor import Executor
 from kvstore.server.refusal import Refused, keys_of
 from kvstore.server.sessions import Session
@@ -31,6 +32,7 @@ class WhyRequests:
         clock: nanoseconds, monotonic.
         send: sends a reply to a connection.
         later: answers a request when some work has ended.
+        below: the tiers below DRAM, None where there are none.
     """
 
     def __init__(
@@ -40,8 +42,10 @@ class WhyRequests:
         clock: Callable[[], int],
         send: Callable[[bytes, AnyReply], None],
         later: Callable[[Session, Coroutine[Any, Any, None], Callable[[], None]], None],
+        below: Below | None,
     ) -> None:
         self._store = executor.store
+        self._below = below
         self._incarnation = incarnation
         self._clock = clock
         self._send = send
@@ -75,7 +79,10 @@ class WhyRequests:
         return None
 
     def _reply(self, request: Why, misses: Misses, namespace: NamespaceState, keys: list[bytes]) -> WhyReply:
-        stories = Stories(self._store, misses).tell(namespace, keys, self._clock(), chained=request.chained)
+        told = Stories(self._store, misses)
+        if self._below is not None:
+            told = Stories(self._store, misses, self._below.would_load)
+        stories = told.tell(namespace, keys, self._clock(), chained=request.chained)
         return WhyReply(
             request.id,
             self._incarnation,

@@ -94,6 +94,27 @@ def test_causes_add_up_to_what_matches_missed(small_daemon: DaemonProcess, kind:
         assert sum(after.extra_blocks) <= after.causes["evicted"].blocks
 
 
+def test_causes_of_gets_add_up_also_where_their_reports_are_long(small_daemon: DaemonProcess) -> None:
+    there = [bytes([1, number]) * 16 for number in range(30)]
+    gone = [bytes([2, number]) * 16 for number in range(40)]
+    buffers = [bytearray(BLOCK_BYTES) for _ in range(70)]
+    with Client(small_daemon.endpoint, namespace="gets", mapped=True) as client:
+        for key in there:
+            client.put(key, bytes(1000))
+        client.flush()
+        before, lookups = misses_of(client), client.stats().lookups
+        for shift in range(20):
+            # Each hit is a run of its own: a report takes 38 records, so that the second one is in two batches of 64.
+            keys = there + gone[: 13 + shift % 27]
+            found = client.get_many_into(keys, buffers[: len(keys)])
+            assert [length is not None for length in found].count(True) == 30
+        client.flush()
+        after, now = misses_of(client), client.stats().lookups
+        missed = (now.get_keys - lookups.get_keys) - (now.get_hits - lookups.get_hits)
+        assert after.blocks - before.blocks == missed
+        assert after.requests - before.requests == 20
+
+
 @pytest.mark.parametrize("kind", ["sync", "uvloop", "sync-socket"])
 def test_a_prompt_tells_how_far_it_hits_and_what_would_have_kept_the_rest(
     small_daemon: DaemonProcess, kind: str
@@ -245,3 +266,8 @@ def test_a_block_whose_load_is_slower_than_computing_it_is_recomputed(below: Ssd
         assert "recompute" not in before
         assert after["recompute"].blocks == 80 - hits
         assert after["recompute"].requests == 1
+        told = client.why(keys)
+        assert told.hits == hits
+        assert told.first_miss is not None
+        assert told.first_miss.cause == "recompute"
+        assert "computing it anew is faster than loading it" in told.text

@@ -151,3 +151,13 @@ def test_rate_that_is_set_comes_before_what_is_reported() -> None:
     fixed, _ = measured(prefill=50.0)
     fixed.rates.report(7, 300, 1.0)
     assert (fixed.prefill_tokens_per_s(7), fixed.prefill_source) == (50.0, "set")
+
+
+def test_costs_say_what_would_be_taken_without_counting_it() -> None:
+    costs, _ = measured(bytes_per_s=1e9, prefill=1000.0)
+    for block_tokens in (1, 4, 64):
+        told = costs.would_take(1, [0, MIB, MIB], block_tokens, 0)
+        assert costs.decisions.total() == 0
+        assert told == costs.decide(1, [0, MIB, MIB], block_tokens, 0).blocks
+        costs.decisions.clear()
+    assert LoadCosts(Time()).would_take(1, [MIB], 64, 0) == 1
