@@ -61,9 +61,9 @@ _FIRST_RATE: Final = 0.1
 _PRIOR_SEGMENTS: Final = 5.0
 """Lives of segments by which a bin of the whole is drawn to the bin before it."""
 _GROUP_PRIOR_SEGMENTS: Final = 20.0
-_FACTOR_PRIOR_RETURNS: Final = 10.0
+_FACTOR_PRIOR_RETURNS: Final = 20.0
 _BAND_PRIOR_RETURNS: Final = 10.0
-_CELL_PRIOR_RETURNS: Final = 20.0
+_CELL_PRIOR_RETURNS: Final = 60.0
 _MOVES_A_BIN: Final = 32
 
 Cell = tuple[int, ...]

@@ -18,10 +18,10 @@ from kvstore.policy.segments import Segment
 _LEAD: Final = 0.001
 """A lead that is worth a change, as a share of the blocks asked for."""
 _CLEAR_LEAD: Final = 1.0
-_CLEAR_DEFEAT: Final = 2.0
+_CLEAR_DEFEAT: Final = 1.0
 """Standard deviations by which a lead of the longer comparison, or a defeat in the shorter one, is clear."""
 _MEMORY_AT_LEAST_BLOCKS: Final = 4000
-_LONG_MEMORY: Final = 8
+_LONG_MEMORY: Final = 4
 """Half-life of the short comparison, in blocks asked for, or the cache's capacity if that is more; and how many times
 as long the other one is."""
 
