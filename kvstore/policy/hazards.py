@@ -52,6 +52,8 @@ _BAND_OF_BIN: Final = np.array([bisect_right(_BAND_STARTS, start) - 1 for start 
 _IN_BAND: Final = (_BAND_OF_BIN[:, None] == np.arange(len(_BAND_STARTS))).astype(np.float64)
 _MULTIPLIERS: Final = 2.0 ** ((np.arange(LEVELS) - _MIDDLE) / _LEVELS_PER_OCTAVE)
 
+MOST_CELLS: Final = 2048
+"""Once there are so many, a new one is counted with all others of its stratum: so a fit takes some milliseconds."""
 _NOTHING: Final = array("d", [0.0] * BINS)
 
 _HALF_LIFE_S: Final = 7200.0
@@ -109,6 +111,9 @@ class Hazards:
     def enter(self, segment: Segment, cell: Cell, now_s: float) -> None:
         """A segment was used just now, and is at risk from here on."""
         first = self._firsts.get(cell)
+        if first is None and len(self._cells) >= MOST_CELLS:
+            cell = (*cell[:2], *(0 for _ in cell[2:]))
+            first = self._firsts.get(cell)
         if first is None:
             first = self._new_cell(cell)
         level = self._levels.get(cell)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvstore.policy import hazards as hazards_module
 from kvstore.policy.hazards import BIN_STARTS, BINS, Hazards, falling
 from kvstore.policy.segments import Segment
 
@@ -132,6 +133,16 @@ def test_hazards_index_orders_a_hot_cell_above_a_cold_one():
         hazards.enter(segment, (0, 0, hot), 3600.0)
         ranks.append(hazards.index[segment.rank])
     assert ranks[1] > 4 * ranks[0]
+
+
+def test_hazards_cells_are_bounded(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(hazards_module, "MOST_CELLS", 10)
+    hazards = Hazards(2, lambda _: None, pooled=(0, 1))
+    for number in range(200):
+        hazards.enter(Segment(number + 1, 0), (number % 2, number % 3, number), float(number))
+    cells, returns, _ = hazards.exposure(200.0)
+    assert len(cells) == len(returns) <= 10 + 2 * 3
+    hazards.refit(200.0)
 
 
 @settings(max_examples=60, deadline=None)
