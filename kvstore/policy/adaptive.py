@@ -325,7 +325,7 @@ class Adaptive:
         if capacity_blocks is not None:
             self._lru.fit(capacity_blocks)
             self._contest.note(request.lru_hits, request.ranked_hits, request.asked + request.fresh, capacity_blocks)
-        self._remembered.trim(self._held, now_s)
+        self._remembered.trim(self._held, len(self._orders.recency), now_s)
         if not whole_again:
             self._requests += 1
             if self._requests >= self._refit_at:

@@ -1,8 +1,8 @@
 """What is remembered of blocks that left, and its bound.
 
-Ghosts are keys of known segments without blocks. At most so many are kept for each resident block, or a fixed number if
-that is more, and none that was not used for long: what is forgotten is what was used longest ago. The rest of a path is
-always younger than what is below it, so no segment is forgotten before those below it.
+Ghosts are keys of known segments without blocks. At most so many keys, and so many segments, are kept for each resident
+block, or a fixed number if that is more, and none that was not used for long: what is forgotten is what was used
+longest ago. The rest of a path is always younger than what is below it, so no segment goes before those below it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from kvstore.policy.shadow import LruShadow, RankedShadow
 GHOSTS_AT_LEAST: Final = 65_536
 GHOSTS_PER_BLOCK: Final = 4
 """Keys remembered of blocks that left: that many for each resident one, or the number above if that is more."""
+SEGMENTS_AT_LEAST: Final = 16_384
+"""Segments without blocks: that many, or as many as there are resident blocks."""
 GHOST_AGE_S: Final = 5760.0
 _TRIM_STEPS: Final = 64
 """Segments looked at for each request, at most."""
@@ -57,15 +59,16 @@ class Remembered:
         """Memory that they take, about."""
         return self.keys(held) * KEY_BYTES + max(0, len(self._order) - segments_with_blocks) * SEGMENT_BYTES
 
-    def trim(self, held: int, now_s: float) -> None:
+    def trim(self, held: int, segments_with_blocks: int, now_s: float) -> None:
         """Forget what is beyond the bound, some of it at a time."""
-        bound = max(GHOSTS_AT_LEAST, GHOSTS_PER_BLOCK * held)
+        most_keys = max(GHOSTS_AT_LEAST, GHOSTS_PER_BLOCK * held)
+        most_segments = max(SEGMENTS_AT_LEAST, held) + segments_with_blocks
         oldest_s = now_s - GHOST_AGE_S
         for _ in range(_TRIM_STEPS):
             segment = next(iter(self._order), None)
             if segment is None:
                 return
-            many = self.keys(held) > bound
+            many = self.keys(held) > most_keys or len(self._order) > most_segments
             if not many and segment.used_s > oldest_s:
                 return
             if not (segment.blocks or segment.children or segment.lru or segment.ranked):

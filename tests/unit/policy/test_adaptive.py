@@ -140,6 +140,14 @@ def test_adaptive_ghosts_stay_within_their_bound(monkeypatch: pytest.MonkeyPatch
     assert len(cache.policy._remembered) + 1 == len(segments)
 
 
+def test_adaptive_ghosts_of_one_block_each_are_bounded_too(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(remembered, "SEGMENTS_AT_LEAST", 300)
+    cache = Cache(50)
+    for number in range(2000):
+        cache.request(Arrival(number * NS // 10, (number,)))
+    assert 250 < len(cache.policy._remembered) <= 300 + 50 + 2
+
+
 def test_adaptive_ghosts_are_forgotten_with_age():
     cache = Cache(20)
     for number in range(50):

@@ -30,7 +30,7 @@ from kvstore.policy.ghosts import GHOST_BYTES
 from kvstore.policy.handover import hand_over
 from kvstore.policy.ranking import MOST_KEPT
 from kvstore.policy.registry import POLICIES, SIMULATED, make_policy, make_simulated
-from kvstore.policy.remembered import GHOSTS_AT_LEAST
+from kvstore.policy.remembered import GHOSTS_AT_LEAST, SEGMENTS_AT_LEAST
 from kvstore.policy.segments import KEY_BYTES, SEGMENT_BYTES
 
 CONTEXT = PolicyContext(64 * 4096, lambda: 0)
@@ -42,7 +42,7 @@ MOST_GHOST_BYTES = {
     **dict.fromkeys(WITHOUT_GHOSTS, 0),
     "s3fifo": 58 * GHOST_BYTES,
     "arc": 64 * GHOST_BYTES,
-    "adaptive": GHOSTS_AT_LEAST * (KEY_BYTES + SEGMENT_BYTES),
+    "adaptive": GHOSTS_AT_LEAST * KEY_BYTES + SEGMENTS_AT_LEAST * SEGMENT_BYTES,
 }
 """At the capacity of ``CONTEXT``."""
 REMEMBER_REMOVED = {"adaptive"}
