@@ -39,6 +39,7 @@ class NamespaceState(PrefixTree[Block]):
         ssd: its blocks on the SSD, None where there never were any.
         tenant: whose quota its blocks in DRAM count for, None where nobody's.
         retained: retentions by key.
+        ended: grows whenever something of it is removed while the SSD knows nothing of it; see ``SsdNamespace``.
     """
 
     __slots__ = (
@@ -47,6 +48,7 @@ class NamespaceState(PrefixTree[Block]):
         "current",
         "description",
         "digest",
+        "ended",
         "exact",
         "generation",
         "id",
@@ -85,6 +87,7 @@ class NamespaceState(PrefixTree[Block]):
         self.ssd: SsdNamespace | None = None
         self.tenant = tenant
         self.retained: dict[bytes, Retained] = {}
+        self.ended = 0
 
     @property
     def idle(self) -> bool:

@@ -117,8 +117,7 @@ class Retaining(StoreState):
         orphaned: list[Block] = []
         removed = 0
         for key in keys:
-            ssd = namespace.ssd
-            below = self.ssd is not None and ssd is not None and self.ssd.remove_key(ssd, key, cause)
+            below = self._remove_below(namespace, key, cause)
             block = namespace.blocks.get(key)
             if block is not None:
                 orphaned += block.children or ()
@@ -141,6 +140,16 @@ class Retaining(StoreState):
         self.counters.removed_blocks += removed
         return slots, removed
 
+    def _remove_below(self, namespace: NamespaceState, key: bytes, cause: Cause) -> bool:
+        """Whether any of a block was stored on the SSD."""
+        if self.ssd is None:
+            return False
+        if namespace.ssd is None:
+            # What is on its way there, and left DRAM already, must not arrive.
+            namespace.ended += 1
+            return False
+        return self.ssd.remove_key(namespace.ssd, key, cause)
+
     # -------------------------------------------------------------- hints
 
     def _hinted(self, event: Hinted) -> list[Instruction]:
@@ -155,13 +164,15 @@ class Retaining(StoreState):
             self._session_over(namespace, keys)
         return [Count(len(blocks))]
 
-    def _needed_soon(self, namespace: NamespaceState, blocks: list[Block | SsdBlock], expires_ns: int) -> None:
-        for block in reversed(blocks):
-            if isinstance(block, Block) and (not block.retired or self._call_back(block)):
+    def _needed_soon(self, namespace: NamespaceState, blocks: Sequence[Block | SsdBlock], expires_ns: int) -> None:
+        for found in reversed(blocks):
+            # Of one that is complete only below, DRAM may have a part all the same.
+            block = namespace.blocks.get(found.key)
+            if block is not None and (not block.retired or self._call_back(block)):
                 if self.retention.raise_to(block, HINTED, expires_ns, hinted=True):
                     self._retain_above(block, HINTED, expires_ns, hinted=True)
-            elif block.key not in namespace.retained:
-                self.retention.give(namespace, block.key, None, HINTED, expires_ns, hinted=True)
+            elif found.key not in namespace.retained:
+                self.retention.give(namespace, found.key, None, HINTED, expires_ns, hinted=True)
         self.retention.keep_budget(namespace)
 
     def _session_over(self, namespace: NamespaceState, keys: Sequence[bytes]) -> None:

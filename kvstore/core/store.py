@@ -242,6 +242,7 @@ class Store(Granting, Placing):
         below = 0
         if namespace is not None:
             self.retention.forget(namespace)
+            namespace.ended += 1
         if namespace is not None and namespace.ssd is not None and self.ssd is not None:
             below = sum(key not in namespace.blocks for key in namespace.ssd.tree.blocks)
             self.ssd.empty(namespace.ssd)

@@ -43,7 +43,7 @@ class _Waiting:
         self.slot_bytes = record.slot_bytes
         self.access = access
         below = self.block.namespace.ssd
-        self.ended = 0 if below is None else below.ended
+        self.ended = self.block.namespace.ended if below is None else below.ended
 
 
 class Demotions:
@@ -140,7 +140,7 @@ class Demotions:
             below = namespace.ssd
             if namespace.current and below is None:
                 below = namespace.ssd = self._ssd.namespace(namespace.canonical, namespace.generation)
-                below.state = namespace.id
+                below.state, below.ended = namespace.id, namespace.ended
             if below is None or not self._wanted(waiting, below):
                 self._drop()
                 continue

@@ -122,7 +122,7 @@ class SsdTwin:
             assert record.block is not None
             self.executor.pin(record.slot)
             below = record.block.namespace.ssd
-            ended = 0 if below is None else below.ended
+            ended = record.block.namespace.ended if below is None else below.ended
             self.queue.append(
                 _Waiting(record, record.block, record.part, record.slot, record.slot_bytes, access, ended)
             )
@@ -138,7 +138,7 @@ class SsdTwin:
             below = namespace.ssd
             if namespace.current and below is None:
                 below = namespace.ssd = self.ssd.namespace(namespace.canonical, namespace.generation)
-                below.state = namespace.id
+                below.state, below.ended = namespace.id, namespace.ended
             if below is None or not self._wanted(waiting, below):
                 self._drop()
                 continue

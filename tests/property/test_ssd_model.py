@@ -31,6 +31,7 @@ from kvstore.core.events import (
     Committed,
     CommittedRecord,
     GrantsReturned,
+    Hinted,
     InvalidateWanted,
     Joined,
     LeaseReleased,
@@ -38,17 +39,21 @@ from kvstore.core.events import (
     PersistWanted,
     PopulationEnded,
     RemoveWanted,
+    RetainWanted,
     SessionOpened,
     SlabPopulated,
     Ticked,
 )
-from kvstore.core.instructions import Answer, Leased, Namespaced
+from kvstore.core.instructions import Answer, Count, Leased, Namespaced, Retained
 from kvstore.core.invariants import validate_state
 from kvstore.core.namespaces import NamespaceState
+from kvstore.core.pools import pooled
 from kvstore.core.slabs import SlabAllocator
 from kvstore.core.ssd_record import SsdBlock, SsdRecord, SsdState
 from kvstore.core.state import StoreLimits
 from kvstore.core.store import Store
+from kvstore.core.tenants import tenants_of
+from kvstore.policy.base import PolicyContext
 from kvstore.policy.lru import Lru
 from kvstore.protocol.keys import ROOT_KEY
 from kvstore.protocol.messages import PutStatus
@@ -81,7 +86,11 @@ def chain_to(index: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of one run, in pages. ``leases``, ``orphans``: whether there are any; others lose what they were promised."""
+    """Of one run, in pages.
+
+    ``leases``, ``orphans``: whether there are any; others lose what they were promised. ``quota``, ``ssd_quota``: of
+    one namespace in either tier, 0 for none; slots that were lent for another one are used for it.
+    """
 
     capacity: int = 16
     grants: int = 6
@@ -92,6 +101,9 @@ class Sizes:
     record_pages: tuple[int, ...] = (1, 1, 1, 2)
     leases: bool = False
     orphans: bool = False
+    quota: int = 0
+    ssd_quota: int = 0
+    retained: int = 8
 
 
 SIZES = st.sampled_from(
@@ -104,6 +116,8 @@ SIZES = st.sampled_from(
         Sizes(leases=True),
         Sizes(leases=True, orphans=True, ssd_slabs=4, ssd_records=9),
         Sizes(orphans=True, capacity=8, grants=4),
+        Sizes(quota=7, ssd_quota=20, retained=6),
+        Sizes(quota=12, leases=True, orphans=True, ssd_quota=9, record_pages=(1, 1, 2)),
     ]
 )
 
@@ -114,7 +128,8 @@ class SsdMachine(RuleBasedStateMachine):
     @initialize(sizes=SIZES)
     def start(self, sizes: Sizes) -> None:
         self.sizes = sizes
-        self.twin = SsdTwin(sizes.ssd_slabs, sizes.slab_pages, sizes.ssd_records)
+        quotas = {DESCRIPTIONS[0].name: sizes.ssd_quota * PAGE_BYTES} if sizes.ssd_quota else {}
+        self.twin = SsdTwin(sizes.ssd_slabs, sizes.slab_pages, sizes.ssd_records, quotas)
         self.alive: dict[Place, set[object]] = defaultdict(set)
         self.ending: list[tuple[Place, object, int]] = []
         self.serial = 0
@@ -128,10 +143,15 @@ class SsdMachine(RuleBasedStateMachine):
             grant_bytes=sizes.grants * PAGE_BYTES,
             grant_bytes_per_session=sizes.grants * PAGE_BYTES,
             max_records=sizes.records,
+            lease_bytes=sizes.capacity * PAGE_BYTES // 2,
+            retention_bytes=sizes.retained * PAGE_BYTES,
         )
         slabs = -(-(sizes.capacity + sizes.grants) // sizes.slab_pages) + 3
         allocator = SlabAllocator(slabs, sizes.slab_pages * PAGE_BYTES, 512)
-        self.store = Store(limits, allocator, Lru(), ssd=self.twin.ssd)
+        quotas = {DESCRIPTIONS[0].name: sizes.quota * PAGE_BYTES} if sizes.quota else {}
+        tenants = tenants_of(quotas).values()
+        policy = pooled(Lru, PolicyContext(limits.capacity_bytes, lambda: 0), tenants)
+        self.store = Store(limits, allocator, policy, ssd=self.twin.ssd, tenants=tenants)
         self.executor = MemoryExecutor(self.store, now_ns=1)
         for index in range(slabs):
             self.executor.apply(SlabPopulated(index))
@@ -141,7 +161,7 @@ class SsdMachine(RuleBasedStateMachine):
         self.twin.attach(self.executor)
         self.granted: list[int] = []
         self.leases: list[int] = []
-        self.excused = sizes.leases or sizes.orphans
+        self.excused = sizes.leases or sizes.orphans or sizes.quota > 0
         """Whether room that was promised may be gone."""
 
     def _join(self, description: Namespace) -> NamespaceState:
@@ -315,6 +335,29 @@ class SsdMachine(RuleBasedStateMachine):
     @rule(place=st.integers(0, 9))
     def release(self, place: int) -> None:
         self.executor.apply(LeaseReleased(SESSION, self.leases.pop(place % len(self.leases))))
+
+    @rule(
+        space=SPACES,
+        index=INDEXES,
+        chain=st.booleans(),
+        priority=st.sampled_from([0, 30, 50, 60, 80, 100]),
+        ttl_ns=st.sampled_from([0, 5, 20]),
+    )
+    def retain(self, space: int, index: int, chain: bool, priority: int, ttl_ns: int) -> None:
+        """Wherever the blocks are. What is retained changes who leaves, and nothing of what is promised."""
+        state = self.spaces[space]
+        keys = [KEYS[one] for one in (chain_to(index) if chain else [index])]
+        answer = self.executor.apply(RetainWanted(state.id, keys, priority, ttl_ns))
+        assert isinstance(answer, Retained)
+        assert answer.count <= sum(key in state.blocks for key in keys)
+        assert answer.count + answer.waiting <= sum(key in self._known(state) for key in keys)
+
+    @rule(space=SPACES, index=INDEXES, soon=st.booleans())
+    def hint(self, space: int, index: int, soon: bool) -> None:
+        state = self.spaces[space]
+        keys = [KEYS[one] for one in chain_to(index)]
+        found = self.store.leading_in_tiers(state.id, keys)
+        assert self.executor.apply(Hinted(state.id, keys, soon, 10)) == Count(len(found))
 
     @rule(passed_ns=st.integers(0, 9))
     def tick(self, passed_ns: int) -> None:

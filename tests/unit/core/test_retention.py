@@ -510,3 +510,18 @@ def test_hint_retains_what_comes_up_from_below():
     hint(tiers, "ab", soon=False)
     assert retained(tiers) == ""
     assert tiers.twin.ssd.policy.next_victim() in [tiers.namespace.ssd.tree.blocks[key_of("b")]]  # type: ignore[union-attr]
+
+
+def test_hint_about_a_block_of_which_memory_has_one_part_only_retains_that():
+    tiers = TwoTiers(8, 4, parts=2)
+    assert tiers.commit(tiers.record("a"), tiers.record("a", part=1)) == [STORED, STORED]
+    tiers.executor.apply(PersistWanted(tiers.namespace.id, [key_of("a")]))
+    tiers.settle()
+    tiers.executor.apply(SsdChanged(writable=False))
+    for letter in "qrst":
+        tiers.commit(tiers.record(letter), tiers.record(letter, part=1))
+    assert "a" not in tiers.resident()
+    tiers.remove("t")
+    assert tiers.commit(tiers.record("a")) == [STORED]
+    assert hint(tiers, "a", soon=True) == 1
+    assert retained(tiers) == "a"

@@ -464,3 +464,22 @@ def test_given_up_block_may_leave():
     tiers.executor.apply(Demoted([], [d]))
     assert tiers.retired(clean=True) == "d"
     assert all(record.state is not SsdState.STORED for record in tiers.twin.ssd.records.values())
+
+
+@pytest.mark.parametrize("how", ["remove", "clear"])
+def test_what_left_before_it_was_written_and_is_removed_then_never_arrives(how: str):
+    tiers = TwoTiers(16, 4, quotas={"small": 2})
+    tiers.put("a")
+    tiers.put("b")
+    assert tiers.want() == DEMOTING
+    assert tiers.retired(clean=False) == "a"
+    # Slots that were lent for nobody in particular: what is on its way leaves for them at once, and is written still.
+    assert tiers.put("c") == [STORED]
+    assert tiers.resident() == "bc"
+    assert tiers.namespace.ssd is None, "nothing of the namespace is on the SSD yet"
+    if how == "remove":
+        tiers.remove("a")
+    else:
+        tiers.clear_all()
+    tiers.settle()
+    assert "a" not in tiers.below()
