@@ -133,7 +133,7 @@ class Adaptive:
         block.access = GONE
         parent = block.parent
         if segment.blocks:
-            if parent is not None and segment not in self._orders.recency:
+            if parent is not None and not self._orders.has(segment):
                 self._unpark_parent(parent, segment)
             return
         self._orders.remove(segment)
@@ -439,7 +439,8 @@ class Adaptive:
 
     def _unpark(self, segment: Segment) -> None:
         request = self._request
-        if request is None or not request.path or request.path[-1] is not segment:
+        # What a request used last is in no order until it is finished.
+        if request is None or request.block is not segment.blocks[-1]:
             self._orders.bring_back(segment)
 
     def _moved(self, segment: Segment) -> None:

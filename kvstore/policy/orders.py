@@ -34,6 +34,10 @@ class Orders:
         self._aside: list[Segment] = []
         self._aside_before = 0
 
+    def has(self, segment: Segment) -> bool:
+        """Whether a segment is in both."""
+        return segment in self.by_index and segment in self.recency
+
     def first(self, before: int | None, *, ranked: bool) -> Evictable | None:
         """The victim by one of the orders, if any block may leave for the request ``before``."""
         if self._aside and (before is None or before > self._aside_before):
