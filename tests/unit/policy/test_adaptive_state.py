@@ -131,3 +131,18 @@ def test_adaptive_state_is_consistent(first_seed: int, monkeypatch: pytest.Monke
         for _ in range(250):
             traffic.step()
             check(traffic.tree, traffic.policy)
+
+
+def test_adaptive_block_whose_last_child_leaves_while_the_segment_is_in_use_may_leave():
+    policy = Adaptive(PolicyContext(4096 * 64, lambda: 0))
+    policy._contest.ranked = True
+    tree = PrefixTree(policy)
+    tree.chain(2, 1)
+    tree.insert(2, 1, 2)
+    tree.insert(3, 1, 3)
+    tree.remove(tree.blocks[3], evicted=True)
+    policy.touch(tree.blocks[0], 1, 4)
+    tree.remove(tree.blocks[2], evicted=True)
+    # Here the segment of blocks 0 and 1 is cut.
+    tree.insert(9, 0, 4)
+    assert {victim.name for victim in tree.evict_all()} == {0, 1, 9}
