@@ -52,6 +52,7 @@ class Puts:
             session.private_accesses -= 1
             access = session.private_accesses
         pending: list[tuple[int, CommittedRecord]] = []
+        throttled: dict[bytes, Refuse] = {}
 
         def commit() -> None:
             if pending:
@@ -74,13 +75,18 @@ class Puts:
                 namespace_id=request.namespace_id,
                 parent_key=header.parent_key,
             )
-            granted = self._slot(wanted)
-            if isinstance(granted, Refuse) and pending and granted.reason in _SHORT_OF_SLOTS:
+            # What comes behind a block that is to be sent again is to be sent again as well: nobody could reach it
+            # until then, so it would have left.
+            behind = throttled.get(header.parent_key)
+            granted = behind or self._slot(wanted)
+            if isinstance(granted, Refuse) and not behind and pending and granted.reason in _SHORT_OF_SLOTS:
                 # Their slots may do, and it may be one of them that this one goes on behind.
                 commit()
                 granted = self._slot(wanted)
             if isinstance(granted, Refuse):
                 statuses[index], reasons[index] = granted.status, granted.reason
+                if granted.status is PutStatus.THROTTLED:
+                    throttled[header.key] = granted
                 self._executor.store.tell_refused(request.namespace_id, header.key, granted.reason)
                 continue
             self._executor.arena.write(granted.slot, granted.slot_bytes, frame_buffer(header_frame), payload)
