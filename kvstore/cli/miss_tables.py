@@ -81,7 +81,7 @@ def miss_tables(stats: DaemonStats) -> RenderableType:
         return Group(Text("Misses", style="bold"), Text("nothing was missed yet", style="dim"))
     parts: list[RenderableType] = [_causes(misses), Text(_remembered(misses), style="dim")]
     if sum(misses.extra_blocks):
-        parts += ["", _extra(misses, left_tier(stats)[1])]
+        parts += ["", _extra(misses, *left_tier(stats))]
     return Group(*parts, "", Text(_advice(stats, misses)))
 
 
@@ -114,10 +114,10 @@ def _remembered(misses: MissStats) -> str:
     return f"a request counts with its first missing block; {remembered}, {age}"
 
 
-def _extra(misses: MissStats, capacity_bytes: int) -> Table:
+def _extra(misses: MissStats, tier: str, capacity_bytes: int) -> Table:
     """What further capacity would have kept, from the first bound that keeps some to the one that keeps all."""
     columns: list[str | render.Column] = ["further", "in all", "kept", "share", render.text_column("")]
-    made = render.table("Evicted, and what further capacity would have kept", columns)
+    made = render.table(f"Evicted from {tier}, and what further capacity would have kept", columns)
     whole = sum(misses.extra_blocks)
     kept = 0
     for multiple, blocks in zip(misses.multiples, misses.extra_blocks, strict=False):

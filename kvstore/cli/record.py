@@ -33,7 +33,8 @@ def record(
 ) -> None:
     """Begin or end a recording of lookups by the running daemon, or show how it goes.
 
-    No keys are recorded, and files are bounded; where they are and how large they may be is set in [record].
+    No keys are recorded, and files are bounded; the section "record" of the settings
+    says where they are and how large they may be.
     """
     from kvstore_client import Client
 

@@ -35,6 +35,7 @@ __all__ = [
     "plain",
     "rate",
     "ratio",
+    "shortened",
     "size",
     "table",
     "text_column",
@@ -109,6 +110,14 @@ def facts(title: str, rows: Iterable[tuple[str, str]]) -> Table:
 def plain(text: str) -> Text:
     """Text from elsewhere (a name, a path) as a cell, whose square brackets are no markup."""
     return Text(text)
+
+
+def shortened(text: str, cells: int) -> str:
+    """A name that is too long for its column, without its middle: paths and versions differ at their ends."""
+    if len(text) <= cells:
+        return text
+    head = (cells - 1) // 2
+    return f"{text[:head]}…{text[-(cells - 1 - head) :]}"
 
 
 class Bar:

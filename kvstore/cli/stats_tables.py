@@ -34,6 +34,7 @@ __all__ = ["policy_words", "stats_tables", "waiting"]
 _MOST_UNFILLED: Final = 1 / 8
 """Share of the memory that slots may leave unused before it is said to be too much."""
 _MOST_ROWS: Final = 16
+_LABEL_CELLS: Final = 38
 _BAR_CELLS: Final = 16
 _FOLLOWING: Final = {"lru": "as LRU for now", "learned": "by learned returns"}
 """What ``adaptive`` does: its own order only where that clearly hits more."""
@@ -133,10 +134,12 @@ def _tiers(stats: DaemonStats) -> RenderableType:
     problems = [f"problem: {dram.problem}"] if dram.problem else []
     ssd = stats.ssd
     if ssd is not None:
-        full = ssd.file_bytes / ssd.capacity_bytes if ssd.capacity_bytes else 0.0
+        # As kvstore top has it: slots in use, and the log. Slabs that are formatted and empty are room.
+        used_bytes = ssd.resident_bytes + ssd.writing_bytes + ssd.leaving_bytes + ssd.log_bytes
+        full = used_bytes / ssd.capacity_bytes if ssd.capacity_bytes else 0.0
         made.add_row(
             "ssd",
-            render.size(ssd.file_bytes),
+            render.size(used_bytes),
             render.size(ssd.capacity_bytes),
             render.Bar(full, _BAR_CELLS),
             render.percent(full),
@@ -326,7 +329,8 @@ def _namespaces(namespaces: Sequence[NamespaceStats]) -> RenderableType | None:
     for one in sorted(namespaces, key=lambda one: -one.slot_bytes)[:_MOST_ROWS]:
         cells = (str(one.generation), render.count(one.blocks), render.size(one.slot_bytes))
         # What differs in something else, such as the revision or a tenant's salt, is told apart by its digest.
-        made.add_row(render.plain(one.label if labels[one.label] == 1 else f"{one.label} {one.digest}"), *cells)
+        label = render.shortened(one.label, _LABEL_CELLS)
+        made.add_row(render.plain(label if labels[one.label] == 1 else f"{label} {one.digest}"), *cells)
     return _with_more(made, len(namespaces))
 
 

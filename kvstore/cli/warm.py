@@ -203,7 +203,7 @@ def _show(result: WarmResult, total: int) -> None:
     ):
         if blocks:
             rows.append((name, f"{render.count(blocks)} {what}"))
-    render.console().print(render.facts(f"Warmed up {render.count(total)} blocks", rows))
+    render.console().print(render.facts(f"Warm-up of {render.count(total)} blocks", rows))
     sys.stdout.flush()
 
 

@@ -93,7 +93,7 @@ def _read_tokens(path: Path) -> list[int]:
     if text.lstrip().startswith("["):
         try:
             values = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InvalidArgument(f"{path} is no JSON list of token ids: {error}") from None
     else:
         values = text.replace(",", " ").split()

@@ -145,8 +145,10 @@ class Misses(Departures):
         out = ghosts.out
         last = -1
         extra_bytes = 0
+        lowest = TierId.DRAM if self._store.ssd is None else TierId.SSD
         for place in places:
-            if not out[place]:
+            # What left memory without a copy below was none of the SSD's to keep.
+            if not out[place] or ghosts.tier(place) is not lowest:
                 continue
             if 0 < last - place <= _STEPS:
                 extra_bytes += ghosts.bytes_between(place, last)

@@ -439,9 +439,9 @@ class MissStats(msgspec.Struct, kw_only=True):
         requests: engine requests that missed something.
         blocks: that they missed.
         causes: by name of a ``MissCause``, those that occurred.
-        multiples: upper bounds of ``extra_blocks``, as multiples of the capacity of the tier that was left for good.
-        extra_blocks: of blocks that were evicted, how many so much more capacity would have kept, and last those that
-            would have needed more than the largest.
+        multiples: upper bounds of ``extra_blocks``, as multiples of the capacity of the lowest tier.
+        extra_blocks: of blocks that were evicted from the lowest tier, how many so much more capacity of it would have
+            kept, and last those that would have needed more than the largest.
         ghosts: departures that are remembered.
         ghost_bytes, ghost_limit_bytes: memory that they take, and may take.
         oldest_ghost_s: how long ago the oldest of them was; what left before that counts as never seen.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import zmq
 
@@ -94,6 +94,9 @@ from kvstore.server.transport import RouterTransport
 from kvstore.server.verify_requests import VerifyRequests
 from kvstore.server.warm_requests import WarmRequests
 from kvstore.server.why_requests import WhyRequests
+
+_NOT_ITS_FAULT: Final = frozenset({ErrorCode.THROTTLED, ErrorCode.SHUTTING_DOWN, ErrorCode.LIMIT})
+"""What a request may be answered that was a right one."""
 
 
 class Requests:
@@ -197,7 +200,8 @@ class Requests:
         try:
             self._serve(identity, request, payloads)
         except Refused as error:
-            self._counters.bad_requests += 1
+            if error.code not in _NOT_ITS_FAULT:
+                self._counters.bad_requests += 1
             self._send(identity, ErrorReply(request.id, self._incarnation, error.code, str(error)))
         except Exception as error:
             # A defect of ours must not end the service of other clients; it is loud in the log.
@@ -387,7 +391,8 @@ class Requests:
         counters = self._counters
         counters.matches += 1
         counters.match_keys += len(keys)
-        counters.match_hits += hits
+        # All that was there, also what a lease could not hold: it is no miss.
+        counters.match_hits += len(worth)
         if below is not None and request.prefetch and hits:
             namespace = self._store.namespaces.by_id[request.namespace_id]
             lower = [block for block in blocks if isinstance(block, SsdBlock)]

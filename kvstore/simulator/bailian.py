@@ -48,7 +48,7 @@ def parse_bailian(lines: Iterable[bytes], name: str) -> Iterator[Request]:
         try:
             decoded = _decoder.decode(line)
             _check(decoded)
-        except (msgspec.DecodeError, UnicodeDecodeError, InvalidArgument) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, InvalidArgument) as error:
             what = "the line is empty" if not line.strip() else str(error)
             raise InvalidArgument(f"{name}:{number}: {what}") from None
         ids = []

@@ -90,7 +90,7 @@ def parse_trace(lines: Iterable[bytes], name: str) -> Iterator[TraceRequest]:
         try:
             request = _decoder.decode(line)
             _check(request, parents)
-        except (msgspec.DecodeError, UnicodeDecodeError, InvalidArgument) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, InvalidArgument) as error:
             what = "the line is empty" if not line.strip() else str(error)
             raise InvalidArgument(f"{name}:{number}: {what}") from None
         yield request

@@ -66,7 +66,7 @@ def _read_lines(lines: Iterable[bytes], name: str, limit: int | None) -> Trace:
 def _is_bailian(line: bytes) -> bool:
     try:
         decoded = msgspec.json.decode(line)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return False
     return isinstance(decoded, dict) and "chat_id" in decoded
 

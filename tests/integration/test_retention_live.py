@@ -99,9 +99,11 @@ def test_client_that_leases_and_retains_everything_cannot_stop_another(connect: 
     held = keys_of("held", 16)
     assert put_each(greedy, held) == [PutStatus.STORED] * 16
     matches = [greedy.match([key], lease=30) for key in held[:8]]
+    bad = greedy.stats().server.bad_requests
     for key in held[8:]:
         with pytest.raises(Throttled, match=r"limits\.lease_share"):
             greedy.match([key], lease=30)
+    assert greedy.stats().server.bad_requests == bad, "a right request that is refused is no bad one"
     assert retention(greedy).leased_bytes == 512 << 10
     assert greedy.retain(held, priority=100) == 4
     others = keys_of("other", 24)
@@ -118,8 +120,12 @@ def test_lease_on_a_longer_chain_is_answered_with_what_it_holds(connect: Open):
     chain = keys_of("chain", 12)
     assert client.put_many(chain, [DATA] * 12) == [PutStatus.STORED] * 12
     assert len(client.match(chain)) == 12
+    before = client.stats().lookups
     with client.match(chain, lease=30) as match:
         assert len(match) == 8
+        lookups = client.stats().lookups
+        # The others are there: no cause of a miss is found for them, so none is counted.
+        assert lookups.match_hits - before.match_hits == lookups.match_keys - before.match_keys
         assert put_each(client, keys_of("more", 8)) == [PutStatus.STORED] * 8
         assert len(client.match(chain)) == 8
 

@@ -36,7 +36,9 @@ def applied(advice: Recommendation, endpoint: str | None, timeout_s: float) -> A
     with Client(endpoint, timeout=timeout_s) as client:
         stats = client.stats()
         before = client.configure()
-        after = client.configure(policy=advice.policy, ssd_policy=advice.policy if before.ssd_policy else "")
+        # A tier that was not simulated is left alone.
+        below = advice.policy if before.ssd_policy and advice.ssd_bytes else ""
+        after = client.configure(policy=advice.policy, ssd_policy=below)
     return Applied(
         policy_before=before.policy,
         policy=after.policy,
@@ -58,10 +60,17 @@ def _not_changed(advice: Recommendation, dram_bytes: int, ssd_bytes: int, policy
             f"recommendation is for {render.size(advice.capacity_bytes)}: [dram] capacity_bytes = "
             f"{advice.capacity_bytes}."
         )
-    if ssd_bytes != advice.ssd_bytes:
+    if ssd_bytes and not advice.ssd_bytes:
+        yield (
+            f"The SSD stays as it is, {render.size(ssd_bytes)}, and so does its policy: the recommendation has none. "
+            f"To have it simulated: --ssd {ssd_bytes}."
+        )
+    elif ssd_bytes != advice.ssd_bytes:
         now = render.size(ssd_bytes) if ssd_bytes else "none"
-        wanted = f"[ssd] capacity_bytes = {advice.ssd_bytes}" if advice.ssd_bytes else "no [ssd] section"
-        yield f"The SSD stays as it is, {now}: it is set when the daemon starts. Recommended: {wanted}."
+        yield (
+            f"The SSD stays as it is, {now}: it is set when the daemon starts. Recommended: [ssd] capacity_bytes = "
+            f"{advice.ssd_bytes}."
+        )
     if advice.codec != RAW:
         yield (
             f"The codec is the clients' to choose, as they join: TensorStore(layout, {advice.codec!r}, ...), or the "

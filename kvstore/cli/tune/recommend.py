@@ -113,10 +113,13 @@ def _reasons(question: Question, here: Sequence[TuneRow], chosen: TuneRow) -> It
         + f", and with any amount {render.percent(question.workload.unlimited.whole)}: the rest is asked for once."
     )
     if not question.given:
+        flat = question.lru(RAW, 2 * size) - lru < _FLAT
+        least = f"{_FLAT * 100:g} points"
         yield (
-            "It is the smallest of the capacities asked for from which on twice as much gains less than "
-            f"{_FLAT * 100:g} points, or the largest; --have says what you have."
-        )
+            f"It is the smallest of the capacities asked for from which on twice as much gains less than {least}"
+            if flat
+            else f"It is the largest of the capacities asked for, and twice as much would still gain {least} or more"
+        ) + "; --have says what you have."
     yield from _of_policies(plain, lru, bound)
     twice = question.lru(RAW, 2 * size) - lru
     yield f"Twice the DRAM ({render.size(2 * size)}) would give {_points(twice)} with LRU."
@@ -136,7 +139,8 @@ def _of_policies(plain: dict[str, TuneRow], lru: float, bound: TuneRow | None) -
     gain = 0.0 if best is None else best.hit_rate - lru
     if best is not None and gain < _WORTH:
         names = ", ".join(row.policy for row in tried)
-        yield f"None of {names} hits noticeably more than LRU here (best: {best.policy}, {_points(gain)})."
+        none = f"None of {names} hits" if len(tried) > 1 else f"{names} does not hit"
+        yield f"{none} noticeably more than LRU here (best: {best.policy}, {_points(gain)})."
     elif best is not None:
         gap = 0.0 if bound is None else bound.hit_rate - lru
         share = f", {render.percent(gain / gap)} of what lies between LRU and the bound" if gap > _TINY else ""

@@ -41,7 +41,7 @@ def test_stats_have_a_line_of_events_where_they_are_published() -> None:
 
 def test_stats_show_an_ssd_tier_where_there_is_one() -> None:
     text = lines(stats_tables(sample_stats(ssd=True)))
-    assert row(text, "ssd")[1:5] == ["25.0", "GiB", "100.0", "GiB"]
+    assert row(text, "ssd")[1:5] == ["20.0", "GiB", "100.0", "GiB"]
     assert row(text, "ssd")[-2:] == ["81,000", "162,000"]
     assert row(text, "demoted") == ["demoted", "90,000", "22.0", "GiB"]
     assert "41,000 blocks served" in text

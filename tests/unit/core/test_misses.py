@@ -339,3 +339,15 @@ def test_block_that_leaves_dram_and_is_below_is_no_miss() -> None:
     store.put("xy")
     assert store.ask("ab") == ""
     assert store.ask("ac") == "c:diverged"
+
+
+def test_block_that_left_dram_without_a_copy_is_nothing_more_ssd_would_have_kept() -> None:
+    store = Below(2)
+    store.put("ab")
+    store.put("xy")
+    assert store.ask("ab") == "a:evicted b:evicted"
+    assert sum(store.misses.extra) == 0
+    store.small.put("m")
+    store.small.ssd.evict(store.small.block("m"))
+    assert store.ask("m") == "m:evicted"
+    assert sum(store.misses.extra) == 1

@@ -53,6 +53,7 @@ def test_trace_limit_reads_no_line_beyond_it(tmp_path: Path) -> None:
         (b"[1]\n", "Expected `object`"),
         (line().rstrip() + b" {}\n", "trailing"),
         (b"\xff\xfe\n", "malformed"),
+        (line()[:-2].rstrip(b"}") + b', "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n", "recursion"),
         (line(timestamp="5"), r"Expected `int`, got `str` - at `\$.timestamp`"),
         (line(timestamp=1.5), r"Expected `int`, got `float` - at `\$.timestamp`"),
         (line(timestamp=-1), "timestamp must be 0 or more"),
