@@ -9,8 +9,8 @@ leaves, ``gdsf-kept`` has it again when the block comes back.
 from __future__ import annotations
 
 from kvstore.policy.base import Evictable, PolicyContext
-from kvstore.policy.lfu import Lfu
-from kvstore.policy.ranking import Kept, Rank
+from kvstore.policy.lfu import Lfu, LfuKept
+from kvstore.policy.ranking import Rank
 
 
 class Gdsf(Lfu):
@@ -32,24 +32,7 @@ class Gdsf(Lfu):
         super()._leave(block, evicted=evicted)
 
 
-class GdsfKept(Gdsf):
-    """As ``Gdsf``. Ghosts: the counts of 2**18 blocks that left, 256 bytes each."""
+class GdsfKept(LfuKept, Gdsf):
+    """As ``Gdsf``, with the ghosts of ``LfuKept``."""
 
     name = "gdsf-kept"
-
-    def __init__(self, context: PolicyContext) -> None:
-        super().__init__(context)
-        self._kept = Kept()
-
-    def _enter(self, block: Evictable) -> None:
-        self._counts[block], _ = self._kept.take(block.key)
-        super()._enter(block)
-
-    def _leave(self, block: Evictable, *, evicted: bool) -> None:
-        if evicted:
-            self._kept.keep(block.key, self._counts[block])
-        super()._leave(block, evicted=evicted)
-
-    def ghost_bytes(self) -> int:
-        """See ``EvictionPolicy``."""
-        return self._kept.memory_bytes

@@ -57,12 +57,13 @@ def quality(
     import msgspec
 
     from kvstore.cli import render
-    from kvstore.cli.quality.plot import check_plot, draw_plot
+    from kvstore.cli.plot_files import check_plot
+    from kvstore.cli.quality.plot import draw_plot
     from kvstore.cli.quality.report import table_of
     from kvstore_kernels.codecs import CODECS
 
     if plot is not None:
-        check_plot(plot)
+        check_plot(plot, "quality")
         if codec and all(name in CODECS and CODECS[name].exact for name in codec):
             raise InvalidArgument("--plot: only lossy codecs are drawn; add one with --codec")
     notes = render.console(stderr=True)

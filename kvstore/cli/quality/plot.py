@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from kvstore.cli.quality.measured import CodecQuality, QualityReport
-from kvstore.errors import InvalidArgument, KVStoreError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["check_plot", "draw_plot"]
+__all__ = ["draw_plot"]
 
-_FORMATS: Final = (".svg", ".png", ".pdf")
 _PANELS: Final = (
     ("natural_divergence", "natural text"),
     ("recall_divergence", "recall of far text"),
@@ -32,21 +29,6 @@ _HEIGHTS: Final = (0.0, 7.0, -7.0, 9.0, -9.0, 14.0, -14.0, 18.0, -18.0)
 _INK: Final = "#1f2933"
 _FAINT: Final = "#d5dbe1"
 _COLOURS: Final = ("#0b6e99", "#c2571a", "#3c7a3c", "#8b4a9c", "#a61e4d", "#5c5f66")
-
-
-def check_plot(path: Path) -> None:
-    """See that a plot can be written before anything is measured.
-
-    Raises:
-        InvalidArgument: the format or the directory will not do.
-        KVStoreError: matplotlib is missing.
-    """
-    if path.suffix not in _FORMATS:
-        raise InvalidArgument(f"a plot's file must end in {', '.join(_FORMATS)}, got {str(path)!r}")
-    if not path.parent.is_dir():
-        raise InvalidArgument(f"there is no directory {str(path.parent)!r} for the plot")
-    if find_spec("matplotlib") is None:
-        raise KVStoreError("plots need matplotlib: pip install 'kvstored[quality]'")
 
 
 def draw_plot(report: QualityReport, path: Path) -> None:

@@ -102,10 +102,11 @@ def tune(
     import msgspec
 
     from kvstore.cli import render
+    from kvstore.cli.plot_files import check_plot
     from kvstore.cli.tune.apply import applied, daemon_capacity
     from kvstore.cli.tune.html import check_html, write_html
     from kvstore.cli.tune.options import Capacity, parse_capacities, parse_codecs, parse_policies
-    from kvstore.cli.tune.plot import check_plot, draw_plot
+    from kvstore.cli.tune.plot import draw_plot
     from kvstore.cli.tune.tables import tune_tables
     from kvstore.cli.tune.tuning import Asked, tuned
     from kvstore.simulator.trace_files import read_requests
@@ -121,7 +122,7 @@ def tune(
     if model is not None and block_bytes is not None:
         raise InvalidArgument("--model and --block-bytes both say how large blocks are; give one of them")
     if plot is not None:
-        check_plot(plot)
+        check_plot(plot, "plot")
     if html is not None:
         check_html(html)
     names = parse_codecs(codecs)

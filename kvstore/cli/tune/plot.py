@@ -2,41 +2,24 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from kvstore.cli import render
 from kvstore.cli.tune.report import TuneReport
 from kvstore.cli.tune.series import Series, group_name, groups_of, series_of, short_count
-from kvstore.errors import InvalidArgument, KVStoreError
+from kvstore.errors import InvalidArgument
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["check_plot", "draw_plot"]
+__all__ = ["draw_plot"]
 
-_FORMATS: Final = (".png", ".svg", ".pdf")
 _INK: Final = "#1f2933"
 _FAINT: Final = "#dfe4e8"
 _OUT_OF_REACH: Final = "#f3f5f7"
 _MOST_GROUPS: Final = 4
 _MOST_TICKS: Final = 8
-
-
-def check_plot(path: Path) -> None:
-    """See that a plot can be written before anything is simulated.
-
-    Raises:
-        InvalidArgument: the format or the directory will not do.
-        KVStoreError: matplotlib is missing.
-    """
-    if path.suffix not in _FORMATS:
-        raise InvalidArgument(f"--plot: the file must end in {', '.join(_FORMATS)}, got {str(path)!r}")
-    if not path.parent.is_dir():
-        raise InvalidArgument(f"--plot: there is no directory {str(path.parent)!r}")
-    if find_spec("matplotlib") is None:
-        raise KVStoreError("--plot needs matplotlib: pip install 'kvstored[plot]'")
 
 
 def draw_plot(report: TuneReport, path: Path) -> None:

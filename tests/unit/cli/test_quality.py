@@ -12,9 +12,9 @@ import msgspec
 import pytest
 from typer.testing import CliRunner
 
-from kvstore.cli import render
+from kvstore.cli import plot_files, render
 from kvstore.cli.main import app
-from kvstore.cli.quality import command, plot
+from kvstore.cli.quality import command
 from kvstore.cli.quality.measured import Estimate, QualityReport, measured, measured_report
 from kvstore.cli.quality.model import SmallModel
 from kvstore.cli.quality.report import table_of
@@ -72,12 +72,12 @@ def test_quality_without_torch_says_what_to_install(monkeypatch: pytest.MonkeyPa
 def test_plot_without_matplotlib_says_what_to_install_before_measuring(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(plot, "find_spec", lambda name: None)
-    with pytest.raises(KVStoreError, match=r"plots need matplotlib: pip install 'kvstored\[quality\]'"):
+    monkeypatch.setattr(plot_files, "find_spec", lambda name: None)
+    with pytest.raises(KVStoreError, match=r"--plot needs matplotlib: pip install 'kvstored\[quality\]'"):
         run("--codec", "int8", "--plot", str(tmp_path / "a.png"))
 
 
-@pytest.mark.parametrize(("name", "why"), [("a.gif", "must end in .svg, .png"), ("none/a.svg", "no directory")])
+@pytest.mark.parametrize(("name", "why"), [("a.gif", "must end in .png, .svg"), ("none/a.svg", "no directory")])
 def test_plot_that_cannot_be_written_is_refused_before_measuring(tmp_path: Path, name: str, why: str) -> None:
     with pytest.raises(InvalidArgument, match=why):
         run("--codec", "int8", "--plot", str(tmp_path / name))

@@ -12,9 +12,10 @@ import pytest
 from rich.console import Console
 from synthetic_trace import synthetic_requests, write_trace
 
+from kvstore.cli.plot_files import check_plot
 from kvstore.cli.tune.html import check_html, html_report, write_html
 from kvstore.cli.tune.options import Capacity
-from kvstore.cli.tune.plot import check_plot, draw_plot
+from kvstore.cli.tune.plot import draw_plot
 from kvstore.cli.tune.report import TuneReport
 from kvstore.cli.tune.series import groups_of, series_of, short_count
 from kvstore.cli.tune.sizes import given_sizes
@@ -172,7 +173,7 @@ def test_chart_of_zeros_is_no_trouble() -> None:
 
 def test_pictures_are_written(report: TuneReport, tmp_path: Path) -> None:
     for name, magic in (("a.png", b"\x89PNG"), ("a.svg", b"<?xml"), ("a.pdf", b"%PDF")):
-        check_plot(tmp_path / name)
+        check_plot(tmp_path / name, "plot")
         draw_plot(report, tmp_path / name)
         assert (tmp_path / name).read_bytes().startswith(magic)
     one = [row for row in report.rows if row.capacity_blocks == report.rows[0].capacity_blocks]
@@ -184,9 +185,9 @@ def test_pictures_are_written(report: TuneReport, tmp_path: Path) -> None:
 
 def test_places_that_will_not_do_are_refused_before_and_after(report: TuneReport, tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match="--plot: the file must end in"):
-        check_plot(tmp_path / "a.gif")
+        check_plot(tmp_path / "a.gif", "plot")
     with pytest.raises(InvalidArgument, match="--plot: there is no directory"):
-        check_plot(tmp_path / "none" / "a.png")
+        check_plot(tmp_path / "none" / "a.png", "plot")
     with pytest.raises(InvalidArgument, match="--html: there is no directory"):
         check_html(tmp_path / "none" / "a.html")
     with pytest.raises(InvalidArgument, match="--html: cannot write"):
