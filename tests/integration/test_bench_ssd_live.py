@@ -20,7 +20,7 @@ from kvstore.cli.bench.report import Row
 from kvstore.cli.bench.ssd import UNDISTURBED, SsdExtent, SsdReport, measure_ssd
 from kvstore.cli.bench.ssd_blocks import BLOCK_BYTES, CHAIN_BLOCKS, Blocks, CodedBlocks, RawBlocks, blocks_of, keys_of
 from kvstore.cli.bench.ssd_fio import why_not
-from kvstore.cli.bench.ssd_getter import LEASE_S, Gets
+from kvstore.cli.bench.ssd_getter import LIMITS, Gets
 from kvstore.cli.bench.ssd_place import check_place
 from kvstore.cli.bench.ssd_putter import GO, STOP
 from kvstore.cli.private_daemon import PrivateDaemon
@@ -35,8 +35,7 @@ SMALL_LAYOUT = KVLayout(2, 2, 64, "bfloat16", 64)
 @pytest.fixture(scope="module")
 def daemon() -> Iterator[PrivateDaemon]:
     """A daemon without an SSD tier: what puts, reads and checks blocks needs none."""
-    arguments = ("--set", f"limits.max_lease_s={LEASE_S}")
-    with PrivateDaemon(capacity_bytes=128 * MIB, grant_bytes=128 * MIB, arguments=arguments) as daemon:
+    with PrivateDaemon(capacity_bytes=128 * MIB, grant_bytes=128 * MIB, arguments=LIMITS) as daemon:
         yield daemon
 
 

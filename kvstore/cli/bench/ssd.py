@@ -26,7 +26,7 @@ from kvstore.cli.bench.process import ChildProcess
 from kvstore.cli.bench.report import Report, Row
 from kvstore.cli.bench.ssd_blocks import BLOCK_BYTES, CHAIN_BLOCKS, CODEC
 from kvstore.cli.bench.ssd_fio import DEPTH, Fio, FioResult, Pattern
-from kvstore.cli.bench.ssd_getter import LEASE_S, Gets
+from kvstore.cli.bench.ssd_getter import LIMITS, Gets
 from kvstore.cli.bench.ssd_place import DiskFacts, check_place
 from kvstore.cli.bench.ssd_tier import ASKERS, Moved, SsdDaemon, ssd_daemon
 from kvstore.cli.own_directory import fresh_path, own_directory
@@ -185,7 +185,7 @@ def measure_ssd(directory: Path, extent: SsdExtent, on_round: Callable[[], None]
 
 def _measure(fio: Fio, directory: Path, codec: str, extent: SsdExtent, on_round: Callable[[], None]) -> list[Samples]:
     arguments = ["--ssd", str(directory), "--ssd-capacity", str(extent.size_bytes)]
-    arguments += ["--set", f"ssd.threads={DEPTH}", "--set", f"limits.max_lease_s={LEASE_S}"]
+    arguments += ["--set", f"ssd.threads={DEPTH}", *LIMITS]
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(own_directory(directory))
         daemon = stack.enter_context(

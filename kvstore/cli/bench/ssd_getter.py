@@ -17,10 +17,13 @@ from kvstore.errors import KVStoreError
 from kvstore.protocol.namespace import Namespace
 from kvstore_client import Client
 
-__all__ = ["LEASE_S", "Gets"]
+__all__ = ["LIMITS", "Gets"]
 
 LEASE_S: Final = 600.0
-"""The daemon's ``limits.max_lease_s`` must allow it."""
+_LEASE_SHARE: Final = 0.9
+
+LIMITS: Final = ("--set", f"limits.max_lease_s={LEASE_S:g}", "--set", f"limits.lease_share={_LEASE_SHARE:g}")
+"""What the daemon must allow."""
 
 _TIMEOUT_S: Final = 60.0
 _BUFFERS: Final = 16
