@@ -198,7 +198,7 @@ def test_warm_command_saves_a_list_and_brings_it_up(
     prompt.write_text("[" + ", ".join(["7"] * 64 * 9) + "]\n")
     warm(prompt, namespace=digest.hex()[:8], block_tokens=64, endpoint=daemon.endpoint)
     shown = capsys.readouterr().out
-    assert "Warmed up 9 blocks" in shown
+    assert "Warm-up of 9 blocks" in shown
     assert "8 in memory already" in shown
     assert "1 in no tier, or of another namespace" in shown
     warm(hottest="128KiB", endpoint=daemon.endpoint, as_json=True)
