@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from fakes.small_store import PAGE_BYTES, SESSION, key_of
+from fakes.small_ssd import SmallSsd
+from fakes.small_store import PAGE_BYTES, SESSION, SmallStore, key_of
 from fakes.two_tiers import TwoTiers
 
 from kvstore.core import namespaces
@@ -14,6 +15,7 @@ from kvstore.core.events import (
     GrantsReturned,
     InvalidateWanted,
     Joined,
+    LeaseWanted,
     PersistWanted,
     SessionClosed,
     SessionOpened,
@@ -483,3 +485,18 @@ def test_what_left_before_it_was_written_and_is_removed_then_never_arrives(how: 
         tiers.clear_all()
     tiers.settle()
     assert "a" not in tiers.below()
+
+
+def test_copy_of_a_parent_that_comes_below_a_lease_is_no_contradiction():
+    small = SmallSsd(4)
+    store = SmallStore(4, ssd=small.ssd)
+    store.namespace.ssd = small.space
+    small.space.state = store.namespace.id
+    small.put("b", at="a")
+    store.put("a")
+    blocks = store.store.leading_in_tiers(store.namespace.id, [key_of("a"), key_of("b")])
+    assert len(blocks) == 2
+    store.store.handle(LeaseWanted(SESSION, blocks, 10**9), 0)
+    small.put("a")
+    assert small.block("b").parent is small.block("a")
+    validate_state(store.store)
