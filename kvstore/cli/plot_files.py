@@ -1,4 +1,4 @@
-"""Whether a picture can be written, before the work that it is to show."""
+"""What pictures have in common: whether one can be written, before the work that it is to show, and how it looks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Final
 
 from kvstore.errors import InvalidArgument, KVStoreError
 
-__all__ = ["check_plot"]
+__all__ = ["check_plot", "plot_style"]
 
 _FORMATS: Final = (".png", ".svg", ".pdf")
 
@@ -30,3 +30,17 @@ def check_plot(path: Path, extra: str) -> None:
         raise InvalidArgument(f"--plot: there is no directory {str(path.parent)!r}")
     if find_spec("matplotlib") is None:
         raise KVStoreError(f"--plot needs matplotlib: pip install 'kvstored[{extra}]'")
+
+
+def plot_style(ink: str, faint: str) -> dict[str, object]:
+    """Settings of matplotlib: colours of what is written, and of axes."""
+    return {
+        "font.size": 9,
+        "font.family": "sans-serif",
+        "text.color": ink,
+        "axes.labelcolor": ink,
+        "axes.edgecolor": faint,
+        "xtick.color": ink,
+        "ytick.color": ink,
+        "svg.hashsalt": "kvstore",
+    }

@@ -20,7 +20,6 @@ from kvstore.core.instructions import (
 )
 from kvstore.core.slabs import Slab
 from kvstore.core.tenants import Tenant
-from kvstore.core.tree import ORPHAN_DEPTH
 from kvstore.core.watching import Cause
 from kvstore.policy.base import BEFORE_ALL
 from kvstore.protocol.keys import ROOT_KEY
@@ -82,13 +81,10 @@ class Granting(Demoting):
         number = self._access_number(event.session, event.access)
         if parent_key and parent_key != ROOT_KEY:
             namespace = self.namespaces.by_id.get(event.namespace_id)
-            parent = None if namespace is None else namespace.blocks.get(parent_key)
-            if parent is None:
-                below = namespace is not None and namespace.depth_below(parent_key) + 1 < ORPHAN_DEPTH
-                return number if below else BEFORE_ALL
-            if parent.depth >= ORPHAN_DEPTH:
+            if namespace is None or not namespace.reaches(parent_key):
                 return BEFORE_ALL
-            if not parent.retired:
+            parent = namespace.blocks.get(parent_key)
+            if parent is not None and not parent.retired:
                 # What leaves is not called back: of a chain longer than the tier that would be all that can leave.
                 self.policy.touch(parent, 1, number)
         return number

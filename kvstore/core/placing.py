@@ -219,10 +219,7 @@ class Placing(Demoting):
             slots += self._evict(victim)
         if parent is not None:
             parent.leases -= 1
-            if not parent.leases:
-                self.policy.released(parent)
-            if parent.namespace.retained:
-                self.retention.may_leave(parent)
+            self._released([parent])
         return slots
 
     def _no_place(

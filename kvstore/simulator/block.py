@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Final
-
 from kvstore.errors import InvalidArgument
 from kvstore.format.constants import PAGE_BYTES
 from kvstore.policy.base import EvictionPolicy, PolicyContext
 from kvstore.policy.registry import make_simulated
-
-ProgressTold = Callable[[int], None]
-"""Is given the number of requests done."""
-
-PROGRESS_REQUESTS: Final = 256
-"""Requests between two calls of ``ProgressTold``."""
 
 
 class SimulatedBlock:

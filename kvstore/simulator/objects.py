@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvstore.simulator.arrivals import Arrival, Outcome
-from kvstore.simulator.block import PROGRESS_REQUESTS, ProgressTold, SimulatedBlock, TraceClock, make_policy
+from kvstore.simulator.block import SimulatedBlock, TraceClock, make_policy
+from kvstore.simulator.progress import ProgressTold, numbered
 
 
 def simulate_objects(
@@ -33,7 +34,7 @@ def simulate_objects(
     find = resident.get
     hits = []
     access = 0
-    for done, (time_ns, ids) in enumerate(arrivals, 1):
+    for _, (time_ns, ids) in numbered(arrivals, progress):
         clock.now_ns = time_ns
         hit = 0
         for key in ids:
@@ -51,8 +52,4 @@ def simulate_objects(
             block = resident[key] = SimulatedBlock(key, None, 0)
             insert(block, access)
         hits.append(hit)
-        if progress is not None and not done % PROGRESS_REQUESTS:
-            progress(done)
-    if progress is not None:
-        progress(len(arrivals))
     return Outcome(policy, capacity_blocks, hits, [len(ids) for _, ids in arrivals])

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 
 from kvstore.policy.base import EvictionPolicy
 from kvstore.simulator.arrivals import Arrival, Outcome
-from kvstore.simulator.block import PROGRESS_REQUESTS, ProgressTold, SimulatedBlock, TraceClock, make_policy
+from kvstore.simulator.block import SimulatedBlock, TraceClock, make_policy
+from kvstore.simulator.progress import ProgressTold, numbered
 
 
 def simulate(
@@ -35,13 +36,9 @@ def simulate(
     cache = PrefixCache(chosen, capacity_blocks)
     request = cache.request
     hits = []
-    for access, (time_ns, ids) in enumerate(arrivals, 1):
+    for access, (time_ns, ids) in numbered(arrivals, progress):
         clock.now_ns = time_ns
         hits.append(request(ids, access) if ids else 0)
-        if progress is not None and not access % PROGRESS_REQUESTS:
-            progress(access)
-    if progress is not None:
-        progress(len(arrivals))
     return Outcome(policy, capacity_blocks, hits, [len(ids) for _, ids in arrivals])
 
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from kvstore.policy.base import EvictionPolicy
 from kvstore.simulator.arrivals import Arrival
-from kvstore.simulator.block import PROGRESS_REQUESTS, ProgressTold, SimulatedBlock, TraceClock, make_policy
+from kvstore.simulator.block import SimulatedBlock, TraceClock, make_policy
+from kvstore.simulator.progress import ProgressTold, numbered
 
 __all__ = ["TieredHits", "simulate_tiered"]
 
@@ -55,15 +56,11 @@ def simulate_tiered(
     below = _Below(make_policy(policy, ssd_blocks, clock), ssd_blocks)
     above = _Above(make_policy(policy, dram_blocks, clock), dram_blocks, below)
     dram, ssd = [], []
-    for access, (time_ns, ids) in enumerate(arrivals, 1):
+    for access, (time_ns, ids) in numbered(arrivals, progress):
         clock.now_ns = time_ns
         in_dram, on_ssd = above.request(ids, access) if ids else (0, 0)
         dram.append(in_dram)
         ssd.append(on_ssd)
-        if progress is not None and not access % PROGRESS_REQUESTS:
-            progress(access)
-    if progress is not None:
-        progress(len(arrivals))
     return TieredHits(dram, ssd, below.written)
 
 

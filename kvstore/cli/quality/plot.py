@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from kvstore.cli.plot_files import plot_style
 from kvstore.cli.quality.measured import CodecQuality, QualityReport
 
 if TYPE_CHECKING:
@@ -43,17 +44,7 @@ def draw_plot(report: QualityReport, path: Path) -> None:
 
     rows = sorted((row for row in report.codecs if not row.exact), key=lambda row: row.bits)
     panels = [(field, title) for field, title in _PANELS if any(getattr(row, field) for row in rows)]
-    style = {
-        "font.size": 9,
-        "font.family": "sans-serif",
-        "text.color": _INK,
-        "axes.labelcolor": _INK,
-        "axes.edgecolor": _FAINT,
-        "xtick.color": _INK,
-        "ytick.color": _INK,
-        "svg.hashsalt": "kvstore",
-    }
-    with rc_context(style):
+    with rc_context(plot_style(_INK, _FAINT)):
         figure = Figure(figsize=(4.6 * len(panels), 4.4), layout="constrained")
         FigureCanvasAgg(figure)
         for index, (axes, (field, title)) in enumerate(

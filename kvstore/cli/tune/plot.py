@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from kvstore.cli import render
+from kvstore.cli.plot_files import plot_style
 from kvstore.cli.tune.report import TuneReport
 from kvstore.cli.tune.series import Series, group_name, groups_of, series_of, short_count
 from kvstore.errors import InvalidArgument
@@ -33,17 +34,7 @@ def draw_plot(report: TuneReport, path: Path) -> None:
     from matplotlib.figure import Figure
 
     groups = list(groups_of(report).items())[:_MOST_GROUPS]
-    style = {
-        "font.size": 9,
-        "font.family": "sans-serif",
-        "text.color": _INK,
-        "axes.labelcolor": _INK,
-        "axes.edgecolor": _FAINT,
-        "xtick.color": _INK,
-        "ytick.color": _INK,
-        "svg.hashsalt": "kvstore",
-    }
-    with rc_context(style):
+    with rc_context(plot_style(_INK, _FAINT)):
         figure = Figure(figsize=(1.2 + 4.8 * len(groups), 7.2), layout="constrained")
         FigureCanvasAgg(figure)
         panels = figure.subplots(2, len(groups), sharex=False, sharey="row", squeeze=False, height_ratios=[3, 2])

@@ -389,13 +389,19 @@ def test_retained_block_that_had_to_leave_is_retained_again_when_it_is_back():
     assert retained(tiers) == "abcdef"
 
 
-def test_blocks_below_are_retained_when_they_come_up():
+def only_below() -> TwoTiers:
+    """The chain "ab" is on the SSD alone, and nothing is written there any more."""
     tiers = TwoTiers(8, 4)
     tiers.put("ab")
     tiers.executor.apply(PersistWanted(tiers.namespace.id, [key_of("b")]))
     tiers.settle()
     tiers.executor.apply(SsdChanged(writable=False))
     tiers.put("qrstuvwx")
+    return tiers
+
+
+def test_blocks_below_are_retained_when_they_come_up():
+    tiers = only_below()
     assert "a" not in tiers.resident()
     assert retain(tiers, "ab", 80) == 2
     assert (retained(tiers), tiers.store.retention.waiting_blocks) == ("", 2)
@@ -498,12 +504,7 @@ def test_hint_does_not_lower_a_retention_and_its_end_does_not_end_one():
 
 
 def test_hint_retains_what_comes_up_from_below():
-    tiers = TwoTiers(8, 4)
-    tiers.put("ab")
-    tiers.executor.apply(PersistWanted(tiers.namespace.id, [key_of("b")]))
-    tiers.settle()
-    tiers.executor.apply(SsdChanged(writable=False))
-    tiers.put("qrstuvwx")
+    tiers = only_below()
     assert hint(tiers, "ab", soon=True, ttl_ns=1000) == 2
     tiers.put("ab")
     assert retained(tiers) == "ab"
