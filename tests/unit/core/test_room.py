@@ -103,6 +103,15 @@ def test_orphans_whose_parent_comes_are_as_young_as_it():
     validate_state(small.store)
 
 
+def test_parent_stays_for_its_new_child_though_its_last_other_child_leaves_for_it():
+    small = SmallStore(capacity_pages=4)
+    small.put("ab")
+    small.put("z", pages=2)
+    assert small.put("c", at="a", pages=2) == [STORED]
+    assert small.resident() == "ac"
+    validate_state(small.store)
+
+
 def test_chain_that_comes_backwards_in_one_commit_is_stored_in_a_full_tier():
     small = SmallStore(capacity_pages=4)
     small.put("wxyz")
