@@ -22,6 +22,9 @@ from kvstore.protocol.endpoint import ipc_path
 from kvstore.protocol.version import MAX_OUTSTANDING_REQUESTS, MAX_PAYLOAD_FRAMES
 
 DRAIN_MESSAGES: Final = 64
+WAITING_MESSAGES: Final = 64
+"""Requests of one client that libzmq takes in before they are drained; the others wait with the client. They are whole
+records, so their number bounds the daemon's memory while its loop is held up; a drain's worth costs no throughput."""
 
 # pyzmq's flags are enums, whose arithmetic costs more than the call they are passed to.
 _NOBLOCK: Final = int(zmq.NOBLOCK)
@@ -59,7 +62,7 @@ class RouterTransport:
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.MAXMSGSIZE, max_frame_bytes)
         self._socket.setsockopt(zmq.SNDHWM, 2 * MAX_OUTSTANDING_REQUESTS)
-        self._socket.setsockopt(zmq.RCVHWM, 2 * MAX_OUTSTANDING_REQUESTS)
+        self._socket.setsockopt(zmq.RCVHWM, WAITING_MESSAGES)
         self._socket.setsockopt(zmq.LINGER, _LINGER_MS)
         self._socket.setsockopt(zmq.BACKLOG, _BACKLOG)
         self._path = ipc_path(endpoint)

@@ -252,7 +252,7 @@ def test_flood_of_a_client_that_never_reads_its_replies_harms_nobody(daemon: Dae
 
 def test_flood_of_large_puts_stays_within_memory(daemon: DaemonProcess):
     """What a client sends faster than it is served waits with the client, not in the daemon's memory."""
-    check = rss_limit(daemon, 512 * MIB)
+    check = rss_limit(daemon, 192 * MIB)
     with others_served(daemon, within_s=10.0), RawPeer(daemon.endpoint) as peer:
         peer.ready("flood")
         payload = bytes(900_000)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 import uvloop
 import zmq
 
-from kvstore.server.transport import DRAIN_MESSAGES, RouterTransport
+from kvstore.server.transport import DRAIN_MESSAGES, WAITING_MESSAGES, RouterTransport
 
 CLIENTS = 4
 DEPTH = 4
@@ -121,6 +123,45 @@ def test_drain_lets_other_callbacks_run_under_a_flood(loop: asyncio.AbstractEven
     assert served == 5000
     # A turn of the loop may run the reader's and the scheduled drain.
     assert longest <= 2 * DRAIN_MESSAGES
+
+
+def test_requests_that_are_not_drained_wait_with_their_client(loop: asyncio.AbstractEventLoop, tmp_path: Path):
+    """However long the loop is held up, a client has few records in the daemon's memory."""
+    path = tmp_path / "s"
+    heard: list[int] = []
+    transport = transport_on(path, lambda identity, header, payloads: heard.append(int.from_bytes(header, "big")))
+    context = zmq.Context()
+    socket = context.socket(zmq.DEALER)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.SNDHWM, 1)
+    socket.setsockopt(zmq.SNDTIMEO, 500)
+    socket.connect(f"ipc://{path}")
+    payload = bytes(900_000)
+    sent = 0
+    with contextlib.suppress(zmq.Again):
+        while sent < 10 * WAITING_MESSAGES:
+            socket.send_multipart([sent.to_bytes(4, "big"), payload])
+            sent += 1
+    # What the kernel's buffers and the two pipes' own hold is not much beside it.
+    assert sent <= WAITING_MESSAGES + 8
+    transport.start(loop)
+
+    async def until_heard() -> None:
+        while len(heard) < sent + 500:
+            await asyncio.sleep(0.001)
+
+    def send_more() -> None:
+        for number in range(sent, sent + 500):
+            socket.send_multipart([number.to_bytes(4, "big"), payload])
+
+    thread = threading.Thread(target=send_more)
+    thread.start()
+    loop.run_until_complete(asyncio.wait_for(until_heard(), 20.0))
+    thread.join()
+    assert heard == list(range(sent + 500))
+    transport.close()
+    socket.close()
+    context.term()
 
 
 def test_handler_that_raises_does_not_stop_the_drain(loop: asyncio.AbstractEventLoop, tmp_path: Path):
