@@ -118,7 +118,8 @@ class EvictionPolicy(Protocol):
 
         Args:
             before: room is made for a block of this engine request: none that was used by this request, or by a later
-                one, leaves for it. With ``BEFORE_ALL`` nothing leaves.
+                one, leaves for it. With ``BEFORE_ALL`` nothing leaves. A policy that is simulated only may turn it
+                away: None, although there is a block that might leave.
         """
 
     def used(self, block: Evictable) -> int:

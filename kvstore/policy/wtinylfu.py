@@ -6,16 +6,16 @@ was asked for more often than what would have to leave them for it; else it leav
 on probation until it is used, then protected, for which there are four fifths of them. All counts are halved after uses
 of ten times the capacity, and from then on after half as many. All lists are weighed by bytes.
 
-Variants: uses are counted exactly, not in a sketch. A prefix can only leave tail first, so a window that holds nothing
-but the path that is being stored grows: the block with the fewest uses leaves the main lists instead, of those that
-would leave soon. The window then shrinks as blocks of it are admitted, without others leaving for them.
+Variants: uses are counted exactly, not in a sketch. A prefix can only leave tail first, so while a path is stored that
+is longer than the window, none of its blocks can be the one that leaves. Its next block then gets a place only where
+the main lists' own next victim is not used any more, as it has been used once itself; else the path loses its tail
+again.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable
-from itertools import islice
 from typing import Final
 
 from kvstore.policy.base import Evictable, PolicyContext
@@ -28,7 +28,6 @@ _PROTECTED: Final = FLAG << 1
 _MAIN: Final = _PROBATION | _PROTECTED
 _WINDOW_SHARE: Final = 100
 _HALVED_AFTER: Final = 10
-_LOOKED_AT: Final = 64
 
 _Order = OrderedDict[Evictable, None]
 
@@ -51,6 +50,7 @@ class WTinyLfu(Parking):
         self._counts: dict[Evictable, int] = {}
         self._kept: OrderedDict[Hashable, int] = OrderedDict()
         self._counted_bytes = 0
+        self._storing = False
         self._full = False
         """Somebody asked for a victim, and nothing was removed since: the main lists have no room to give away."""
 
@@ -81,15 +81,21 @@ class WTinyLfu(Parking):
             oldest.access ^= _MAIN
             self._probation[oldest] = None
 
+    def next_victim(self, before: int | None = None) -> Evictable | None:
+        """See ``EvictionPolicy``. None also where it turns away what is being stored: see the module."""
+        self._storing = before is not None
+        return super().next_victim(before)
+
     def _first(self) -> Evictable | None:
         self._full = True
-        if self._window and self._window_bytes >= self._most_window_bytes:
+        full_window = self._window_bytes >= self._most_window_bytes
+        if full_window and self._window:
             return next(iter(self._window))
         rival = self._rival()
         if rival is None:
             return next(iter(self._window), None)
-        if self._window_bytes >= self._most_window_bytes:
-            rival = self._least_used(rival)
+        if full_window and self._storing and self._counts[rival]:
+            return None
         return rival
 
     def _spare(self, block: Evictable) -> bool:
@@ -109,15 +115,6 @@ class WTinyLfu(Parking):
                 return rival
             self._take(rival)
             rival.access |= PARKED
-
-    def _least_used(self, rival: Evictable) -> Evictable:
-        """Of what would leave the main lists soon, what was used least; it is put at the victim end."""
-        order = self._order_of(rival)
-        for block in islice(order, _LOOKED_AT):
-            if self._counts[block] < self._counts[rival] and not (block.children or block.leases):
-                rival = block
-        order.move_to_end(rival, last=False)
-        return rival
 
     def _admit(self, block: Evictable) -> None:
         """Move a block from the window to probation."""

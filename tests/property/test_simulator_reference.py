@@ -116,8 +116,6 @@ REFERENCE = {
 before their children too; ours leave tail first."""
 EXACT = ("opt", "lru")
 POINTS = 0.4
-WIDER = {("w-tinylfu", 1000): 0.8}
-"""A path of up to 246 blocks enters whole where the reference keeps the 10 last of it."""
 
 
 SYNTHETIC_HITS = {
@@ -133,7 +131,7 @@ SYNTHETIC_HITS = {
     "lrfu-300": (3223, 4113, 5314),
     "gdsf": (4293, 6065, 6425),
     "gdsf-kept": (4185, 6030, 6428),
-    "w-tinylfu": (3455, 3863, 4085),
+    "w-tinylfu": (3252, 3587, 3795),
     "length-aware": (3393, 3732, 4386),
 }
 """Blocks hit of the synthetic requests below at 50, 200 and 500 blocks, noted when the conversation trace had the hit
@@ -173,7 +171,7 @@ def test_eviction_doc_has_all_policies_near_the_reference():
             if policy in EXACT:
                 assert percent == f"{reference:.2f}"
             else:
-                assert float(percent) == pytest.approx(reference, abs=0.8)
+                assert float(percent) == pytest.approx(reference, abs=POINTS)
 
 
 @needs_trace
@@ -194,8 +192,7 @@ def test_simulate_conversation_trace_has_the_hit_rates_of_docs_and_reference(pol
         if policy in EXACT:
             assert f"{percent:.2f}" == f"{expected:.2f}"
         else:
-            points = WIDER.get((policy, capacity_blocks), POINTS)
-            assert percent == pytest.approx(expected, abs=points), f"at {capacity_blocks} blocks"
+            assert percent == pytest.approx(expected, abs=POINTS), f"at {capacity_blocks} blocks"
         assert outcome.policy == policy
         if policy == "lru" and capacity_blocks in (5000, 10_000):
             assert sum(outcome.hits) == {5000: 34_193, 10_000: 62_005}[capacity_blocks]

@@ -47,6 +47,8 @@ MOST_GHOST_BYTES = {
 """At the capacity of ``CONTEXT``."""
 REMEMBER_REMOVED = {"adaptive"}
 """What it knows of prefixes is of those that nobody can reach too."""
+TURN_AWAY = {"w-tinylfu"}
+"""Rather than to give a block for a path that is being stored; only policies that no daemon runs may."""
 Make = Callable[[], EvictionPolicy]
 NAMES = st.integers(0, 23)
 SIZES = st.sampled_from([512, 4096, 65_536])
@@ -267,14 +269,18 @@ def test_policy_blocks_of_the_running_request_are_passed_over_at_no_cost_the_nex
         tree.insert(name, None, 5)
     assert tree.policy.next_victim(BEFORE_ALL) is None
     assert tree.policy.next_victim(4) is None
-    assert tree.policy.next_victim(5) is old
+    assert tree.policy.next_victim(5) is (None if tree.policy.name in TURN_AWAY else old)
     tree.remove(old, evicted=True)
     assert tree.policy.next_victim(5) is None
     assert _lines_run(lambda: [tree.policy.next_victim(5) for _ in range(100)]) < 4_000
     tree.release(leased)
-    assert tree.policy.next_victim(5) is leased
+    assert tree.policy.next_victim(5) is (None if tree.policy.name in TURN_AWAY else leased)
     assert tree.policy.next_victim(6) is not None
     assert len(tree.evict_all()) == 201
+
+
+def test_policy_of_a_daemon_turns_nothing_away():
+    assert not TURN_AWAY & POLICIES.keys()
 
 
 @every_policy
