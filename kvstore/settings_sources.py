@@ -178,9 +178,10 @@ def _suggestion(key: str, keys: Sequence[str]) -> str:
     if near:
         return near
     section, dot, _ = key.rpartition(".")
-    beside = [other.removeprefix(section + dot) for other in keys if other.startswith(section + dot)] or list(keys)
-    names = [f"[{name.partition('.')[0]}]" if "." in name else name for name in beside]
-    return f"; known {f'in [{section}] ' if section else ''}are {', '.join(dict.fromkeys(names))}"
+    beside = [other.removeprefix(section + dot) for other in keys if other.startswith(section + dot)]
+    where = f"in [{section}] " if section and beside else ""
+    names = [f"[{name.partition('.')[0]}]" if "." in name else name for name in beside or keys]
+    return f"; known {where}are {', '.join(dict.fromkeys(names))}"
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:

@@ -187,7 +187,7 @@ def run_demo(
     if missing:
         raise KVStoreError(f"the demo needs {' and '.join(missing)}: pip install 'kvstored[demo]'")
 
-    count, size = render.count, render.size
+    blocks, count, size = render.blocks, render.count, render.size
     capacity_bytes = max(_MIN_CAPACITY_BYTES, 2 * layout.full_blocks(prompt_tokens) * layout.block_bytes)
     reports: list[EngineReport] = []
     with contextlib.ExitStack() as stack:
@@ -215,7 +215,7 @@ def run_demo(
                 report = run_engine(task, timeout_s)
                 done(
                     f"process {name}  found {count(report.matched_tokens)} prompt tokens in the store, "
-                    f"computed {count(report.computed_tokens)}, stored {count(report.stored_blocks)} blocks"
+                    f"computed {count(report.computed_tokens)}, stored {blocks(report.stored_blocks)}"
                 )
             reports.append(report)
         with Client(daemon.endpoint) as client:

@@ -55,13 +55,13 @@ def record_facts(status: RecordStats) -> RenderableType:
     """A recording, for people."""
     from kvstore.cli import render
 
-    count, size = render.count, render.size
+    blocks, count, size = render.blocks, render.count, render.size
     rows = [
         ("state", status.state if not status.problem else f"{status.state}: {status.problem}"),
         ("directory", f"{status.directory}, at most {size(status.max_bytes)}"),
     ]
     if status.file:
-        written = f"{count(status.requests)} requests, {count(status.blocks)} blocks, {size(status.bytes_written)}"
+        written = f"{count(status.requests)} requests, {blocks(status.blocks)}, {size(status.bytes_written)}"
         if status.requests:
             written += f" ({status.bytes_written / status.requests:.0f} bytes a request)"
         rows += [

@@ -26,6 +26,7 @@ __all__ = [
     "NOTHING",
     "Bar",
     "Column",
+    "blocks",
     "console",
     "count",
     "duration",
@@ -152,6 +153,11 @@ class Bar:
 def size(size_bytes: int | float) -> str:
     """Bytes for people: ``8.0 GiB``."""
     return format_size(size_bytes)
+
+
+def blocks(number: int) -> str:
+    """A number of blocks: ``1 block``, ``12,031 blocks``."""
+    return f"{count(number)} {'block' if number == 1 else 'blocks'}"
 
 
 def count(value: int) -> str:

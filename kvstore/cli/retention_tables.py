@@ -25,7 +25,7 @@ def retention_facts(retention: RetentionStats | None) -> Table | None:
     facts: list[tuple[str, str]] = []
     if retention.retained_blocks or retention.over_budget_blocks or retention.gave_way_blocks:
         share = render.ratio(retention.retained_bytes, retention.budget_bytes)
-        held = f"{render.count(retention.retained_blocks)} blocks, {render.size(retention.retained_bytes)}"
+        held = f"{render.blocks(retention.retained_blocks)}, {render.size(retention.retained_bytes)}"
         facts.append(("retained", f"{held} of {render.size(retention.budget_bytes)} ({share})"))
     if retention.leased_bytes or retention.leases_cut or retention.leases_refused:
         share = render.ratio(retention.leased_bytes, retention.lease_limit_bytes)

@@ -64,7 +64,7 @@ def _loading(loading: LoadingStats) -> RenderableType:
             ("loads", f"{_rate(loading.read_bytes_per_s)}, latency {render.latency(loading.latency_s)}"),
             ("engine", rate if loading.prefill_source else "unknown: nobody set or reported its prefill rate"),
             ("matches", _listed(loading.decisions, DECISIONS)),
-            ("computed", f"{render.count(loading.refused_blocks)} blocks, though they were below"),
+            ("computed", f"{render.blocks(loading.refused_blocks)}, though they were below"),
             (
                 "saved",
                 f"{render.duration(loading.load_saved_s)} by loading, "

@@ -88,7 +88,7 @@ def _daemon(stats: DaemonStats) -> Table:
 
 def _events(events: EventStats) -> Iterator[str]:
     yield f"{render.count(events.batches)} batches"
-    yield f"{render.count(events.stored_blocks)} blocks stored, {render.count(events.removed_blocks)} removed"
+    yield f"{render.blocks(events.stored_blocks)} stored, {render.count(events.removed_blocks)} removed"
     for number, what in (
         (events.replays, "replays"),
         (events.snapshots, "snapshots"),
@@ -256,8 +256,8 @@ def _evictions(eviction: EvictionStats) -> Table:
         below = policy_words(eviction.ssd_policy, eviction.ssd_following)
         facts.append(("of the SSD", f"{below}; admits {eviction.admission}"))
     facts += [
-        ("evicted", f"{render.count(eviction.evicted_blocks)} blocks, {render.size(eviction.evicted_bytes)}"),
-        ("removed", f"{render.count(eviction.removed_blocks)} blocks, by clients"),
+        ("evicted", f"{render.blocks(eviction.evicted_blocks)}, {render.size(eviction.evicted_bytes)}"),
+        ("removed", f"{render.blocks(eviction.removed_blocks)}, by clients"),
         ("moved", f"{render.count(eviction.moved_records)} records, to empty slabs"),
         ("corrupt", f"{render.count(eviction.corrupt_records)} records, turned into misses"),
     ]
@@ -276,7 +276,7 @@ def _ssd(ssd: SsdStats) -> tuple[RenderableType, ...]:
         ("evicted", ssd.evicted_blocks, ssd.evicted_bytes),
     ):
         made.add_row(name, render.count(blocks), render.size(size_bytes))
-    waiting = f"{render.count(ssd.waiting_blocks)} blocks to be demoted, {render.size(ssd.writing_bytes)} being written"
+    waiting = f"{render.blocks(ssd.waiting_blocks)} to be demoted, {render.size(ssd.writing_bytes)} being written"
     facts = [
         ("directory", f"{ssd.directory}, {'direct I/O' if ssd.direct else 'through the page cache'}"),
         ("records", f"{render.size(ssd.record_bytes)} ({_share(ssd.record_bytes, ssd.resident_bytes)})"),
@@ -297,7 +297,7 @@ def _ssd(ssd: SsdStats) -> tuple[RenderableType, ...]:
         told = ", ".join(f"{render.count(number)} {what}" for what, number in numbers.items() if number)
         if told:
             facts.append((name, told))
-    return Group(made, Text(f"{render.count(ssd.hits)} blocks served", style="dim")), render.facts("SSD files", facts)
+    return Group(made, Text(f"{render.blocks(ssd.hits)} served", style="dim")), render.facts("SSD files", facts)
 
 
 def _estimate(bytes_per_s: float) -> str:

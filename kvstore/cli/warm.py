@@ -187,13 +187,13 @@ def _save(client: Client, path: Path, timeout: float, *, as_json: bool) -> None:
 
     from kvstore.cli import render
 
-    print(f"{render.count(blocks)} blocks in {render.count(len(listed))} chains are listed in {path}")
+    print(f"{path} lists {render.blocks(blocks)}; chains: {render.count(len(listed))}")
 
 
 def _show(result: WarmResult, total: int) -> None:
     from kvstore.cli import render
 
-    rows = [("came up", f"{render.count(result.brought)} blocks, {render.size(result.brought_bytes)}")]
+    rows = [("came up", f"{render.blocks(result.brought)}, {render.size(result.brought_bytes)}")]
     for name, blocks, what in (
         ("were there", result.there, "in memory already"),
         ("no room", result.no_room, "and nothing left for them (--evict)"),
@@ -203,7 +203,7 @@ def _show(result: WarmResult, total: int) -> None:
     ):
         if blocks:
             rows.append((name, f"{render.count(blocks)} {what}"))
-    render.console().print(render.facts(f"Warm-up of {render.count(total)} blocks", rows))
+    render.console().print(render.facts(f"Warm-up of {render.blocks(total)}", rows))
     sys.stdout.flush()
 
 

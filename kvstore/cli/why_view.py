@@ -81,7 +81,7 @@ def _facts(story: Story) -> Iterator[tuple[str, str]]:
 def _prompt(explained: Explanation) -> RenderableType:
     """How far a prompt hits, and what became of the rest, run by run."""
     made = render.table(
-        f"Prompt of {render.count(len(explained))} blocks in {explained.namespace}",
+        f"Prompt of {render.blocks(len(explained))} in {explained.namespace}",
         ["blocks", render.text_column("tokens"), render.text_column("lookup"), render.text_column("first of them")],
     )
     first = 0

@@ -181,7 +181,7 @@ def test_warm_command_saves_a_list_and_brings_it_up(
     digest = next(one.digest for one in client.chains() if one.namespace == client.namespace.name)
     saved = tmp_path / "saved"
     warm(save=saved, endpoint=daemon.endpoint)
-    assert f"are listed in {saved}" in capsys.readouterr().out
+    assert f"{saved} lists " in capsys.readouterr().out
     listed = list(parse_warm_list(saved.read_text().splitlines(), "saved"))
     # What was used last comes first.
     assert listed[0] == (digest, chain.keys)

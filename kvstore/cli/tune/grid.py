@@ -9,8 +9,7 @@ from kvstore.cli.tune.costs import CostModel
 from kvstore.cli.tune.options import Capacity
 from kvstore.cli.tune.report import TuneRow
 from kvstore.cli.tune.runs import LRU, Rates, Run
-from kvstore.cli.tune.sizes import RAW, BlockSizes
-from kvstore.errors import InvalidArgument
+from kvstore.cli.tune.sizes import BlockSizes
 from kvstore.simulator.clairvoyant import CLAIRVOYANT
 from kvstore.simulator.lru_curve import LruCurve
 from kvstore.simulator.sampling import HitRates, Workload
@@ -62,15 +61,12 @@ class Grid:
             (made.ssd_blocks, made.ssd_bytes, "--ssd"),
         ):
             if given and not held:
-                raise InvalidArgument(
-                    f"{option}: {given} bytes hold no block: one takes {self._sizes.slot_bytes[codec]} bytes with "
-                    f"{codec} ({self._sizes.source}); see --model and --block-bytes"
-                )
+                raise self._sizes.too_small(option, given, codec)
         return made
 
     def bytes_of(self, capacity: Capacity) -> int:
         """Bytes of a capacity, which may be given in uncompressed blocks."""
-        return capacity.size_bytes or capacity.blocks * self._sizes.slot_bytes[RAW]
+        return self._sizes.bytes_of(capacity)
 
 
 def grid_rows(

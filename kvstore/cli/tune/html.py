@@ -186,7 +186,7 @@ def _hit_rates(report: TuneReport, key: tuple[str, int], series: Sequence[Series
                 (
                     float(row.capacity_bytes),
                     100 * row.hit_rate,
-                    f"{one.policy} at {render.size(row.capacity_bytes)} ({render.count(row.capacity_blocks)} blocks): "
+                    f"{one.policy} at {render.size(row.capacity_bytes)} ({render.blocks(row.capacity_blocks)}): "
                     f"{100 * row.hit_rate:.2f} %, second half {100 * row.hit_rate_second_half:.2f} %",
                 )
                 for row in one.rows

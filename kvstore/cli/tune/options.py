@@ -87,11 +87,11 @@ def parse_capacities(text: str, option: str = "--capacities", *, zero: bool = Fa
 
 
 def capacities_around(have: Capacity) -> list[Capacity]:
-    """Eight capacities from an eighth to 16 times what there is."""
-    return [
-        Capacity(max(1, have.blocks * 2**power // 8) if have.blocks else 0, have.size_bytes * 2**power // 8)
-        for power in range(_DEFAULT_CAPACITIES)
-    ]
+    """Up to eight capacities from an eighth to 16 times what there is."""
+    some = (
+        Capacity(have.blocks * 2**power // 8, have.size_bytes * 2**power // 8) for power in range(_DEFAULT_CAPACITIES)
+    )
+    return list(dict.fromkeys(each for each in some if each != Capacity()))
 
 
 def default_capacities(distinct_blocks: int) -> list[Capacity]:

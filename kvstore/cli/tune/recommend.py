@@ -107,10 +107,11 @@ def _reasons(question: Question, here: Sequence[TuneRow], chosen: TuneRow) -> It
     plain = {row.policy: row for row in here if row.codec == RAW and not row.ssd_bytes}
     bound = plain.get(CLAIRVOYANT)
     yield (
-        f"{render.size(size)} of DRAM hold {render.count(blocks)} blocks uncompressed, of which LRU hits "
-        f"{render.percent(lru)}"
-        + (f"; with this DRAM no policy could hit more than {render.percent(bound.hit_rate)}" if bound else "")
-        + f", and with any amount {render.percent(question.workload.unlimited.whole)}: the rest is asked for once."
+        f"{render.size(size)} of DRAM have room for {render.blocks(blocks)} uncompressed. "
+        f"LRU then hits {render.percent(lru)}"
+        + (f", and no policy could hit more than {render.percent(bound.hit_rate)}" if bound else "")
+        + f". No amount of DRAM hits more than {render.percent(question.workload.unlimited.whole)}: "
+        "the rest is asked for once."
     )
     if not question.given:
         flat = question.lru(RAW, 2 * size) - lru < _FLAT
@@ -193,17 +194,17 @@ def _of_ssds(question: Question, here: Sequence[TuneRow]) -> Iterator[str]:
         if before is None and row.policy == LRU:
             before = question.lru(row.codec, row.capacity_bytes)
         gain = "" if before is None else f" gives {_points(row.hit_rate - before)} with {row.policy}"
-        verdict = "worth it" if costs.ssd_pays(row.codec) else "slower than computing it: such loads are refused"
+        refused = "" if costs.ssd_pays(row.codec) else ": such loads are refused, as slower than computing"
         yield (
             f"An SSD of {render.size(row.ssd_bytes)}{gain} ({row.codec}), for {render.size(row.ssd_written_bytes)} of "
-            f"writes over the trace; a block is loaded in {render.latency(load)} and computed in "
-            f"{render.latency(compute)}, {verdict}."
+            f"writes over the trace; to load a block takes {render.latency(load)}, to compute it "
+            f"{render.latency(compute)}{refused}."
         )
 
 
 def _settings(chosen: TuneRow) -> Iterator[str]:
     yield "[dram]"
-    yield f"capacity_bytes = {_setting(chosen.capacity_bytes)} # {render.count(chosen.capacity_blocks)} blocks"
+    yield f"capacity_bytes = {_setting(chosen.capacity_bytes)} # {render.blocks(chosen.capacity_blocks)}"
     if chosen.ssd_bytes:
         yield "[ssd]"
         yield f"capacity_bytes = {_setting(chosen.ssd_bytes)}"

@@ -10,6 +10,8 @@ from typing import Final
 
 from kvstore.cli.model_files import read_model
 from kvstore.cli.quality.measured import measured
+from kvstore.cli.render import size
+from kvstore.cli.tune.options import Capacity
 from kvstore.errors import InvalidArgument
 from kvstore.format.constants import RECORD_HEADER_BYTES
 from kvstore.format.record import padded_bytes
@@ -35,6 +37,17 @@ class BlockSizes:
     source: str
     block_bytes: int
     slot_bytes: dict[str, int]
+
+    def bytes_of(self, capacity: Capacity) -> int:
+        """Bytes of a capacity, which may be given in uncompressed blocks."""
+        return capacity.size_bytes or capacity.blocks * self.slot_bytes[RAW]
+
+    def too_small(self, option: str, given_bytes: int, codec: str) -> InvalidArgument:
+        """The error for a capacity that holds no block of a codec."""
+        return InvalidArgument(
+            f"{option}: {size(given_bytes)} cannot hold a block: one takes {size(self.slot_bytes[codec])} with {codec} "
+            f"({self.source}); see --model and --block-bytes"
+        )
 
 
 def model_sizes(model: str, block_tokens: int, codecs: Sequence[str], *, also: str | None = None) -> BlockSizes:

@@ -84,12 +84,16 @@ def tuned(
     have = asked.have
     if have is None and trace.dram_bytes and asked.capacities is None:
         have = Capacity(size_bytes=trace.dram_bytes)
-    if asked.capacities is not None:
-        capacities = [*asked.capacities]
-    else:
-        capacities = default_capacities(workload.distinct_blocks) if have is None else capacities_around(have)
-    if have is not None and have not in capacities:
-        capacities.append(have)
+    capacities = [*(asked.capacities or default_capacities(workload.distinct_blocks))]
+    if have is not None:
+        largest = max(asked.codecs, key=sizes.slot_bytes.__getitem__)
+        if sizes.bytes_of(have) < sizes.slot_bytes[largest]:
+            raise sizes.too_small("--have", sizes.bytes_of(have), largest)
+        if asked.capacities is None:
+            around = capacities_around(have)
+            capacities = [each for each in around if sizes.bytes_of(each) >= sizes.slot_bytes[largest]]
+        if have not in capacities:
+            capacities.append(have)
     grid = Grid(sizes, capacities, asked.codecs, asked.ssd)
     curve_rate = lru_rate(workload, exact=asked.exact)
     on_progress("curve of LRU", 0, 1)

@@ -15,7 +15,14 @@ from typer.testing import CliRunner
 
 from kvstore.cli.main import app
 from kvstore.cli.tune.costs import CostModel
-from kvstore.cli.tune.options import Capacity, default_capacities, parse_capacities, parse_codecs, parse_policies
+from kvstore.cli.tune.options import (
+    Capacity,
+    capacities_around,
+    default_capacities,
+    parse_capacities,
+    parse_codecs,
+    parse_policies,
+)
 from kvstore.cli.tune.report import TuneReport
 from kvstore.cli.tune.runs import Run, carry_out, planned, sampling_rate
 from kvstore.cli.tune.sizes import BlockSizes, given_sizes, model_sizes
@@ -183,7 +190,7 @@ def test_recommendation_says_what_each_step_would_give(trace: Path) -> None:
     assert advice is not None
     assert advice.capacity_bytes == 200 * SIZES.slot_bytes["raw"]
     said = " ".join(advice.reasons)
-    for part in ("of which LRU hits", "Twice the DRAM", "kivi4 in the same bytes", "An SSD of", "It is lossy"):
+    for part in ("LRU then hits", "Twice the DRAM", "kivi4 in the same bytes", "An SSD of", "It is lossy"):
         assert part in said
     assert "--have" not in said
     assert advice.settings[0] == "[dram]"
@@ -273,16 +280,27 @@ def test_default_capacities_are_round_and_below_all_blocks() -> None:
     assert default_capacities(1) == [Capacity(1)]
 
 
+def test_capacities_around_what_there_is_hold_a_block_and_come_once(trace: Path) -> None:
+    assert [one.blocks for one in capacities_around(Capacity(3))] == [1, 3, 6, 12, 24, 48]
+    two_and_a_bit = Capacity(size_bytes=SIZES.slot_bytes["raw"] * 2 + 1)
+    for have, expected in ((Capacity(1), [1, 2, 4, 8, 16]), (two_and_a_bit, [1, 2, 4, 8, 16, 32])):
+        found = report(trace, have=have, capacities=None, policies=["lru"])
+        assert [row.capacity_blocks for row in found.rows] == expected
+        assert found.recommendation is not None
+        assert "for 1 block " in found.recommendation.reasons[0] or have is two_and_a_bit
+
+
 @pytest.mark.parametrize(
     ("arguments", "what"),
     [
-        (["--capacities", "1KiB"], "1024 bytes hold no block"),
+        (["--capacities", "1KiB"], "--capacities: 1.0 KiB cannot hold a block: one takes "),
         (["--model", "none-such"], "no such file"),
         (["--model", "llama-3.1-8b", "--block-bytes", "1MiB"], "give one of them"),
         (["--block-bytes", "many"], "--block-bytes: "),
         (["--prefill-tokens-per-s", "0"], "--prefill-tokens-per-s: a rate is a number above 0"),
         (["--ssd-gb-per-s", "nan"], "--ssd-gb-per-s"),
         (["--have", "1,2"], "--have: give one"),
+        (["--have", "1B"], "--have: 1 B cannot hold a block: one takes "),
         (["--block-tokens", "700"], "multiple"),
         (["--block-tokens", "51200"], "has a full block"),
     ],

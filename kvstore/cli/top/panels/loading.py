@@ -73,7 +73,7 @@ def _prefetch(stats: PrefetchStats, width: int) -> list[Content]:
     lines = [
         _fact(
             "ahead",
-            f"{render.count(stats.blocks)} blocks, {render.size(stats.bytes)}",
+            f"{render.blocks(stats.blocks)}, {render.size(stats.bytes)}",
             ("  used ", "$faint"),
             (render.ratio(stats.used_blocks, stats.blocks), "bold"),
         ),

@@ -36,15 +36,13 @@ def _draw(frame: Frame, width: int, rows: int) -> Sequence[Content]:
     lines.append(
         _fact("evicts", (per_s(frame.now, "evicted_blocks"), "bold"), f"  {throughput(frame.now, 'evicted_bytes')}")
     )
-    lines.append(
-        _fact("evicted", f"{render.count(eviction.evicted_blocks)} blocks, {render.size(eviction.evicted_bytes)}")
-    )
+    lines.append(_fact("evicted", f"{render.blocks(eviction.evicted_blocks)}, {render.size(eviction.evicted_bytes)}"))
     if eviction.ghost_bytes:
         lines.append(_fact("ghosts", f"{render.size(eviction.ghost_bytes)} of memory, for what left"))
     if eviction.switched:
         lines.append(_fact("switched", f"{render.count(eviction.switched)} times"))
     lines += [
-        _fact("removed", f"{render.count(eviction.removed_blocks)} blocks, by clients"),
+        _fact("removed", f"{render.blocks(eviction.removed_blocks)}, by clients"),
         _fact("moved", f"{render.count(eviction.moved_records)} records, to empty slabs"),
         _fact("corrupt", f"{render.count(eviction.corrupt_records)} records, turned into misses"),
     ]

@@ -92,12 +92,12 @@ def _draw(frame: Frame, width: int, rows: int) -> Sequence[Content]:
         ),
         line(
             (f"{'waiting':<{_NAME_CELLS}}", "$faint"),
-            f"{render.count(ssd.waiting_blocks)} blocks, {render.size(ssd.writing_bytes)} being written",
+            f"{render.blocks(ssd.waiting_blocks)}, {render.size(ssd.writing_bytes)} being written",
         ),
     ]
     lines += [*_trouble(ssd, width), *_left_out(ssd, width)]
     for name, value in (
-        ("served", f"{render.count(ssd.hits)} blocks"),
+        ("served", f"{render.blocks(ssd.hits)}"),
         ("commits", f"{render.count(ssd.groups)} groups, {render.count(ssd.checkpoints)} checkpoints"),
         ("found", f"{render.count(ssd.recovered_records)} records in {render.duration(ssd.recovery_s)} at the start"),
         ("where", cut(plain(ssd.directory), width - _NAME_CELLS, keep="end")),
