@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from time import perf_counter
 from typing import Final
 
+from kvstore.cli import render
 from kvstore.cli.bench.machine import machine_facts
 from kvstore.cli.tune.costs import CostModel
 from kvstore.cli.tune.grid import Grid, grid_rows
@@ -138,12 +140,12 @@ def tuned(
 
 
 def _facts(trace: Trace, workload: Workload) -> TraceFacts:
-    arrivals = workload.arrivals
+    times_ns = [request.time_ns for request in trace.requests]
     return TraceFacts(
         name=trace.name,
         format=trace.format,
         requests=len(trace.requests),
-        seconds=(arrivals[-1].time_ns - arrivals[0].time_ns) / 1e9,
+        seconds=(max(times_ns) - min(times_ns)) / 1e9,
         block_tokens=trace.block_tokens,
         input_tokens=sum(request.input_tokens for request in trace.requests) / len(trace.requests),
         asked_blocks=workload.asked.whole,
@@ -151,8 +153,16 @@ def _facts(trace: Trace, workload: Workload) -> TraceFacts:
         hot_blocks=len(workload.hot),
         hit_rate=workload.unlimited.whole,
         hit_rate_second_half=workload.unlimited.second_half,
-        notes=list(trace.notes),
+        notes=[*trace.notes, *_notes_on_times(times_ns)],
     )
+
+
+def _notes_on_times(times_ns: Sequence[int]) -> Iterator[str]:
+    earlier = sum(after < before for before, after in pairwise(times_ns))
+    if earlier:
+        yield f"times fall {render.count(earlier)} times: simulated in the file's order, with the latest time so far"
+    elif len(times_ns) > 1 and times_ns[0] == times_ns[-1]:
+        yield "all requests have one time: adaptive learns how long a return takes, and has nothing to learn from here"
 
 
 def _points(curve: LruCurve, workload: Workload, capacities_blocks: Sequence[int]) -> list[Point]:

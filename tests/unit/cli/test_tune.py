@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -278,6 +279,19 @@ def test_default_capacities_are_round_and_below_all_blocks() -> None:
         100_000,
     ]
     assert default_capacities(1) == [Capacity(1)]
+
+
+def test_times_that_fall_or_stand_still_are_said(trace: Path, tmp_path: Path) -> None:
+    assert not report(trace).trace.notes
+    lines = trace.read_text().splitlines()
+    swapped = tmp_path / "swapped.jsonl"
+    swapped.write_text("\n".join([*lines[:-2], lines[-1], lines[-2]]))
+    found = report(swapped)
+    assert found.trace.notes == ["times fall 1 times: simulated in the file's order, with the latest time so far"]
+    assert found.trace.seconds == report(trace).trace.seconds
+    still = tmp_path / "still.jsonl"
+    still.write_text("\n".join(re.sub(r'"timestamp": ?[0-9]+', '"timestamp": 7', line) for line in lines))
+    assert "all requests have one time" in report(still).trace.notes[0]
 
 
 def test_capacities_around_what_there_is_hold_a_block_and_come_once(trace: Path) -> None:
