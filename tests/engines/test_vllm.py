@@ -226,6 +226,28 @@ def test_an_engine_starts_without_a_daemon_unless_it_is_required(
         EngineProcess(model, nobody | {"required": True}, log).__enter__()
 
 
+def test_the_daemon_is_told_how_fast_prompts_are_computed(model: Path, log: Path, tmp_path: Path) -> None:
+    """About as fast as the engine itself is, seen from outside; and not where that is turned off."""
+    below = ("--ssd", str(tmp_path / "ssd"), "--ssd-capacity", "64MiB", "--set", "ssd.reserve_bytes=0")
+    with DaemonProcess(*below, capacity="256MiB", grant="64MiB") as daemon, daemon.connect() as client:
+        with EngineProcess(model, settings(daemon, report_prefill=False), log) as engine:
+            for seed in range(20, 24):
+                engine.generate([prompt(seed)])
+            quiet = client.stats().loading
+            assert (quiet.prefill_source, quiet.prefill_tokens_per_s) == ("", 0)
+        with EngineProcess(model, settings(daemon, name="told"), log) as engine:
+            seconds = []
+            told = quiet
+            for seed in range(30, 90):
+                seconds.append(engine.generate([prompt(seed)], max_tokens=1)["ttft_s"][0])
+                told = client.stats().loading
+                if told.prefill_source:
+                    break
+            assert told.prefill_source == "reported"
+            outside = LONG / statistics.median(seconds)
+            assert 0.8 * outside < told.prefill_tokens_per_s < 4 * outside
+
+
 def test_a_reset_of_the_connector_forgets_everything(
     model: Path, daemon: DaemonProcess, base: dict[str, Any], log: Path
 ) -> None:

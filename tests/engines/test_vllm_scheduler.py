@@ -88,7 +88,7 @@ class Engine:
         monkeypatch.setattr(scheduler, "open_store", lambda *_: store)
         layout = KVLayout(2, 2, 64, "float32", BLOCK)
         group = EngineGroup(0, ("a", "b"), layout, PAGE, False, False)
-        model = EngineModel("m", "1", "d", (group,), 1, BLOCK, PAGE, 0, workers, workers, True)
+        model = EngineModel("m", "1", "d", (group,), 1, BLOCK, PAGE, 0, workers, workers, True, True)
         self.half = scheduler.SchedulerHalf(ConnectorSettings.parse(extra), model, loads=True, saves=True)
         self.tables: dict[str, tuple[list[int]]] = {}
         self.next_page = 1
@@ -124,6 +124,22 @@ class Engine:
 def saved(jobs: StepJobs) -> list[tuple[str, int]]:
     """Requests and numbers of blocks of a step's saves."""
     return [(job.request_id, len(job.keys)) for job in jobs.saves]
+
+
+def test_steps_say_how_many_of_their_tokens_are_of_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, request, other = Engine(monkeypatch, FakeStore()), FakeRequest("r", 300), FakeRequest("o", 100)
+    for each in (request, other):
+        engine.add(each)
+    counted = [
+        (jobs.prefill_tokens, jobs.other_tokens)
+        for jobs in (
+            engine.step((request, 200)),
+            engine.step((request, 100), (other, 100)),
+            engine.step((request, 1), (other, 1)),
+            engine.step(),
+        )
+    ]
+    assert counted == [(200, 0), (200, 0), (0, 2), (0, 0)]
 
 
 def test_each_block_is_handed_once_when_it_is_complete(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,6 +94,11 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
         assert isinstance(kv_connector_metadata, StepJobs)
         self._of_worker.begin(kv_connector_metadata)
 
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        """The jobs of the step that is about to be computed."""
+        super().bind_connector_metadata(connector_metadata)
+        self._of_worker.compute(self._jobs)
+
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         """Loads of this step; those that it computes on are over when this returns."""
         self._of_worker.load(self._jobs)

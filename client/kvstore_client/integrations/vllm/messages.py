@@ -69,6 +69,7 @@ class StepJobs(KVConnectorMetadata):
         loads, saves: see there.
         computed: for each request scheduled now, of KV group 0, the page before those that are written in this step, 0
             for none, and these.
+        prefill_tokens, other_tokens: that this step computes, of prompts and behind them.
         flush: jobs whose pages are about to be used for something else.
         finished: requests whose pages are kept until their saves are done.
     """
@@ -77,6 +78,8 @@ class StepJobs(KVConnectorMetadata):
     loads: list[LoadJob] = field(default_factory=list)
     saves: list[SaveJob] = field(default_factory=list)
     computed: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
+    prefill_tokens: int = 0
+    other_tokens: int = 0
     flush: frozenset[int] = frozenset()
     finished: frozenset[str] = frozenset()
 

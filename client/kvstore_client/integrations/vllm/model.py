@@ -66,6 +66,7 @@ class EngineModel:
         shard, shards: of this worker.
         workers: processes that load and save.
         writes: whether this worker saves: of ranks with equal KV the first does.
+        times_prefill: whether this worker says how fast prompts are computed: one does, where each computes all layers.
     """
 
     name: str
@@ -79,6 +80,7 @@ class EngineModel:
     shards: int
     workers: int
     writes: bool
+    times_prefill: bool
 
     @property
     def window(self) -> bool:
@@ -124,6 +126,7 @@ def describe_model(settings: ConnectorSettings, vllm_config: VllmConfig, kv_cach
         shards=pp * (tp // replicas),
         workers=tp * pp,
         writes=rank % tp % replicas == 0,
+        times_prefill=rank == 0 and pp == 1,
     )
 
 

@@ -224,8 +224,12 @@ class SchedulerHalf:
         for name, computed in _computed(output):
             state = self._requests.get(name)
             tables = None if block_state is None or not self._saves else block_state.get_block_ids(name)
+            scheduled = output.num_scheduled_tokens[name]
+            prompt = 0 if state is None else max(0, min(scheduled, state.request.num_prompt_tokens - computed))
+            jobs.prefill_tokens += prompt
+            jobs.other_tokens += scheduled - prompt
             if state is not None and tables is not None:
-                after = computed + output.num_scheduled_tokens[name]
+                after = computed + scheduled
                 self._plan_marks(jobs, tables, computed, after)
                 self._plan_saves(jobs, state, tables, after)
         for name, (tables, computed) in list(self._ended.items()):

@@ -28,6 +28,8 @@ class ConnectorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
         load: ``"sync"``: in the step that computes the rest; ``"async"``: between steps, while other requests run.
         save: ``"async"``: while the engine goes on; ``"sync"``: within the step.
         save_tokens: ``"all"``, or those of the ``"prompt"``.
+        report_prefill: whether the daemon is told how fast prompts are computed, so that it loads from tiers below
+            memory only what is there sooner than it would be computed.
         threads: of encoding and decoding on the CPU.
         deadline_s: that the scheduler waits for an answer.
         transfer_timeout_s: that a worker waits for the daemon while it loads or saves.
@@ -50,6 +52,7 @@ class ConnectorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     load: Literal["sync", "async"] = "sync"
     save: Literal["sync", "async"] = "async"
     save_tokens: Literal["all", "prompt"] = "all"
+    report_prefill: bool = True
     threads: int = 1
     deadline_s: float = 0.5
     transfer_timeout_s: float = 5.0

@@ -12,6 +12,8 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+from kvstore.errors import ProtocolMismatch
+from kvstore_client.integrations.prefill_times import PrefillTimes, cpu_mark, cuda_mark
 from kvstore_client.integrations.reachable import Reachable
 from kvstore_client.integrations.vllm.caches import GroupCache
 from kvstore_client.integrations.vllm.messages import LoadJob, SaveJob, StepJobs, StepReport
@@ -60,6 +62,7 @@ class WorkerHalf:
         self._fidelity = np.full(0, _EXACT, np.uint8)
         """Of what stands in each page of KV group 0 and before it: 255 where all of it is exact."""
         self._report = StepReport()
+        self._prefill: PrefillTimes | None = None
         self.stats = ConnectorStats()
 
     def register(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
@@ -70,6 +73,9 @@ class WorkerHalf:
         """
         self._caches = [GroupCache.of(group, kv_caches) for group in self._model.groups]
         self._fidelity = np.full(self._caches[0].pages.num_pages, _EXACT, np.uint8)
+        if self._settings.report_prefill and self._model.times_prefill:
+            on_cuda = self._caches[0].tensors[0].device.type == "cuda"
+            self._prefill = PrefillTimes(cuda_mark if on_cuda else cpu_mark)
         for cache, store in zip(self._caches, self._stores, strict=True):
             store.call(partial(TensorStore.prepare, kv=cache.spare), None)
 
@@ -112,6 +118,11 @@ class WorkerHalf:
         for store in self._stores:
             store.call(join, None)
 
+    def compute(self, jobs: StepJobs) -> None:
+        """The step begins to compute, unless it waits for loads first."""
+        if self._prefill is not None:
+            self._prefill.begin(jobs.prefill_tokens, jobs.other_tokens)
+
     def load(self, jobs: StepJobs) -> None:
         """Begin the loads of a step; those that it computes on are over when this returns."""
         for job in jobs.loads:
@@ -119,9 +130,17 @@ class WorkerHalf:
                 self._loaded(job, self._load(job, None))
             else:
                 self._loading[job.request_id] = job, self._loaders.submit(self._load, job, _event(self._caches[0]))
+        if any(job.wait for job in jobs.loads):
+            # vLLM computes after it where it waits for a load, and before it elsewhere.
+            self.compute(jobs)
 
     def save(self, jobs: StepJobs) -> None:
         """Begin the saves of a step, whose KV is computed (or queued on the device's current stream)."""
+        if self._prefill is not None:
+            self._prefill.end()
+            measured = self._prefill.take()
+            if measured is not None:
+                self._savers.submit(self._tell_prefill, *measured)
         for before, written in jobs.computed:
             self._mark(before, written)
         for job in jobs.saves:
@@ -292,6 +311,18 @@ class WorkerHalf:
             self.stats.add("saved_bytes", report.raw_bytes)
             self.stats.add("saved_stored_bytes", report.stored_bytes)
         self.stats.add("save_s", time.perf_counter() - begin)
+
+    def _tell_prefill(self, tokens: int, seconds: float) -> None:
+        """Tell the daemon how fast prompts are computed."""
+
+        def tell(store: TensorStore) -> None:
+            try:
+                store.client.report_prefill(tokens, seconds)
+            except ProtocolMismatch:
+                # It is too old to have a use for it, which is no reason to do without it.
+                self._prefill = None
+
+        self._stores[0].call(tell, None)
 
     # -------------------------------------------------------------- fidelity
 
