@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.text import Text
 
 from kvstore.cli import render
@@ -18,6 +18,10 @@ __all__ = ["ceiling", "curve_view", "four_bit_factor", "hit_rate_at", "points", 
 _LEVELS: Final = " ▁▂▃▄▅▆▇█"
 _ROWS: Final = 10
 _CELLS_PER_POINT: Final = 1.5
+_BESIDE: Final = 11
+"""Cells of the vertical axis, and of the last name below the horizontal one."""
+_LEAST_COLUMNS: Final = 20
+_TITLE_GAP: Final = "   "
 _FOUR_BIT_FACTOR: Final = 3.5
 """Blocks in 4 bits (``kivi4``) for one in 16 bits."""
 _UNCOMPRESSED: Final = ("", "raw")
@@ -42,17 +46,42 @@ def curve_view(stats: DaemonStats) -> RenderableType:
     curve = stats.curve
     if curve is None:
         return Text("this daemon keeps no curve: it is older than kvstore stats --curve; upgrade it", style="yellow")
-    title = Text("Hit rate of the present load, by DRAM capacity", style="bold")
-    title.append(f"   1x = {render.size(curve.capacity_bytes)}", "not bold green")
     if not curve.accesses:
-        return Group(title, Text("nothing was asked for yet", style="dim"))
-    parts: list[RenderableType] = [title, *_plot(curve), Text("")]
+        return Group(_Title(curve.capacity_bytes), Text("nothing was asked for yet", style="dim"))
+    parts: list[RenderableType] = [_Title(curve.capacity_bytes), _Plot(curve), Text("")]
     parts += [Text(sentence) for sentence in _sentences(stats, curve)]
     return Group(*parts, Text(_basis(curve), style="dim"))
 
 
-def _plot(curve: CurveStats) -> Iterator[Text]:
-    rates = _columns(curve.hit_rates, round(len(curve.hit_rates) * _CELLS_PER_POINT))
+class _Title:
+    """In one line, or in two where one is too narrow."""
+
+    def __init__(self, capacity_bytes: int) -> None:
+        self._capacity_bytes = capacity_bytes
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        title = Text("Hit rate of the present load, by DRAM capacity", style="bold")
+        here = Text(f"1x = {render.size(self._capacity_bytes)}", style="green")
+        if title.cell_len + len(_TITLE_GAP) + here.cell_len <= options.max_width:
+            yield Text.assemble(title, _TITLE_GAP, here)
+        else:
+            yield title
+            yield here
+
+
+class _Plot:
+    """The curve, in as many columns as there is room for."""
+
+    def __init__(self, curve: CurveStats) -> None:
+        self._curve = curve
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        most = round(len(self._curve.hit_rates) * _CELLS_PER_POINT)
+        yield from _plot(self._curve, max(_LEAST_COLUMNS, min(most, options.max_width - _BESIDE)))
+
+
+def _plot(curve: CurveStats, columns: int) -> Iterator[Text]:
+    rates = _columns(curve.hit_rates, columns)
     top = ceiling(max(max(rates), curve.ssd_hit_rate, 0.01))
     here = _column_of(curve, curve.capacity_bytes, len(rates))
     for row in reversed(range(_ROWS)):

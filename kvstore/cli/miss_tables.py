@@ -117,7 +117,7 @@ def _remembered(misses: MissStats) -> str:
 def _extra(misses: MissStats, tier: str, capacity_bytes: int) -> Table:
     """What further capacity would have kept, from the first bound that keeps some to the one that keeps all."""
     columns: list[str | render.Column] = ["further", "in all", "kept", "share", render.text_column("")]
-    made = render.table(f"Evicted from {tier}, and what further capacity would have kept", columns)
+    made = render.table(f"Evicted from {tier}: what more capacity would have kept", columns)
     whole = sum(misses.extra_blocks)
     kept = 0
     for multiple, blocks in zip(misses.multiples, misses.extra_blocks, strict=False):

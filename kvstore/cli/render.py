@@ -2,7 +2,7 @@
 
 Covers: what ``stats``, ``verify``, ``replay``, ``demo`` and ``bench`` print for people. Does not cover
 ``--json``, which prints plain objects. A terminal gets colour and its own width; a pipe gets neither, and
-never a wrapped line.
+never a wrapped line. A narrow terminal gets smaller bars and tables of fewer columns, never a part of a figure.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from rich import box
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.measure import Measurement
-from rich.table import Table
+from rich.console import Console
 from rich.text import Text
 
+from kvstore.cli.bar import Bar
+from kvstore.cli.fitted_table import FittedTable, shortened
 from kvstore.sizes import format_size
 
 __all__ = [
     "NOTHING",
     "Bar",
     "Column",
+    "FittedTable",
     "blocks",
     "console",
     "count",
@@ -74,32 +74,25 @@ def console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, width=width, highlight=False, emoji=False, markup=False)
 
 
-def table(title: str, columns: Sequence[str | Column], *, show_header: bool = True) -> Table:
+def table(
+    title: str, columns: Sequence[str | Column], *, show_header: bool = True, key_columns: int = 1
+) -> FittedTable:
     """An empty table in the shared style; fill it with ``add_row``.
 
     Args:
         title: printed above, at the left.
         columns: headings; a plain string is text in the first place and a number behind it.
         show_header: False for a list of facts, where the headings say nothing.
+        key_columns: leading columns that say what a row is of: repeated where a narrow terminal parts the columns.
     """
-    made = Table(
-        title=Text(title, style="bold"),
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        show_header=show_header,
-        pad_edge=False,
-        padding=(0, 1),
-        header_style="dim",
-        border_style="dim",
-    )
+    made = FittedTable(Text(title, style="bold"), key_columns=key_columns, show_header=show_header)
     for index, given in enumerate(columns):
         column = given if isinstance(given, Column) else Column(given, "right" if index else "left")
         made.add_column(column.heading, justify=column.align, no_wrap=True, overflow="ellipsis")
     return made
 
 
-def facts(title: str, rows: Iterable[tuple[str, str]]) -> Table:
+def facts(title: str, rows: Iterable[tuple[str, str]]) -> FittedTable:
     """A two-column table of names and values, without headings; on a narrow terminal long values take several lines."""
     made = table(title, ["", text_column("")], show_header=False)
     made.columns[1].no_wrap, made.columns[1].overflow = False, "fold"
@@ -111,43 +104,6 @@ def facts(title: str, rows: Iterable[tuple[str, str]]) -> Table:
 def plain(text: str) -> Text:
     """Text from elsewhere (a name, a path) as a cell, whose square brackets are no markup."""
     return Text(text)
-
-
-def shortened(text: str, cells: int) -> str:
-    """A name that is too long for its column, without its middle: paths and versions differ at their ends."""
-    if len(text) <= cells:
-        return text
-    head = (cells - 1) // 2
-    return f"{text[:head]}…{text[-(cells - 1 - head) :]}"
-
-
-class Bar:
-    """A bar of text: how full something is, with an ASCII form for terminals that know no more.
-
-    Args:
-        fraction: 0 to 1, clipped.
-        width: cells.
-    """
-
-    def __init__(self, fraction: float, width: int = 20) -> None:
-        self.fraction = min(max(fraction, 0.0), 1.0) if math.isfinite(fraction) else 0.0
-        self.width = width
-
-    def text(self, *, ascii_only: bool = False) -> str:
-        """The bar as plain text of exactly ``width`` cells."""
-        filled = round(self.fraction * self.width)
-        if self.fraction > 0 and filled == 0:
-            filled = 1
-        if self.fraction < 1 and filled == self.width:
-            filled = self.width - 1
-        full, empty = ("#", ".") if ascii_only else ("█", "░")
-        return full * filled + empty * (self.width - filled)
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield Text(self.text(ascii_only=options.ascii_only), style="cyan")
-
-    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
-        return Measurement(self.width, self.width)
 
 
 def size(size_bytes: int | float) -> str:

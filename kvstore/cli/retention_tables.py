@@ -59,7 +59,9 @@ def quota_table(tenants: Sequence[TenantStats]) -> RenderableType | None:
                 rows.append((used / limit, tenant.name, tier, used, limit, *counts))
     rows.sort(key=lambda row: (-row[0], row[1], row[2]))
     made = render.table(
-        "Quotas", ["tenant", "tier", "used", "quota", render.text_column(""), "full", "evicted", "refused"]
+        "Quotas",
+        ["tenant", "tier", "used", "quota", render.text_column(""), "full", "evicted", "refused"],
+        key_columns=2,
     )
     for full, name, tier, used, limit, evicted_blocks, refused_puts in rows[:_MOST_ROWS]:
         made.add_row(

@@ -30,7 +30,7 @@ def codecs_table(report: Report) -> RenderableType:
     columns: list[str | render.Column] = ["codec", render.text_column("op"), "GB/s"]
     for number in threads:
         columns += ["ratio", "aim"] if number == 1 else [f"{number} threads", "aim", "scale"]
-    made = render.table("Codecs on the CPU", [*columns, render.text_column("")])
+    made = render.table("Codecs on the CPU", [*columns, render.text_column("")], key_columns=2)
     lines: dict[tuple[str, str, str], dict[int, Row]] = {}
     for row in rows:
         lines.setdefault((row.codec or "", row.op, row.memory or ""), {})[row.threads or 1] = row

@@ -56,6 +56,7 @@ def _of_size(size_bytes: int, rows: Sequence[Row]) -> Table:
             *("time", "GB/s", "beside", "ratio"),
             render.text_column("aim"),
         ],
+        key_columns=2,
     )
     for row in rows:
         made.add_row(

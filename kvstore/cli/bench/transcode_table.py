@@ -22,6 +22,7 @@ def transcode_table(report: Report) -> RenderableType:
     made = render.table(
         "Transcoding",
         ["pair", render.text_column("records"), render.text_column("op"), "stored", "GB/s", MEMMOVE, "ratio"],
+        key_columns=3,
     )
     for row in report.rows:
         copied = (row.gb_per_s or 0) / row.ratio if row.ratio else 0

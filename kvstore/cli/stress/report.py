@@ -97,6 +97,7 @@ def stress_tables(report: StressReport) -> RenderableType:
             "hangs",
             render.text_column("outcome"),
         ],
+        key_columns=2,
     )
     for stage in report.stages:
         table.add_row(

@@ -1,4 +1,4 @@
-"""What ``kvstore tune`` prints for people, in 80 columns."""
+"""What ``kvstore tune`` prints for people."""
 
 from __future__ import annotations
 
@@ -19,10 +19,6 @@ from kvstore.simulator.clairvoyant import CLAIRVOYANT
 
 __all__ = ["applied_facts", "tune_tables"]
 
-_WIDTH: Final = 59
-"""Cells beside the capacities."""
-_LEAST_COLUMN: Final = 6
-_GAP: Final = 3
 _NONE: Final = "Nothing to recommend: none of these policies runs in a daemon."
 _WORTH_A_PLOT: Final = 0.02
 """Hit rates that differ by less are a flat line."""
@@ -49,10 +45,9 @@ def tune_tables(report: TuneReport) -> RenderableType:
     for (ssd_bytes, codec), group in groupby(report.rows, key=lambda row: (row.ssd_bytes, row.codec)):
         rows = list(group)
         title = f"Hit rate with {codec}" + (f", an SSD of {render.size(ssd_bytes)} below" if ssd_bytes else "")
-        for some in _chunks(_policies(rows)):
-            parts += [_hit_rates(title, rows, some), ""]
-        for some in _chunks([name for name in _policies(rows) if name != CLAIRVOYANT]):
-            parts += [_times(f"Estimated time to the first token with {codec}", rows, some), ""]
+        parts += [_hit_rates(title, rows, _policies(rows)), ""]
+        timed = [name for name in _policies(rows) if name != CLAIRVOYANT]
+        parts += [_times(f"Estimated time to the first token with {codec}", rows, timed), ""]
         if len(_by_capacity(rows)) > 1 and _spread(rows) >= _WORTH_A_PLOT:
             parts += [_plot(report, codec, ssd_bytes, rows), ""]
     parts += [_advice(report), "", _meanings(report)]
@@ -85,22 +80,8 @@ def _policies(rows: Iterable[TuneRow]) -> list[str]:
     return sorted(names, key=lambda name: (name == CLAIRVOYANT) - (name == LRU))
 
 
-def _chunks(names: Sequence[str]) -> list[list[str]]:
-    """Policies that fit beside each other."""
-    chunks: list[list[str]] = [[]]
-    width = 0
-    for name in names:
-        wide = max(len(name), _LEAST_COLUMN) + _GAP
-        if chunks[-1] and width + wide > _WIDTH:
-            chunks.append([])
-            width = 0
-        chunks[-1].append(name)
-        width += wide
-    return chunks
-
-
 def _hit_rates(title: str, rows: Sequence[TuneRow], policies: Sequence[str]) -> Table:
-    table = render.table(title, [render.Column("DRAM"), "blocks", *policies])
+    table = render.table(title, [render.Column("DRAM"), "blocks", *policies], key_columns=2)
     for by_policy in _by_capacity(rows):
         best = max((row.hit_rate for row in by_policy.values() if row.policy != CLAIRVOYANT), default=0.0)
         cells = []
@@ -113,7 +94,7 @@ def _hit_rates(title: str, rows: Sequence[TuneRow], policies: Sequence[str]) -> 
 
 
 def _times(title: str, rows: Sequence[TuneRow], policies: Sequence[str]) -> Table:
-    table = render.table(title, [render.Column("DRAM"), "blocks", *policies])
+    table = render.table(title, [render.Column("DRAM"), "blocks", *policies], key_columns=2)
     for by_policy in _by_capacity(rows):
         least = min(row.first_token_s for row in by_policy.values() if row.policy != CLAIRVOYANT)
         cells = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
@@ -19,7 +19,8 @@ _DOTS: Final = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 """Bits of a cell's dots, by row and column."""
 _LEFT: Final = 6
 """Cells of the numbers beside the vertical axis."""
-_LEAST_WIDTH: Final = 40
+_LEAST_WIDTH: Final = 30
+_LEGEND_GAP: Final = "   "
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +80,22 @@ class Plot:
             yield line
         yield Text(" " * (_LEFT + 1) + corner + self._axis(width, ascii_only=ascii_only), style="dim")
         yield Text(" " * (_LEFT + 2) + self._tick_labels(width), style="dim")
-        legend = Text(" " * (_LEFT + 2))
+        yield from self._legend(options.max_width, ascii_only=ascii_only)
+
+    def _legend(self, width: int, *, ascii_only: bool) -> Iterator[Text]:
+        """Names of the curves, as many in a line as fit."""
+        margin = " " * (_LEFT + 2)
+        line = Text(margin)
         for curve in reversed(self._curves):
-            legend.append(curve.name[0] if ascii_only else "━━", style=curve.style)
-            legend.append(f" {curve.name}   ")
-        yield legend
+            entry = Text.assemble((curve.name[0] if ascii_only else "━━", curve.style), f" {curve.name}")
+            if line.cell_len > len(margin):
+                if line.cell_len + len(_LEGEND_GAP) + entry.cell_len <= width:
+                    line.append(_LEGEND_GAP)
+                else:
+                    yield line
+                    line = Text(margin)
+            line.append_text(entry)
+        yield line
 
     def _y_ticks(self) -> list[float]:
         return [self._step * number for number in range(round(self._y_high / self._step) + 1)]
