@@ -36,36 +36,33 @@ CAUSE_WORDS: Final = {
 
 _ADVICE: Final = {
     MissCause.NEVER_SEEN: (
-        "Most of what missed was new: no cache can have it. Where prompts share text, put what they share first, and "
+        "was new: no cache can have it. Where prompts share text, put what they share first, and "
         "keep its tokens and the namespace the same in all engines."
     ),
-    MissCause.EXPIRED: "Most of what missed had outlived its time to live: give it a longer one.",
-    MissCause.QUOTA: "Most of what missed had to leave for its tenant's quota: raise it ([quota]).",
-    MissCause.REMOVED: "Most of what missed was removed by a client: look who calls remove or clear.",
+    MissCause.EXPIRED: "had outlived its time to live: give it a longer one.",
+    MissCause.QUOTA: "had to leave for its tenant's quota: raise it ([quota]).",
+    MissCause.REMOVED: "was removed by a client: look who calls remove or clear.",
     MissCause.INVALIDATED: (
-        "Most of what missed was of an earlier generation: weights changed in place, or clients did not call "
+        "was of an earlier generation: weights changed in place, or clients did not call "
         "invalidate() after another one did."
     ),
-    MissCause.CORRUPT: "Most of what missed was corrupt: look into the log, and run kvstore verify and a memory test.",
+    MissCause.CORRUPT: "was corrupt: look into the log, and run kvstore verify and a memory test.",
     MissCause.DIVERGED: (
-        "Most of what missed is behind the point where a prompt leaves a known one. New conversations behind a shared "
+        "is behind the point where a prompt leaves a known one. New conversations behind a shared "
         "beginning must do that; where prompts ought to share more, move what varies (dates, ids, names) to their end."
     ),
     MissCause.FAILED_LOAD: (
-        "Most of what missed is below memory and could not be loaded: look at the SSD in kvstore stats and at the log; "
+        "is below memory and could not be loaded: look at the SSD in kvstore stats and at the log; "
         "prefetch earlier, or wait longer."
     ),
     MissCause.RECOMPUTE: (
-        "Most of what missed is on the SSD, and computing it anew is faster: blocks of fewer bits, or a faster SSD "
+        "is on the SSD, and computing it anew is faster: blocks of fewer bits, or a faster SSD "
         "(ssd.transcode, ssd.prefill_tokens_per_s)."
     ),
-    MissCause.PART_MISSING: (
-        "Most of what missed lacks a part: see that every shard puts its own, and that namespace.parts is right."
-    ),
-    MissCause.NOT_STORED: (
-        "Most of what missed could not be stored when it was put: see 'refused' under Puts in kvstore stats for why."
-    ),
+    MissCause.PART_MISSING: "lacks a part: see that every shard puts its own, and that namespace.parts is right.",
+    MissCause.NOT_STORED: "could not be stored when it was put: see 'refused' under Puts in kvstore stats for why.",
 }
+"""What most, or the largest part, of what missed did, and what to do about it."""
 
 
 def miss_tables(stats: DaemonStats) -> RenderableType:
@@ -144,22 +141,36 @@ def _advice(stats: DaemonStats, misses: MissStats) -> str:
     if biggest == MissCause.EVICTED:
         return _advice_for_evicted(stats, misses)
     known = {member.value: words for member, words in _ADVICE.items()}
-    return known.get(biggest, f"Most of what missed: {cause_words(biggest)}.")
+    what = _largest_part(misses.causes[biggest].blocks, misses.blocks)
+    return f"{what} {known[biggest]}" if biggest in known else f"{what}: {cause_words(biggest)}."
 
 
 def _advice_for_evicted(stats: DaemonStats, misses: MissStats) -> str:
+    what = _largest_part(misses.causes[MissCause.EVICTED].blocks, misses.blocks)
     tier, capacity_bytes = left_tier(stats)
     whole = sum(misses.extra_blocks)
     kept = 0
     for multiple, blocks in zip(misses.multiples, misses.extra_blocks, strict=False):
         kept += blocks
         if whole and kept >= _MOST_KEPT * whole:
-            more, share = render.size(capacity_bytes * multiple), render.ratio(kept, whole).replace(" ", "\u00a0")
+            more, share = render.size(capacity_bytes * multiple), _unbroken(render.ratio(kept, whole))
             return (
-                f"Most of what missed had been evicted; {more} more of {tier} would have kept {share} of that: raise "
+                f"{what} had been evicted; {more} more of {tier} would have kept {share} of that: raise "
                 "the capacity, take a codec of fewer bits, or ask kvstore tune which policy would do better."
             )
     return (
-        "Most of what missed had been evicted long before, and would have needed more than "
+        f"{what} had been evicted long before, and would have needed more than "
         f"{misses.multiples[-1]:g} times the capacity: add a tier below (ssd), or take a codec of fewer bits."
     )
+
+
+def _largest_part(blocks: int, whole: int) -> str:
+    """What an advice is about: most is more than half."""
+    if 2 * blocks > whole:
+        return "Most of what missed"
+    return f"The largest part of what missed ({_unbroken(render.ratio(blocks, whole))})"
+
+
+def _unbroken(figure: str) -> str:
+    """A number that stays on the line of its unit."""
+    return figure.replace(" ", "\u00a0")

@@ -34,7 +34,7 @@ def retention_facts(retention: RetentionStats | None) -> Table | None:
     for name, numbers in (
         ("others", {"of low priority": retention.low_blocks, "not in DRAM now": retention.waiting_blocks}),
         ("lost", {"over the budget": retention.over_budget_blocks, "for room": retention.gave_way_blocks}),
-        ("over", {"normal again": retention.ended_blocks, "dropped": retention.dropped_blocks}),
+        ("expired", {"normal again": retention.ended_blocks, "dropped": retention.dropped_blocks}),
         ("leases", {"cut short": retention.leases_cut, "refused": retention.leases_refused}),
     ):
         told = ", ".join(f"{render.count(number)} {what}" for what, number in numbers.items() if number)

@@ -257,7 +257,7 @@ def _evictions(eviction: EvictionStats) -> Table:
         facts.append(("of the SSD", f"{below}; admits {eviction.admission}"))
     facts += [
         ("evicted", f"{render.blocks(eviction.evicted_blocks)}, {render.size(eviction.evicted_bytes)}"),
-        ("removed", f"{render.blocks(eviction.removed_blocks)}, by clients"),
+        ("removed", f"{render.blocks(eviction.removed_blocks)}, by clients or expired"),
         ("moved", f"{render.count(eviction.moved_records)} records, to empty slabs"),
         ("corrupt", f"{render.count(eviction.corrupt_records)} records, turned into misses"),
     ]

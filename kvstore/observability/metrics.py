@@ -198,7 +198,7 @@ def _ssd(ssd: SsdStats) -> Iterator[Metric]:
         ("refused_loads", "Loads that would have been slower than computing anew.", ssd.refused_loads),
         ("evicted_blocks", "Blocks that had to leave for others.", ssd.evicted_blocks),
         ("evicted_bytes", "Slot bytes of evicted blocks.", ssd.evicted_bytes),
-        ("removed_blocks", "Blocks removed by clients.", ssd.removed_blocks),
+        ("removed_blocks", "Blocks removed by clients, or because their time was over.", ssd.removed_blocks),
         ("corrupt_records", "Records whose checksum was wrong.", ssd.corrupt_records),
         ("commits", "Groups of records made durable together.", ssd.groups),
         ("checkpoints", "Checkpoints that took the place of a log.", ssd.checkpoints),
@@ -259,7 +259,9 @@ def _evictions(eviction: EvictionStats) -> Iterator[Metric]:
     yield policies
     yield _gauge("kvstore_policy_ghost_bytes", "Memory for what policies remember of others.", eviction.ghost_bytes)
     yield _counter("kvstore_policy_changes", "Changes of policies while the daemon ran.", eviction.switched)
-    yield _counter("kvstore_removed_blocks", "Blocks removed by clients.", eviction.removed_blocks)
+    yield _counter(
+        "kvstore_removed_blocks", "Blocks removed by clients, or because their time was over.", eviction.removed_blocks
+    )
     yield _counter("kvstore_moved_records", "Records moved to empty a slab.", eviction.moved_records)
     yield _counter("kvstore_corrupt_records", "Records whose checksum was wrong.", eviction.corrupt_records)
 

@@ -103,7 +103,7 @@ class SsdStats(msgspec.Struct, kw_only=True):
         dropped_blocks: that left DRAM without a copy.
         promoted_blocks, promoted_bytes: brought up into DRAM.
         evicted_blocks, evicted_bytes: that had to leave for others.
-        removed_blocks: by clients.
+        removed_blocks: by clients, or because their time was over and they were to be removed then (``retain``).
         hits: blocks served from here, by gets and by promotions.
         refused_loads: that would have been slower than computing the blocks anew.
         not_admitted_blocks: that were not worth writing.
@@ -260,6 +260,7 @@ class EvictionStats(msgspec.Struct, kw_only=True, omit_defaults=True):
     Attributes:
         policy, ssd_policy: of DRAM and of the SSD, "" without one.
         admission: what is written below, "" without an SSD.
+        removed_blocks: by clients, or because their time was over and they were to be removed then (``retain``).
         ghost_bytes: memory that the policies take for what they remember of blocks that left.
         switched: how often a policy was changed.
         following, ssd_following: which of its orders a policy that has several follows now, "" of one that has not.

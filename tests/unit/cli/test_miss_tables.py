@@ -79,6 +79,19 @@ def test_every_cause_has_words_and_says_what_to_do(cause: MissCause) -> None:
     assert " ".join(text).count("Most of what missed") == 1
 
 
+@pytest.mark.parametrize(
+    ("largest", "words"), [(6, "Most of what missed is on"), (5, "The largest part of what missed (50.0 %) is on")]
+)
+def test_most_is_more_than_half(largest: int, words: str) -> None:
+    some = missed(recompute=largest, never_seen=4, removed=10 - 4 - largest)
+    assert words in " ".join(shown(miss_tables(some))).replace("\u00a0", " ")
+    bucket = EXTRA_MULTIPLES.index(0.5)
+    for extra in ({bucket: 10}, {len(EXTRA_MULTIPLES): 10}):
+        some = missed(extra, evicted=largest, never_seen=4, removed=10 - 4 - largest)
+        told = " ".join(shown(miss_tables(some))).replace("\u00a0", " ")
+        assert words.replace("is on", "had been evicted") in told
+
+
 def test_a_cause_of_a_later_version_is_shown_as_it_is() -> None:
     text = shown(miss_tables(missed(moon_phase=3)))
     assert any(line.startswith("moon phase") for line in text)

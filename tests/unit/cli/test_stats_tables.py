@@ -26,6 +26,7 @@ def test_stats_of_a_busy_daemon_show_its_numbers() -> None:
     assert row(text, "match") == ["match", "1,000", "64,000", "32,000", "50.0", "%"]
     assert row(text, "get")[-2:] == [">99.9", "%"]
     assert row(text, "dram")[-4:] == ["36.6", "%", "12,000", "24,000"]
+    assert any(line.split()[:1] == ["removed"] and line.endswith(" blocks, by clients or expired") for line in text)
     assert "written 5.9 GiB; refused: 5 overloaded, 2 too large" in text
     assert row(text, "model-1") == ["model-1", "1", "2", "2.0", "MiB"]
     assert row(text, "260.0")[-2:] == ["97.8", "%"]
@@ -62,7 +63,7 @@ def test_stats_show_retention_and_quotas_where_they_are_used() -> None:
     assert told["leased"] == "1.0 GiB of 4.0 GiB (25.0 %)"
     assert told["others"] == "40 of low priority, 7 not in DRAM now"
     assert told["lost"] == "300 over the budget, 5 for room"
-    assert told["over"] == "900 normal again, 60 dropped"
+    assert told["expired"] == "900 normal again, 60 dropped"
     assert told["leases"] == "3 cut short, 2 refused"
     assert row(text, "chat")[1:6] == ["dram", "900.0", "MiB", "1000.0", "MiB"]
     assert row(text, "chat")[-3:] == ["%", "70", "4"]

@@ -42,7 +42,7 @@ def _draw(frame: Frame, width: int, rows: int) -> Sequence[Content]:
     if eviction.switched:
         lines.append(_fact("switched", f"{render.count(eviction.switched)} times"))
     lines += [
-        _fact("removed", f"{render.blocks(eviction.removed_blocks)}, by clients"),
+        _fact("removed", f"{render.blocks(eviction.removed_blocks)}, by clients or expired"),
         _fact("moved", f"{render.count(eviction.moved_records)} records, to empty slabs"),
         _fact("corrupt", f"{render.count(eviction.corrupt_records)} records, turned into misses"),
     ]

@@ -94,9 +94,9 @@ def _counts(stats: RetentionStats) -> list[Content]:
             "",
         ),
         (
-            "over",
+            "ended",
             {
-                "ended": stats.ended_blocks,
+                "normal again": stats.ended_blocks,
                 "dropped": stats.dropped_blocks,
                 "over budget": stats.over_budget_blocks,
                 "gave way": stats.gave_way_blocks,
