@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from kvstore.cli.namespaces import NAMING
 from kvstore.errors import InvalidArgument, KVStoreError
 from kvstore.format.warm_list import WarmChain, parse_warm_list, render_warm_list
 from kvstore.sizes import parse_size
@@ -35,9 +36,7 @@ def warm(
     save: Annotated[
         Path | None, typer.Option(help="Write what memory holds now as a list, the hottest first.", metavar="FILE")
     ] = None,
-    namespace: Annotated[
-        str, typer.Option(help="Where the list does not say: name of the namespace, or its digest.", metavar="NAME")
-    ] = "",
+    namespace: Annotated[str, typer.Option(help=f"Where the list does not say: {NAMING}.", metavar="NAME")] = "",
     block_tokens: Annotated[
         int, typer.Option(help="Lines of the list are token ids, so many a block.", metavar="N", min=0)
     ] = 0,
@@ -99,13 +98,15 @@ def _chains_of(client: Client, file: Path, namespace: str, block_tokens: int) ->
     if all(chain.digest for chain in chains):
         return chains
 
-    from kvstore.cli.namespaces import fitting_namespaces
+    from kvstore.cli.namespaces import listed, named_namespace, used_namespaces
 
-    fitting = fitting_namespaces(client, namespace)
+    known = client.stats().namespaces
+    fitting = [named_namespace(known, namespace)] if namespace else used_namespaces(client, known)
     if len(fitting) != 1:
-        listed = ", ".join(f"{one.label} ({one.digest})" for one in fitting) or "none is known"
-        raise InvalidArgument(f"{file} does not say of which namespace it is; say so (--namespace): {listed}")
-    digest = bytes.fromhex(fitting[0].digest)
+        raise InvalidArgument(f"{file} does not say of which namespace it is; say so (--namespace): {listed(fitting)}")
+    # Half a byte is left out: the digits of the statistics are whole bytes, and tell namespaces apart.
+    digits = fitting[0].digest
+    digest = bytes.fromhex(digits[: len(digits) // 2 * 2])
     return [chain if chain.digest else WarmChain(digest, chain.keys) for chain in chains]
 
 

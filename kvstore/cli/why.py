@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from kvstore.cli.namespaces import NAMING
 from kvstore.errors import InvalidArgument
 
 if TYPE_CHECKING:
-    from kvstore.protocol.statistics import NamespaceStats
-    from kvstore_client import Client, Explanation
+    from kvstore.cli.why_search import Answer
 
 __all__ = ["why"]
 
@@ -31,12 +31,12 @@ def why(
         typer.Option(help="A prompt: its token ids, as a JSON list or with blanks between them.", metavar="FILE"),
     ] = None,
     namespace: Annotated[
-        str, typer.Option(help="Name of the namespace, or the first digits of its digest.", metavar="NAME")
+        str, typer.Option(help=f"{NAMING.capitalize()}; else the one that knows the key or prompt.", metavar="NAME")
     ] = "",
     block_tokens: Annotated[
-        int, typer.Option(help="Tokens a block, where the namespace does not say.", metavar="N", min=0)
+        int, typer.Option(help="Of a prompt: tokens a block, where the namespace does not say.", metavar="N", min=0)
     ] = 0,
-    salt: Annotated[str, typer.Option(help="Salt of the prompt's first block, as text.", metavar="TEXT")] = "",
+    salt: Annotated[str, typer.Option(help="Of a prompt: salt of its first block, as text.", metavar="TEXT")] = "",
     endpoint: Annotated[
         str | None, typer.Option(help="The daemon's endpoint.", metavar="ipc://PATH", envvar="KVSTORE_ENDPOINT")
     ] = None,
@@ -46,18 +46,21 @@ def why(
     """Say why a key or a prompt hits or misses, and what would have kept it."""
     if bool(keys) == (tokens is not None):
         raise InvalidArgument("give keys, or a prompt (--tokens FILE)")
+    if keys and (block_tokens or salt):
+        given = "--block-tokens" if block_tokens else "--salt"
+        raise InvalidArgument(f"{given} is for a prompt (--tokens FILE): a key is looked up as it is")
     wanted = [_digits(key) for key in keys or ()]
     prompt = [] if tokens is None else _read_tokens(tokens)
 
-    from kvstore.cli.namespaces import fitting_namespaces
+    from kvstore.cli.why_search import Search
     from kvstore_client import Client
 
     with Client(endpoint, timeout=timeout, mapped=False) as client:
-        chosen = fitting_namespaces(client, namespace)
+        search = Search(client, namespace)
         if tokens is None:
-            found = _explain_keys(client, wanted, chosen)
+            found = [search.key(key) for key in wanted]
         else:
-            found = [_explain_prompt(client, prompt, chosen, block_tokens, salt.encode())]
+            found = [search.prompt(prompt, block_tokens, salt.encode())]
     if as_json:
         _print_json(found, tokens=tokens is not None)
         return
@@ -106,52 +109,7 @@ def _read_tokens(path: Path) -> list[int]:
     return ids
 
 
-def _explain_keys(client: Client, keys: Sequence[str], namespaces: Sequence[NamespaceStats]) -> list[Explanation]:
-    """Each key in a namespace that knows it, or where none does in the first."""
-    return [_explain_key(client, key, namespaces) for key in keys]
-
-
-def _explain_key(client: Client, key: str, namespaces: Sequence[NamespaceStats]) -> Explanation:
-    whole = [bytes.fromhex(key)] if len(key) == _KEY_DIGITS else []
-    prefixes = [] if whole else [key]
-    unknown: Explanation | None = None
-    for one in namespaces:
-        try:
-            explained = client.why(whole, chained=False, prefixes=prefixes, namespace=one.digest)
-        except InvalidArgument:
-            if len(namespaces) == 1:
-                raise
-            continue
-        if explained[0].state != "unknown":
-            return explained
-        unknown = unknown or explained
-    if unknown is None:
-        listed = ", ".join(f"{one.label} ({one.digest})" for one in namespaces)
-        raise InvalidArgument(f"{key} begins no key, or several, in any namespace; name one (--namespace): {listed}")
-    return unknown
-
-
-def _explain_prompt(
-    client: Client, tokens: Sequence[int], namespaces: Sequence[NamespaceStats], block_tokens: int, salt: bytes
-) -> Explanation:
-    from kvstore_client import chain_keys
-
-    if len(namespaces) != 1:
-        listed = ", ".join(f"{one.label} ({one.digest})" for one in namespaces)
-        raise InvalidArgument(f"say in which namespace (--namespace): {listed}")
-    digest = namespaces[0].digest
-    known = client.why([], namespace=digest).block_tokens
-    if known and block_tokens and known != block_tokens:
-        raise InvalidArgument(f"blocks of {namespaces[0].label} have {known} tokens, not {block_tokens}")
-    if not known and not block_tokens:
-        raise InvalidArgument(f"{namespaces[0].label} does not say how many tokens a block has: --block-tokens N")
-    keys = chain_keys(list(tokens), known or block_tokens, salt=salt)
-    if not keys:
-        raise InvalidArgument(f"{len(tokens)} tokens are no whole block of {known or block_tokens}")
-    return client.why(keys, namespace=digest)
-
-
-def _print_json(found: Sequence[Explanation], *, tokens: bool) -> None:
+def _print_json(found: Sequence[Answer], *, tokens: bool) -> None:
     from dataclasses import asdict
 
     def plain(value: Any) -> Any:
@@ -162,15 +120,22 @@ def _print_json(found: Sequence[Explanation], *, tokens: bool) -> None:
         return [plain(one) for one in value] if isinstance(value, (list, tuple)) else value
 
     if tokens:
-        (explained,) = found
+        (explained,) = (answer.explained for answer in found)
         shown = {**plain(asdict(explained)), "hits": explained.hits, "text": explained.text}
         told = list(explained)
     else:
-        # Each in the namespace that knows it.
-        where = [{"namespace": one.namespace, "digest": one.digest, "generation": one.generation} for one in found]
-        stories = [plain(asdict(one[0])) for one in found]
-        shown = {"stories": [{**story, **place} for story, place in zip(stories, where, strict=True)]}
-        told = [one[0] for one in found]
+        shown = {"stories": [{**plain(asdict(answer.explained[0])), **_place(answer)} for answer in found]}
+        told = [answer.explained[0] for answer in found]
     for story, one in zip(shown["stories"], told, strict=True):
         story["text"] = one.reason
     print(json.dumps(shown))
+
+
+def _place(answer: Answer) -> dict[str, Any]:
+    """Which namespace knows a key, or which ones do not."""
+    if answer.unknown_in:
+        unknown_in = [{"namespace": one.label, "digest": one.digest} for one in answer.unknown_in]
+        return {"namespace": "", "digest": "", "generation": 0, "unknown_in": unknown_in}
+    explained = answer.explained
+    where = {"namespace": explained.namespace, "digest": explained.digest, "generation": explained.generation}
+    return {**where, "unknown_in": []}

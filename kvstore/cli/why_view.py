@@ -11,10 +11,12 @@ from rich.text import Text
 
 from kvstore.cli import render
 from kvstore.cli.miss_tables import cause_words
+from kvstore.cli.namespaces import listed
 from kvstore.format.constants import FIDELITY_EXACT
 from kvstore_client.why import tier_name
 
 if TYPE_CHECKING:
+    from kvstore.cli.why_search import Answer
     from kvstore_client import Explanation, Story
 
 __all__ = ["why_view"]
@@ -25,24 +27,20 @@ _HIT: Final = "green"
 _MISS: Final = "yellow"
 
 
-def why_view(found: Sequence[Explanation]) -> RenderableType:
+def why_view(found: Sequence[Answer]) -> RenderableType:
     """The stories of keys, or of a prompt."""
     parts: list[RenderableType] = []
-    for explained in found:
-        shown = _prompt(explained) if explained.chained else Group(*_keys(explained))
-        parts += [shown, ""]
+    for answer in found:
+        explained = answer.explained
+        parts += [_prompt(explained) if explained.chained else _key(explained[0], answer), ""]
     return Group(*parts[:-1])
 
 
-def _keys(explained: Explanation) -> Iterator[RenderableType]:
-    for index, story in enumerate(explained):
-        if index:
-            yield ""
-        yield _key(story, explained)
-
-
-def _key(story: Story, explained: Explanation) -> RenderableType:
+def _key(story: Story, answer: Answer) -> RenderableType:
+    explained = answer.explained
     where = f"{explained.namespace}, generation {explained.generation}"
+    if answer.unknown_in:
+        where = f"unknown in all of {listed(answer.unknown_in)}; say which is meant (--namespace)"
     made = render.facts(f"Block {story.key.hex()[:_KEY_DIGITS]}", [("namespace", where)])
     made.add_row(Text("lookup", style="dim"), Text(story.reason, style=_HIT if story.hit else _MISS))
     for name, value in _facts(story):

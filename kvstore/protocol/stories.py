@@ -6,9 +6,14 @@ ago something was. Names of tiers are those of ``TierName``, causes those of ``M
 
 from __future__ import annotations
 
+from typing import Final
+
 import msgspec
 
 from kvstore.protocol.statistics import Unsigned
+
+NO_SUCH_PREFIX: Final = "no block of "
+"""What the refusal of a prefix says that no key of the namespace has; one that several have is refused otherwise."""
 
 
 class GhostStory(msgspec.Struct, kw_only=True, omit_defaults=True):

@@ -13,6 +13,7 @@ from kvstore.core.stories import Stories, keys_with
 from kvstore.errors import ErrorCode
 from kvstore.protocol.messages import AnyReply, ErrorReply, Why, WhyReply
 from kvstore.protocol.statistics import NamespaceStats
+from kvstore.protocol.stories import NO_SUCH_PREFIX
 from kvstore.server.below import Below
 from kvstore.server.executor import Executor
 from kvstore.server.refusal import Refused, keys_of
@@ -134,7 +135,7 @@ class WhyRequests:
             if not fitting:
                 raise Refused(
                     ErrorCode.BAD_REQUEST,
-                    f"no block of {_label(namespace)} that is there or remembered begins with {prefix}",
+                    f"{NO_SUCH_PREFIX}{_label(namespace)} that is there or remembered begins with {prefix}",
                 )
             if len(fitting) > 1:
                 named = ", ".join(key.hex()[: len(prefix) + 8] for key in fitting[:_MOST_NAMED])

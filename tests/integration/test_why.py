@@ -185,7 +185,8 @@ def test_keys_and_prefixes_that_cannot_be_explained_are_refused(small_daemon: Da
 def test_the_command_tells_the_story_of_a_prompt_and_of_keys(
     small_daemon: DaemonProcess, kvstore: Kvstore, tmp_path: Path
 ) -> None:
-    tokens = [*range(4 * TOKENS), 5]
+    # No other test of the module stores these: they are of one namespace.
+    tokens = [*range(1000, 1000 + 4 * TOKENS), 5]
     prompt = tmp_path / "prompt.json"
     prompt.write_text(json.dumps(tokens[: 2 * TOKENS] + [3] * 2 * TOKENS))
     with Client(small_daemon.endpoint, namespace=chat("command")) as client:
@@ -213,6 +214,8 @@ def test_the_command_tells_the_story_of_a_prompt_and_of_keys(
             assert why in kvstore("why", *arguments, status=2)
         prompt.write_text('[1, "two"]')
         assert "token 1 is 'two'" in kvstore("why", "--tokens", str(prompt), status=2)
+        client.match(chain_keys(tokens[: 2 * TOKENS] + [3] * TOKENS, TOKENS))
+        client.flush()
         shown = kvstore("stats", "--misses")
         assert "prompt differs" in shown or "evicted" in shown
         assert "100.0 %" in shown
