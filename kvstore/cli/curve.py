@@ -11,6 +11,7 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.text import Text
 
 from kvstore.cli import render
+from kvstore.cli.codec_slots import RAW, WHAT_IF_CODEC, plain_bytes, slot_bytes_with
 from kvstore.protocol.statistics import CurveStats, DaemonStats
 
 __all__ = ["ceiling", "curve_view", "four_bit_factor", "hit_rate_at", "points", "too_few"]
@@ -22,9 +23,7 @@ _BESIDE: Final = 11
 """Cells of the vertical axis, and of the last name below the horizontal one."""
 _LEAST_COLUMNS: Final = 20
 _TITLE_GAP: Final = "   "
-_FOUR_BIT_FACTOR: Final = 3.5
-"""Blocks in 4 bits (``kivi4``) for one in 16 bits."""
-_UNCOMPRESSED: Final = ("", "raw")
+_UNCOMPRESSED: Final = ("", RAW)
 _FEWEST_SAMPLED: Final = 500
 """Sampled accesses below which the curve is mostly noise."""
 _WORTH_SAYING: Final = 0.0005
@@ -129,7 +128,7 @@ def _sentences(stats: DaemonStats, curve: CurveStats) -> Iterator[str]:
     factor = four_bit_factor(stats)
     if factor > 1.1:
         gain = hit_rate_at(curve, factor * capacity_bytes) - here
-        wishes.append(f"4-bit blocks ({factor:.2g}x as many) {points(gain)}")
+        wishes.append(f"4-bit blocks ({factor:.2f}x as many) {points(gain)}")
     wishes.append(f"8x {points(hit_rate_at(curve, 8 * capacity_bytes) - here)}")
     yield f"{', '.join(wishes)}; half the DRAM {points(hit_rate_at(curve, capacity_bytes / 2) - here)}."
     if curve.ssd_bytes:
@@ -151,10 +150,18 @@ def points(change: float) -> str:
 
 
 def four_bit_factor(stats: DaemonStats) -> float:
-    """How many times as many blocks there would be, if those that are not compressed yet were."""
-    total = sum(one.slot_bytes for one in stats.namespaces)
-    plain = sum(one.slot_bytes for one in stats.namespaces if one.codec in _UNCOMPRESSED)
-    return total / (plain / _FOUR_BIT_FACTOR + total - plain) if total else 1.0
+    """How many times as many blocks there would be, if those that are not compressed yet were, with ``kivi4``.
+
+    By the slots that blocks take now and would take then, as ``kvstore tune`` has it of a recording.
+    """
+    now = then = 0
+    for one in stats.namespaces:
+        now += one.slot_bytes
+        then += one.slot_bytes
+        if one.codec in _UNCOMPRESSED and one.blocks:
+            mean_bytes = round(one.slot_bytes / one.blocks)
+            then += one.blocks * (slot_bytes_with(plain_bytes(mean_bytes, RAW), WHAT_IF_CODEC) - mean_bytes)
+    return now / then if then > 0 else 1.0
 
 
 def too_few(curve: CurveStats) -> bool:

@@ -178,7 +178,7 @@ def _decoding(codecs: Sequence[str], gb_per_s: float | None) -> dict[str, float]
 
 
 def _sizes(trace: Trace, model: str | None, block_bytes: str | None, codecs: Sequence[str]) -> BlockSizes:
-    from kvstore.cli.tune.recommend import WHAT_IF_CODEC
+    from kvstore.cli.codec_slots import WHAT_IF_CODEC
     from kvstore.cli.tune.sizes import given_sizes, model_sizes, recorded_sizes
 
     if block_bytes is not None:

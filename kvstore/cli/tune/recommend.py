@@ -7,21 +7,18 @@ from dataclasses import dataclass
 from typing import Final
 
 from kvstore.cli import render
+from kvstore.cli.codec_slots import RAW, WHAT_IF_CODEC
 from kvstore.cli.quality.measured import measured
 from kvstore.cli.tune.costs import CostModel
 from kvstore.cli.tune.grid import Grid
 from kvstore.cli.tune.report import Recommendation, TuneRow
 from kvstore.cli.tune.runs import LRU
-from kvstore.cli.tune.sizes import RAW
 from kvstore.policy.registry import POLICIES
 from kvstore.simulator.clairvoyant import CLAIRVOYANT
 from kvstore.simulator.lru_curve import LruCurve
 from kvstore.simulator.sampling import Workload
 
-__all__ = ["WHAT_IF_CODEC", "Question", "recommended", "starting_bytes"]
-
-WHAT_IF_CODEC: Final = "kivi4"
-"""What compression would do is told of this one where no codec was asked for."""
+__all__ = ["Question", "recommended", "starting_bytes"]
 
 _FLAT: Final = 0.02
 """Twice the DRAM gains less: more is not worth much."""

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Final
 
+from kvstore.cli.codec_slots import RAW, plain_bytes, slot_bytes_with
 from kvstore.cli.model_files import read_model
 from kvstore.cli.quality.measured import measured
 from kvstore.cli.render import size
@@ -19,9 +18,6 @@ from kvstore_kernels.codecs import Codec, get_codec
 from kvstore_kernels.models import ModelLayout
 
 __all__ = ["RAW", "BlockSizes", "given_sizes", "model_sizes", "recorded_sizes"]
-
-RAW: Final = "raw"
-_RAW_BITS: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +68,7 @@ def model_sizes(model: str, block_tokens: int, codecs: Sequence[str], *, also: s
 
 def given_sizes(block_bytes: int, codecs: Sequence[str]) -> BlockSizes:
     """Sizes from that of a block of 16-bit values, by the bits that codecs take for a value of common layouts."""
-    slots = {
-        name: padded_bytes(RECORD_HEADER_BYTES + round(block_bytes * _bits(name) / _RAW_BITS))
-        for name in dict.fromkeys((RAW, *codecs))
-    }
+    slots = {name: slot_bytes_with(block_bytes, name, RECORD_HEADER_BYTES) for name in dict.fromkeys((RAW, *codecs))}
     return BlockSizes("as given", block_bytes, slots)
 
 
@@ -94,10 +87,10 @@ def recorded_sizes(slot_bytes: int, codec: str, codecs: Sequence[str]) -> BlockS
         raise InvalidArgument(
             f"the trace has blocks of the codec {codec!r}, unknown here; give --model or --block-bytes"
         )
-    block_bytes = round(slot_bytes * _RAW_BITS / _bits(codec or RAW))
+    block_bytes = plain_bytes(slot_bytes, codec)
     sizes = given_sizes(block_bytes, codecs)
     # A slot has its header and padding already.
-    slots = {name: padded_bytes(round(block_bytes * _bits(name) / _RAW_BITS)) for name in sizes.slot_bytes}
+    slots = {name: slot_bytes_with(block_bytes, name) for name in sizes.slot_bytes}
     return BlockSizes("as recorded", block_bytes, slots)
 
 
@@ -109,12 +102,8 @@ def _model_slot(model: str, layout: ModelLayout, codec: Codec) -> int:
         except ValueError as wrong:
             raise InvalidArgument(f"--codecs: {codec.name} cannot store {model}: {wrong}") from None
         sections = codec.section_bytes(group.layout)
-        payload = round(group.layout.block_bytes * _bits(codec.name) / _RAW_BITS) if sections is None else sum(sections)
-        total += padded_bytes(RECORD_HEADER_BYTES + payload)
+        if sections is None:
+            total += slot_bytes_with(group.layout.block_bytes, codec.name, RECORD_HEADER_BYTES)
+        else:
+            total += padded_bytes(RECORD_HEADER_BYTES + sum(sections))
     return total
-
-
-@cache
-def _bits(name: str) -> float:
-    """Bits for each value of 16, as measured by ``kvstore quality``."""
-    return measured()[name].bits

@@ -6,7 +6,8 @@ import pytest
 from rich.console import Console
 from sample_stats import sample_curve, sample_stats
 
-from kvstore.cli.curve import curve_view, hit_rate_at
+from kvstore.cli.curve import curve_view, four_bit_factor, hit_rate_at
+from kvstore.cli.tune.sizes import recorded_sizes
 from kvstore.protocol.statistics import DaemonStats, NamespaceStats
 
 
@@ -20,7 +21,7 @@ def test_curve_says_in_words_what_other_capacities_would_give() -> None:
     text = lines(sample_stats(curve=True, ssd=True))
     assert "8.0 GiB of DRAM with LRU would hit 30.0 % of the blocks asked for." in text
     assert (
-        "2x the DRAM would give +10.0 points, 4-bit blocks (3.5x as many) +18.1 points, 8x +30.0 points; "
+        "2x the DRAM would give +10.0 points, 4-bit blocks (3.56x as many) +18.3 points, 8x +30.0 points; "
         "half the DRAM -10.0 points." in text
     )
     assert "DRAM and SSD together (108.0 GiB) hit 62.0 %: +32.0 points come from the SSD." in text
@@ -37,10 +38,24 @@ def test_curve_of_a_larger_ssd_than_it_reaches_says_at_least() -> None:
 
 def test_curve_of_blocks_that_are_compressed_promises_nothing_of_compression() -> None:
     stats = sample_stats(curve=True)
-    stats.namespaces = [NamespaceStats(name="small", generation=0, blocks=1, slot_bytes=100, codec="kivi4")]
+    stats.namespaces = [NamespaceStats(name="small", generation=0, blocks=1, slot_bytes=1 << 20, codec="kivi4")]
     assert not any("4-bit" in line for line in lines(stats))
-    stats.namespaces.append(NamespaceStats(name="large", generation=0, blocks=1, slot_bytes=100, codec="raw"))
-    assert any("4-bit blocks (1.6x as many)" in line for line in lines(stats))
+    stats.namespaces.append(NamespaceStats(name="large", generation=0, blocks=1, slot_bytes=1 << 20, codec="raw"))
+    assert any("4-bit blocks (1.56x as many)" in line for line in lines(stats))
+
+
+@pytest.mark.parametrize("slot_bytes", [8192, 65536, 69632, 1 << 20, 10_489_856])
+def test_curve_and_tune_agree_on_how_many_blocks_compression_makes_of_one(slot_bytes: int) -> None:
+    slots = recorded_sizes(slot_bytes, "raw", ["kivi4"]).slot_bytes
+    stats = sample_stats()
+    stats.namespaces = [NamespaceStats(name="n", generation=0, blocks=9, slot_bytes=9 * slot_bytes, codec="raw")]
+    assert four_bit_factor(stats) == slots["raw"] / slots["kivi4"]
+
+
+def test_compression_of_a_daemon_without_blocks_promises_nothing() -> None:
+    stats = sample_stats()
+    stats.namespaces = []
+    assert four_bit_factor(stats) == 1.0
 
 
 def test_curve_plot_is_80_columns_wide_and_grows_to_the_right() -> None:

@@ -264,7 +264,7 @@ def test_curve_panel_marks_the_present_capacity_and_tells_gains() -> None:
     axis = rows[-2]
     assert axis.split() == ["¼x", "½x", "1x", "2x", "4x", "8x"]
     assert rows[1][axis.index("1x")] == "┊", "where the tier is now"
-    assert " ".join(rows[-1].split()) == "½x -10.0 2x +10.0 4-bit blocks +18.1 4x +20.0 8x +30.0 points"
+    assert " ".join(rows[-1].split()) == "½x -10.0 2x +10.0 4-bit blocks +18.3 4x +20.0 8x +30.0 points"
 
 
 def test_curve_panel_before_anything_was_asked_says_so() -> None:
