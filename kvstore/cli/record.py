@@ -34,7 +34,8 @@ def record(
     """Begin or end a recording of lookups by the running daemon, or show how it goes.
 
     No keys are recorded, and files are bounded; the section "record" of the settings
-    says where they are and how large they may be.
+    says where they are and how large they may be. A stop exits with 1 where the
+    recording had ended by itself.
     """
     from kvstore_client import Client
 
@@ -44,11 +45,12 @@ def record(
         import msgspec
 
         print(msgspec.json.encode(status).decode())
-        return
+    else:
+        from kvstore.cli import render
 
-    from kvstore.cli import render
-
-    render.console().print(record_facts(status))
+        render.console().print(record_facts(status))
+    if action is Action.STOP and status.state == "failed":
+        raise typer.Exit(1)
 
 
 def record_facts(status: RecordStats) -> RenderableType:
@@ -60,17 +62,19 @@ def record_facts(status: RecordStats) -> RenderableType:
         ("state", status.state if not status.problem else f"{status.state}: {status.problem}"),
         ("directory", f"{status.directory}, at most {size(status.max_bytes)}"),
     ]
-    if status.file:
+    if status.started_unix_s:
+        rows.append(("file", status.file or "none is left"))
+    if status.file or status.requests:
         written = f"{count(status.requests)} requests, {blocks(status.blocks)}, {size(status.bytes_written)}"
         if status.requests:
             written += f" ({status.bytes_written / status.requests:.0f} bytes a request)"
         rows += [
-            ("file", status.file),
-            ("written", written),
+            ("written" if status.file else "lost", written),
             ("not over yet", f"{count(status.open_requests)} requests"),
         ]
     if status.dropped_requests:
-        rows.append(("dropped", f"{count(status.dropped_requests)} requests, because writing could not keep up"))
-    if status.requests and status.state != "on":
+        why = "could not keep up" if not status.problem else "could not keep up, or had ended"
+        rows.append(("dropped", f"{count(status.dropped_requests)} requests, because writing {why}"))
+    if status.requests and status.file and status.state != "on":
         rows.append(("next", f"kvstore tune {status.directory}"))
     return render.facts("Recording of lookups", rows)

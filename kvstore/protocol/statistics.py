@@ -467,9 +467,9 @@ class RecordStats(msgspec.Struct, kw_only=True, omit_defaults=True):
         directory: for recordings.
         max_bytes: that they may take there, all together.
         problem: why it failed, "" where it did not.
-        file: its current file, or its last one; "" where nothing was recorded yet.
+        file: its current file, or its last one; "" where nothing was recorded yet, or nothing of it is left.
         started_unix_s: when it began.
-        requests, blocks, bytes_written: in its files.
+        requests, blocks, bytes_written: in its files, those included that are gone.
         open_requests: that are not over yet.
         dropped_requests: because writing could not keep up.
     """

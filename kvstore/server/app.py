@@ -203,7 +203,12 @@ class Daemon:
         )
         self._undo.callback(mapping.stop)
         recorder = Recorder(
-            store, settings.recording_directory, settings.record.max_bytes, settings.record.files, self._clock
+            store,
+            settings.recording_directory,
+            settings.record.max_bytes,
+            settings.record.files,
+            self._clock,
+            failed=self._recording_failed,
         )
         self._undo.push_async_callback(_end_recording, recorder)
         requests = Requests(
@@ -378,6 +383,9 @@ class Daemon:
         except (KVStoreError, OSError) as error:
             self._log.error("recording_refused", directory=str(self.settings.recording_directory), why=str(error))
 
+    def _recording_failed(self, why: str) -> None:
+        self._log.error("recording_failed", why=why)
+
     def _readiness(self) -> tuple[bool, str]:
         if not self.ready:
             return False, "starting or stopping"
@@ -426,6 +434,7 @@ class Daemon:
 async def _end_recording(recorder: Recorder) -> None:
     recorder.stop()
     await asyncio.to_thread(recorder.finished)
+    recorder.tick()
 
 
 def _hazard_bytes(settings: Settings) -> int:

@@ -64,5 +64,9 @@ class RecordRequests:
 
     def _stopped(self, session: Session, request: Record) -> None:
         told = self._recorder.statistics()
-        self._log.info("recording_stopped", requests=told.requests, file=told.file, pid=session.pid)
+        if told.problem:
+            # Says in the log why.
+            self._recorder.tick()
+        else:
+            self._log.info("recording_stopped", requests=told.requests, file=told.file, pid=session.pid)
         self._send(session.identity, Recorded(request.id, self._incarnation, told))

@@ -64,6 +64,7 @@ class Recorder:
         max_bytes, files: see ``RecordingWriter``.
         clock: nanoseconds that never go back.
         make_directory: gives the directory, for tests.
+        failed: told once why a recording has ended by itself.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Recorder:
         files: int,
         clock: Callable[[], int],
         make_directory: Callable[[Path], RecordingDirectory] = RecordingDirectory,
+        failed: Callable[[str], None] = lambda why: None,
     ) -> None:
         self._store = store
         self._path = path
@@ -81,6 +83,8 @@ class Recorder:
         self._files = files
         self._clock = clock
         self._make_directory = make_directory
+        self._failed = failed
+        self._failure_told = False
         self._writer: RecordingWriter | None = None
         self._recording = False
         self._requests: dict[int, _Request] = {}
@@ -123,6 +127,7 @@ class Recorder:
         self._started_ns, self._started_unix_s = self._clock(), started_unix_ns / 1e9
         self._numbers, self._slot_bytes, self._facts = {}, {}, {}
         self._dropped = 0
+        self._failure_told = False
         self._recording = True
         self._store.watchers.append(self)
 
@@ -141,11 +146,14 @@ class Recorder:
         return self._writer is None or self._recording or self._writer.join(_END_TIMEOUT_S)
 
     def tick(self) -> None:
-        """Close requests that are over; end a recording that failed."""
-        if not self._recording:
-            return
+        """Close requests that are over; end a recording that failed, and say so, also of one that failed at its end."""
         if self._writer is not None and self._writer.failure:
             self.stop()
+            if not self._failure_told:
+                self._failure_told = True
+                self._failed(self._writer.failure)
+            return
+        if not self._recording:
             return
         now_ns = self._clock()
         over = 0

@@ -1,7 +1,7 @@
 """Encodes and writes lookups in a thread, so that neither costs the event loop anything.
 
-Covers: files of bounded size, of which the oldest go, and the end where the device is full or fails. Does not cover:
-which lookups there were, see ``kvstore.server.recorder``.
+Covers: files of bounded size, of which the oldest go, and the end where the device is full or fails, or where somebody
+removes the file that is written. Does not cover: which lookups there were, see ``kvstore.server.recorder``.
 """
 
 from __future__ import annotations
@@ -22,6 +22,13 @@ _FRAME_BYTES: Final = 64 << 10
 _MOST_WAITING_BLOCKS: Final = 1 << 18
 _END: Final = None
 
+_LOOK_S: Final = 5.0
+"""While nothing is written, the file is looked for so often."""
+
+
+class _FileGone(Exception):
+    """What is written is lost: its name leads to another file, or to none."""
+
 
 class RecordingWriter:
     """One recording, from its first file to its end.
@@ -38,7 +45,7 @@ class RecordingWriter:
     Attributes:
         written_bytes, written_lookups, written_blocks: so far.
         failure: why it ended by itself, "" while it did not.
-        file: name of the current file.
+        file: name of the current file; of one that is gone the last one that is left, "" where none is.
     """
 
     def __init__(
@@ -106,6 +113,8 @@ class RecordingWriter:
         try:
             while self._write_next():
                 pass
+        except _FileGone as error:
+            self.failure = str(error)
         except OSError as error:
             self.failure = f"cannot write {self.file}: {error.strerror or error}"
         except Exception as error:  # A defect of ours must not look like a recording that goes on.
@@ -116,9 +125,14 @@ class RecordingWriter:
 
     def _write_next(self) -> bool:
         """Write what was put; False at the end."""
-        lookups = self._queue.get()
+        try:
+            lookups = self._queue.get(timeout=_LOOK_S)
+        except queue.Empty:
+            self._look()
+            return True
         if lookups is _END:
             self._write_frame()
+            self._look()
             return False
         for lookup in lookups:
             self._encoder.add(lookup)
@@ -134,6 +148,7 @@ class RecordingWriter:
         if not self._framed:
             return
         assert self._open is not None
+        self._look()
         frame = self._encoder.frame()
         if self._open.size_bytes + len(frame) > self._file_bytes:
             # The next file knows nothing of this one, so it is encoded anew.
@@ -148,6 +163,22 @@ class RecordingWriter:
         self.written_lookups += len(self._framed)
         self.written_blocks += sum(len(lookup.keys) for lookup in self._framed)
         self._framed.clear()
+
+    def _look(self) -> None:
+        """Notice that somebody removed the file; else the recording would go on, and nobody could ever read it.
+
+        Raises:
+            _FileGone: it is gone.
+        """
+        assert self._open is not None
+        if self._open.is_in_place():
+            return
+        left = [stored.name for stored in self._directory.stored() if stored.header.recording == self._recording]
+        self.file = left[-1] if left else ""
+        kept = (
+            f"of the recording {left[0]} to {left[-1]} are left" if left else "nothing of the recording is left there"
+        )
+        raise _FileGone(f"{self._open.path} was removed or moved while it was written; {kept}")
 
     def _next_file(self) -> None:
         stored = self._directory.stored()

@@ -186,7 +186,7 @@ class Statistics:
     def _recording(self) -> RecordStats | None:
         """Of a recording that goes on, or went on since the start."""
         recording = None if self.recorder is None else self.recorder.statistics()
-        return recording if recording is not None and recording.file else None
+        return recording if recording is not None and recording.started_unix_s else None
 
     def _eviction(self) -> EvictionStats:
         counters, ssd = self.store.counters, self.store.ssd

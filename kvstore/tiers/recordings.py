@@ -48,6 +48,18 @@ class RecordingFile:
             self.size_bytes += written
             left = left[written:]
 
+    def is_in_place(self) -> bool:
+        """Whether its name still leads to it; False where it or its directory was removed, moved or replaced.
+
+        Raises:
+            OSError: that cannot be found out.
+        """
+        try:
+            found = os.lstat(self.path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return os.path.samestat(found, os.fstat(self._fd))
+
     def close(self) -> None:
         """Close it, without a sync: what a crash of the machine loses is the end of a recording."""
         if self._fd >= 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,6 +105,32 @@ def test_status_is_in_the_statistics_and_of_the_command(daemon: DaemonProcess, r
         told("stop")
         with pytest.raises(InvalidArgument, match="to start or to stop, not 'pause'"):
             client.record("pause")
+
+
+def test_a_recording_whose_directory_is_removed_is_not_called_written(tmp_path: Path) -> None:
+    directory = tmp_path / "recordings"
+    settings = ["--set", f"record.directory={directory}", "--slab", "64KiB"]
+    runner = CliRunner()
+    with DaemonProcess(
+        *settings, capacity=str(150 * 4096), grant="4MiB", expected_errors=("recording_failed",)
+    ) as started:
+        with Client(started.endpoint) as client:
+            client.record("start")
+            replayed(started, REQUESTS[:20], mapped=False)
+            shutil.rmtree(directory)
+        stopped = runner.invoke(app, ["record", "stop", "--endpoint", started.endpoint], env={"COLUMNS": "300"})
+        assert stopped.exit_code == 1
+        for action in ("stop", "status"):
+            result = runner.invoke(app, ["record", action, "--endpoint", started.endpoint], env={"COLUMNS": "300"})
+            assert result.exit_code == (action == "stop")
+            shown = " ".join(result.stdout.split())
+            assert shown == " ".join(stopped.stdout.split())
+            assert "was removed or moved while it was written; nothing of the recording is left there" in shown
+            assert "file none is left" in shown
+            assert "next" not in shown
+        (event,) = (event for event in started.events() if event["event"] == "recording_failed")
+        assert str(directory) in event["why"]
+        assert not directory.exists()
 
 
 def test_replay_takes_recordings(daemon: DaemonProcess, recordings: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 import time
 from collections.abc import Iterable, Sequence
 from hashlib import sha256
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from daemon_process import wait_until
 
 from kvstore.core.block import Block
 from kvstore.core.namespaces import NamespaceState
@@ -45,7 +47,16 @@ class World:
             namespaces=SimpleNamespace(by_id={3: self.namespace}),
             limits=SimpleNamespace(capacity_bytes=1 << 30),
         )
-        self.recorder = Recorder(self.store, path, max_bytes, files, lambda: self.now_ns, directory)  # type: ignore[arg-type]
+        self.failures: list[str] = []
+        self.recorder = Recorder(
+            self.store,  # type: ignore[arg-type]
+            path,
+            max_bytes,
+            files,
+            lambda: self.now_ns,
+            directory,
+            self.failures.append,
+        )
 
     def resident(self, numbers: Sequence[int], slot_bytes: int = 8192) -> Block:
         """A chain of blocks in DRAM; its deepest one."""
@@ -282,6 +293,7 @@ def test_full_device_ends_the_recording_with_a_reason_and_nothing_else(tmp_path:
     assert (status.state, world.store.watchers) == ("failed", [])
     assert status.problem.startswith("cannot write")
     assert "No space left" in status.problem
+    assert world.failures == [status.problem]
     assert world.recorder.finished()
     decoder = LookupDecoder()
     (file,) = world.path.iterdir()
@@ -293,6 +305,76 @@ def test_full_device_ends_the_recording_with_a_reason_and_nothing_else(tmp_path:
     assert world.recorder.statistics().state == "on"
     world.recorder.stop()
     assert world.recorder.finished()
+
+
+def gone(world: World, why: str) -> str:
+    """What the status says of a recording that has to have noticed it; the callback is told the same, once."""
+    deadline = time.monotonic() + 20
+    while not world.failures:
+        assert time.monotonic() < deadline
+        world.recorder.tick()
+        time.sleep(0.001)
+    world.recorder.tick()
+    status = world.recorder.statistics()
+    assert (status.state, world.store.watchers, world.recorder.finished()) == ("failed", [], True)
+    assert why in status.problem
+    assert world.failures == [status.problem]
+    return status.file
+
+
+@pytest.mark.parametrize("how", ["removed", "moved", "replaced", "file"])
+def test_recording_whose_files_somebody_removes_fails(world: World, how: str) -> None:
+    (file,) = world.path.iterdir()
+    if how == "file":
+        file.unlink()
+    elif how == "removed":
+        shutil.rmtree(world.path)
+    else:
+        world.path.rename(world.path.with_name("moved"))
+        if how == "replaced":
+            shutil.copytree(world.path.with_name("moved"), world.path)
+    world.told(1, [], [1, 2])
+    world.now_ns += 200 * SECOND_NS
+    world.recorder.tick()
+    left = gone(world, f"{file} was removed or moved while it was written; ")
+    # The copy that somebody put in its place is a beginning of the recording.
+    assert left == (file.name if how == "replaced" else "")
+    assert world.recorder.statistics().requests == 0
+    # A new one makes its directory again.
+    world.recorder.start()
+    assert world.recorder.statistics().state == "on"
+    world.told(2, [], [1, 2])
+    assert len(world.recorded()) == 1
+    assert len(world.failures) == 1
+
+
+def test_files_that_are_gone_are_noticed_at_the_stop_and_while_nothing_is_looked_up(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.told(1, [], [1, 2])
+    world.recorder._close(1)
+    wait_until(lambda: world.recorder.statistics().requests == 1)
+    shutil.rmtree(world.path)
+    world.recorder.stop()
+    assert world.recorder.finished()
+    assert world.recorder.statistics().state == "failed"
+    assert gone(world, "nothing of the recording is left there") == ""
+    monkeypatch.setattr(recording_writer, "_LOOK_S", 0.01)
+    world.recorder.start()
+    world.failures.clear()
+    shutil.rmtree(world.path)
+    assert gone(world, "nothing of the recording is left there") == ""
+
+
+def test_of_a_recording_whose_last_file_is_removed_the_others_are_named(tmp_path: Path) -> None:
+    world = World(tmp_path / "r", max_bytes=MIB // 2, files=4)
+    world.recorder.start()
+    fill(world, 100)
+    files = sorted(file.name for file in world.path.iterdir())
+    assert len(files) > 1
+    (world.path / files[-1]).unlink()
+    world.recorder.stop()
+    assert gone(world, f"{files[-1]} was removed or moved") == files[-2]
 
 
 def test_directory_that_will_not_do_is_an_error_at_the_start(tmp_path: Path) -> None:
