@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["warm"]
 
 _MOST_LIST_BYTES: Final = 1 << 30
+_NO_SSD: Final = "the daemon has no SSD (kvstore serve --ssd DIR), from which blocks would come up"
 
 
 def warm(
@@ -67,8 +68,11 @@ def warm(
         if save is not None:
             _save(client, save, timeout, as_json=as_json)
             return
+        below = client.stats().ssd is not None
         if file is not None:
             chains = _chains_of(client, file, namespace, block_tokens)
+        elif not below:
+            raise InvalidArgument(f"--hottest {hottest}: {_NO_SSD}")
         else:
             listed = client.chains("ssd", budget_bytes=hottest_bytes, timeout=timeout)
             chains = [WarmChain(one.digest, one.keys) for one in listed]
@@ -78,7 +82,10 @@ def warm(
     if as_json:
         print(json.dumps({"blocks": total, **asdict(result)}))
         return
-    _show(result, total)
+    notes = [] if below else [_NO_SSD]
+    if not total and hottest is not None:
+        notes.append(f"the SSD holds no block that fits into {hottest}")
+    _show(result, total, no_room_words(result, budget_bytes, evict=evict), budget_bytes, notes)
 
 
 def _chains_of(client: Client, file: Path, namespace: str, block_tokens: int) -> list[WarmChain]:
@@ -191,19 +198,44 @@ def _save(client: Client, path: Path, timeout: float, *, as_json: bool) -> None:
     print(f"{path} lists {render.blocks(blocks)}; chains: {render.count(len(listed))}")
 
 
-def _show(result: WarmResult, total: int) -> None:
+def no_room_words(result: WarmResult, budget_bytes: int, *, evict: bool) -> str:
+    """Why there was no room for some blocks, as far as the counts say: they do not tell a budget from other bounds.
+
+    Args:
+        result: of all.
+        budget_bytes: as it was given, 0 for none.
+        evict: whether others may leave.
+    """
     from kvstore.cli import render
 
+    room = "without free room, and nothing leaves for a list (see --evict)"
+    if evict:
+        room = (
+            "without room though others may leave: one request fills half of memory at most, and what is in use stays"
+        )
+    if not budget_bytes:
+        return room
+    left_bytes = max(budget_bytes - result.brought_bytes, 0)
+    if result.brought and left_bytes < result.brought_bytes / result.brought:
+        return f"beyond the budget (--budget {render.size(budget_bytes)})"
+    return f"larger than what the budget leaves ({render.size(left_bytes)}), or {room}"
+
+
+def _show(result: WarmResult, total: int, no_room: str, budget_bytes: int, notes: Sequence[str]) -> None:
+    from kvstore.cli import render
+
+    spent = budget_bytes and result.brought_bytes >= budget_bytes
     rows = [("came up", f"{render.blocks(result.brought)}, {render.size(result.brought_bytes)}")]
     for name, blocks, what in (
         ("were there", result.there, "in memory already"),
-        ("no room", result.no_room, "and nothing left for them (--evict)"),
+        ("no room", result.no_room, no_room),
         ("not known", result.unknown, "in no tier, or of another namespace"),
         ("failed", result.failed, "that could not be read: see the log of the daemon"),
-        ("not tried", result.not_tried, "for want of budget or time"),
+        ("not tried", result.not_tried, "since the budget is spent" if spent else "since time was over"),
     ):
         if blocks:
             rows.append((name, f"{render.count(blocks)} {what}"))
+    rows += [("note", note) for note in notes]
     render.console().print(render.facts(f"Warm-up of {render.blocks(total)}", rows))
     sys.stdout.flush()
 

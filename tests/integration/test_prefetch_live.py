@@ -167,7 +167,8 @@ def test_stats_hold_the_curve_of_what_was_asked_for(
     assert curve.capacities_bytes[16] == 4 << 20
     assert curve.hit_rates == sorted(curve.hit_rates)
     assert curve.hit_rate > 0.5
-    assert curve.accesses > 50 * CHAIN
+    # Older ones count for less.
+    assert curve.accesses > 49 * CHAIN
     stats(endpoint=daemon.endpoint, curve=True)
     shown = capsys.readouterr().out
     assert "of DRAM with LRU would hit" in shown
@@ -203,6 +204,44 @@ def test_warm_command_saves_a_list_and_brings_it_up(
     assert "1 in no tier, or of another namespace" in shown
     warm(hottest="128KiB", endpoint=daemon.endpoint, as_json=True)
     assert json.loads(capsys.readouterr().out)["blocks"] == 2
+    warm(hottest="1KiB", endpoint=daemon.endpoint)
+    assert "the SSD holds no block that fits into 1KiB" in " ".join(capsys.readouterr().out.split())
+
+
+def test_warm_command_says_what_it_had_no_room_for(
+    daemon: DaemonProcess,
+    client: Client,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    chain = Chain(client, 9)
+    chain.push_out(9)
+    listed = tmp_path / "list"
+    listed.write_text(" ".join(key.hex() for key in chain.keys) + "\n")
+
+    def shown(**options: Any) -> str:
+        warm(listed, namespace=client.namespace.name, endpoint=daemon.endpoint, **options)
+        return " ".join(capsys.readouterr().out.split())
+
+    assert "no room 24 without free room, and nothing leaves for a list (see --evict)" in shown()
+    told = shown(budget="100KiB", evict=True)
+    assert "came up 1 block, 60.0 KiB" in told
+    assert "no room 23 beyond the budget (--budget 100.0 KiB)" in told
+    assert "--evict" not in told
+
+
+def test_warm_command_says_that_there_is_no_ssd(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    listed = tmp_path / "list"
+    listed.write_text("ab" * 32 + "\n")
+    with DaemonProcess("--slab", "256KiB", capacity="4MiB", grant="1MiB") as memory_only:
+        with pytest.raises(InvalidArgument, match="--hottest 1MiB: the daemon has no SSD"):
+            warm(hottest="1MiB", endpoint=memory_only.endpoint)
+        warm(listed, endpoint=memory_only.endpoint)
+        shown = " ".join(capsys.readouterr().out.split())
+        assert "1 in no tier" in shown
+        assert "note the daemon has no SSD (kvstore serve --ssd DIR)" in shown
 
 
 @pytest.mark.parametrize(
