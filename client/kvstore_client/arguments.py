@@ -129,6 +129,20 @@ def check_retention(priority: object, ttl_s: object, drop: object) -> None:
         raise InvalidArgument("drop=True removes blocks at the end of their time: it needs ttl_s")
 
 
+def check_text(**arguments: object) -> None:
+    """Refuse arguments that must be text and are not.
+
+    Args:
+        arguments: by their names, which stand in the error.
+
+    Raises:
+        InvalidArgument: one is no ``str``.
+    """
+    for name, given in arguments.items():
+        if not isinstance(given, str):
+            raise InvalidArgument(f"{name} must be text, got {given!r}")
+
+
 def check_part(part: object) -> None:
     """Refuse a part that no record can have.
 

@@ -346,7 +346,7 @@ class Client(Blocking, WarmingCalls):
             The names of what the daemon has now.
 
         Raises:
-            InvalidArgument: a name is unknown, or there is no SSD tier; nothing was changed.
+            InvalidArgument: a name is unknown or no text, or there is no SSD tier; nothing was changed.
             ProtocolMismatch: the daemon is too old for this.
         """
         return self._run(self._operations.configure(policy, ssd_policy, admission))

@@ -49,7 +49,15 @@ from kvstore.protocol.messages import (
 )
 from kvstore.protocol.statistics import DaemonStats, RecordStats
 from kvstore.protocol.version import MAX_KEYS_PER_REQUEST, MAX_KEYS_PER_RETAIN, MAX_LEASE_MS
-from kvstore_client.arguments import batches, buffer_of, check_part, check_request, check_retention, milliseconds
+from kvstore_client.arguments import (
+    batches,
+    buffer_of,
+    check_part,
+    check_request,
+    check_retention,
+    check_text,
+    milliseconds,
+)
 from kvstore_client.puts import PutOperations
 from kvstore_client.results import MatchResult
 from kvstore_client.session import Ask, Session, Steps, expect
@@ -325,10 +333,12 @@ class Operations(PutOperations):
 
     def configure(self, policy: str, ssd_policy: str, admission: str) -> Steps[Configured]:
         """Change what the running daemon does; what it does now."""
+        check_text(policy=policy, ssd_policy=ssd_policy, admission=admission)
         return expect((yield Ask(Configure, (policy, ssd_policy, admission))), Configured)
 
     def record(self, action: str) -> Steps[RecordStats]:
         """Begin or end the recording of lookups; how it goes."""
+        check_text(action=action)
         return expect((yield Ask(Record, (action,))), Recorded).recording
 
     def retain(self, keys: Sequence[bytes], priority: int, ttl_s: float | None, drop: bool) -> Steps[int]:
@@ -369,6 +379,9 @@ class Operations(PutOperations):
 
     def why(self, keys: Sequence[bytes], chained: bool, prefixes: Sequence[str], namespace: str) -> Steps[Explanation]:
         """The stories of keys, and of those that begin with some digits."""
+        if isinstance(prefixes, str):
+            raise InvalidArgument(f"prefixes must be a sequence of texts, got one; put it into a list: [{prefixes!r}]")
+        check_text(namespace=namespace, **{f"prefixes[{at}]": one for at, one in enumerate(prefixes)})
         ask = Ask(Why, (join_keys(keys), bool(chained), tuple(prefixes), namespace))
         return explanation_of(expect((yield ask), WhyReply), bool(chained))
 

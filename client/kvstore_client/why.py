@@ -212,7 +212,8 @@ class Explanation:
         if not self.stories:
             return "no whole block, nothing to look up"
         hits, miss = self.hits, self.first_miss
-        lines = [f"{hits:,} of {len(self.stories):,} blocks of {self.namespace} hit{_where(self.stories[:hits])}."]
+        many = f"{len(self.stories):,} {'block' if len(self.stories) == 1 else 'blocks'}"
+        lines = [f"{hits:,} of {many} of {self.namespace} hit{_where(self.stories[:hits])}."]
         if miss is not None:
             at = f" (from token {miss.at_token:,} on)" if miss.at_token >= 0 else ""
             lines.append(f"Block {hits}{at}, {miss.key.hex()[:_KEY_DIGITS]}, {miss.reason}.")

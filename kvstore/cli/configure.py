@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from kvstore.errors import InvalidArgument
+
 __all__ = ["configure"]
 
 
@@ -13,9 +15,11 @@ def configure(
     endpoint: Annotated[
         str | None, typer.Option(help="The daemon's endpoint.", metavar="ipc://PATH", envvar="KVSTORE_ENDPOINT")
     ] = None,
-    policy: Annotated[str, typer.Option(help="Eviction policy of DRAM.", metavar="NAME")] = "",
-    ssd_policy: Annotated[str, typer.Option(help="Eviction policy of the SSD.", metavar="NAME")] = "",
-    admission: Annotated[str, typer.Option(help="What is written to the SSD: all or predicted.", metavar="NAME")] = "",
+    policy: Annotated[str | None, typer.Option(help="Eviction policy of DRAM.", metavar="NAME")] = None,
+    ssd_policy: Annotated[str | None, typer.Option(help="Eviction policy of the SSD.", metavar="NAME")] = None,
+    admission: Annotated[
+        str | None, typer.Option(help="What is written to the SSD: all or predicted.", metavar="NAME")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for the daemon.", min=0.001, metavar="S")] = 5.0,
 ) -> None:
@@ -25,8 +29,11 @@ def configure(
     """
     from kvstore_client import Client
 
+    for option, name in (("--policy", policy), ("--ssd-policy", ssd_policy), ("--admission", admission)):
+        if name is not None and not name.strip():
+            raise InvalidArgument(f"{option}: the name is empty; leave {option} away to change nothing")
     with Client(endpoint, timeout=timeout) as client:
-        now = client.configure(policy=policy, ssd_policy=ssd_policy, admission=admission)
+        now = client.configure(policy=policy or "", ssd_policy=ssd_policy or "", admission=admission or "")
     shown = {"policy": now.policy, "ssd_policy": now.ssd_policy, "admission": now.admission}
     if as_json:
         import msgspec

@@ -65,6 +65,6 @@ def _check(line: _Line) -> None:
     full = line.input_length // BAILIAN_BLOCK_TOKENS
     if not full <= len(line.hash_ids) <= full + 1:
         raise InvalidArgument(
-            f"input_length {line.input_length} is {full} full blocks of {BAILIAN_BLOCK_TOKENS} tokens, "
-            f"but there are {len(line.hash_ids)} hash_ids"
+            f"input_length {line.input_length} is {full} full {'block' if full == 1 else 'blocks'} of "
+            f"{BAILIAN_BLOCK_TOKENS} tokens, but hash_ids has {len(line.hash_ids)}"
         )

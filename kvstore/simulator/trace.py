@@ -17,6 +17,7 @@ from typing import Final
 import msgspec
 
 from kvstore.errors import InvalidArgument
+from kvstore.simulator.trace_lines import trace_lines
 
 __all__ = ["TRACE_BLOCK_TOKENS", "TraceRequest", "block_key", "parse_trace", "read_trace"]
 
@@ -69,7 +70,7 @@ def read_trace(path: str | PathLike[str], limit: int | None = None) -> list[Trac
     """
     try:
         with open(path, "rb") as lines:
-            requests = list(islice(parse_trace(lines, str(path)), limit))
+            requests = list(islice(parse_trace(trace_lines(lines, str(path)), str(path)), limit))
     except OSError as error:
         raise InvalidArgument(f"cannot read the trace {str(path)!r}: {error.strerror or error}") from None
     if not requests:
@@ -107,8 +108,8 @@ def _check(request: TraceRequest, parents: dict[int, int | None]) -> None:
     blocks = -(-request.input_tokens // TRACE_BLOCK_TOKENS)
     if len(request.hash_ids) != blocks:
         raise InvalidArgument(
-            f"input_length {request.input_tokens} is {blocks} blocks of {TRACE_BLOCK_TOKENS} tokens, "
-            f"but there are {len(request.hash_ids)} hash_ids"
+            f"input_length {request.input_tokens} is {blocks} {'block' if blocks == 1 else 'blocks'} of "
+            f"{TRACE_BLOCK_TOKENS} tokens, but hash_ids has {len(request.hash_ids)}"
         )
     parent: int | None = None
     for hash_id in request.full_blocks:

@@ -20,6 +20,7 @@ from kvstore.simulator.bailian import BAILIAN_BLOCK_TOKENS, parse_bailian
 from kvstore.simulator.recording import is_recording, read_recording
 from kvstore.simulator.requests import Request, Trace
 from kvstore.simulator.trace import TRACE_BLOCK_TOKENS, parse_trace
+from kvstore.simulator.trace_lines import trace_lines
 
 __all__ = ["read_requests"]
 
@@ -44,7 +45,7 @@ def read_requests(path: str | PathLike[str], limit: int | None = None, block_tok
             trace = read_recording(Path(path), limit)
         else:
             with open(path, "rb") as lines:
-                trace = _read_lines(lines, name, limit)
+                trace = _read_lines(trace_lines(lines, name), name, limit)
     except OSError as error:
         raise InvalidArgument(f"cannot read the trace {name!r}: {error.strerror or error}") from None
     if not trace.requests:

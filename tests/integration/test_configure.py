@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from daemon_process import DaemonProcess
+from typer.testing import CliRunner
 
+from kvstore.cli.main import app
 from kvstore.errors import InvalidArgument
 from kvstore.policy.registry import POLICIES
 from kvstore.protocol.messages import PutStatus
@@ -60,6 +62,32 @@ def test_configure_every_policy_in_turn_keeps_every_block(daemon: DaemonProcess)
         assert stats.eviction.following == ""
         assert stats.eviction.ssd_policy == "lru"
         assert stats.eviction.switched >= 2 * (len(POLICIES) - 1)
+
+
+@pytest.mark.parametrize(
+    ("ask", "what"),
+    [
+        (lambda client: client.configure(policy=5), "policy must be text, got 5"),
+        (lambda client: client.configure(ssd_policy=None), "ssd_policy must be text, got None"),
+        (lambda client: client.configure(admission=b"all"), "admission must be text, got b'all'"),
+        (lambda client: client.record(1), "action must be text, got 1"),
+        (lambda client: client.why([], namespace=7), "namespace must be text, got 7"),
+        (lambda client: client.why([], prefixes="0123456789"), "prefixes must be a sequence of texts"),
+        (lambda client: client.why([], prefixes=["01234567", 5]), r"prefixes\[1\] must be text, got 5"),
+    ],
+)
+def test_names_that_are_no_text_are_refused_by_their_arguments(
+    daemon: DaemonProcess, ask: Callable[[Client], object], what: str
+):
+    with Client(daemon.endpoint) as client, pytest.raises(InvalidArgument, match=f"^{what}"):
+        ask(client)
+
+
+@pytest.mark.parametrize("option", ["--policy", "--ssd-policy", "--admission"])
+def test_configure_with_an_empty_name_is_refused(daemon: DaemonProcess, option: str):
+    result = CliRunner().invoke(app, ["configure", option, "", "--endpoint", daemon.endpoint])
+    assert isinstance(result.exception, InvalidArgument)
+    assert str(result.exception).startswith(f"{option}: the name is empty")
 
 
 @pytest.mark.parametrize("wrong", [{"policy": "mru"}, {"ssd_policy": "mru"}, {"admission": "some"}])

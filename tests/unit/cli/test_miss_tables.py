@@ -9,6 +9,7 @@ from rich.console import Console, RenderableType
 from sample_stats import sample_stats
 
 from kvstore.cli.miss_tables import CAUSE_WORDS, miss_tables
+from kvstore.cli.why_search import Answer
 from kvstore.cli.why_view import why_view
 from kvstore.core.misses import EXTRA_MULTIPLES
 from kvstore.observability.metrics import make_registry, render_metrics
@@ -127,7 +128,7 @@ GHOST = GhostStory(cause="evicted", ago_s=7200, tier="ssd", policy="adaptive", e
 
 def test_a_prompt_is_shown_run_by_run() -> None:
     told = explained(story(0), story(1), story(2, "gone", "evicted", ghost=GHOST), story(3, "unknown", "never_seen"))
-    text = shown(why_view([told]))
+    text = shown(why_view([Answer(told)]))
     rows = [line.split("   ") for line in text[3:6]]
     assert [[cell.strip() for cell in row if cell.strip()][:3] for row in rows] == [
         ["0 - 1", "0 - 127", "hit in DRAM"],
@@ -162,7 +163,7 @@ def test_every_story_says_why_in_a_sentence(one: KeyStory, words: str) -> None:
     told = explained(one, chained=False)
     assert words in told[0].reason
     assert words in told.text
-    assert words in " ".join(shown(why_view([told]))).replace("  ", "")
+    assert words in " ".join(shown(why_view([Answer(told)]))).replace("  ", "")
 
 
 def test_a_block_in_two_tiers_tells_of_both() -> None:
@@ -172,3 +173,8 @@ def test_a_block_in_two_tiers_tells_of_both() -> None:
     for words in ("in DRAM and the SSD", "8.0 KiB of kivi4, fidelity 85; 2 of 2 parts", "4 requests ago; 2 leases"):
         assert words in text
     assert "retention: priority 80" in text
+
+
+def test_a_prompt_of_one_block_has_one_block() -> None:
+    assert explained(story(0)).text.startswith("1 of 1 block of chat hit")
+    assert explained(story(0), story(1)).text.startswith("2 of 2 blocks of chat hit")

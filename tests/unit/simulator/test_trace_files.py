@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +14,7 @@ from synthetic_trace import synthetic_requests, write_trace
 
 from kvstore.errors import InvalidArgument
 from kvstore.simulator.arrivals import full_block_arrivals
+from kvstore.simulator.trace import read_trace
 from kvstore.simulator.trace_files import read_requests
 
 LINE = {
@@ -79,8 +84,9 @@ def test_larger_blocks_are_those_of_several_and_tails_are_left_out(tmp_path: Pat
         ({"timestamp": 1e300}, "timestamp must be seconds"),
         ({"input_length": -1}, "input_length"),
         ({"input_length": "5"}, "input_length"),
-        ({"input_length": 100}, "100 is 6 full blocks of 16 tokens, but there are 4 hash_ids"),
-        ({"hash_ids": [1, 2, 3, 4, 5, 6]}, "3 full blocks of 16 tokens, but there are 6 hash_ids"),
+        ({"input_length": 100}, "100 is 6 full blocks of 16 tokens, but hash_ids has 4"),
+        ({"input_length": 16}, "16 is 1 full block of 16 tokens, but hash_ids has 4"),
+        ({"hash_ids": [1, 2, 3, 4, 5, 6]}, "3 full blocks of 16 tokens, but hash_ids has 6"),
         ({"hash_ids": None}, "hash_ids"),
     ],
 )
@@ -97,10 +103,42 @@ def test_files_that_are_no_traces_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     with pytest.raises(InvalidArgument, match="holds no requests"):
         read_requests(tmp_path / "empty")
-    (tmp_path / "text").write_bytes(b"\xff\xfe# no trace\n")
+    (tmp_path / "text").write_bytes(b"# no trace\n")
     with pytest.raises(InvalidArgument, match=r"text:1: "):
         read_requests(tmp_path / "text")
     path = bailian(tmp_path / "b.jsonl", {})
     path.write_text(path.read_text() + "\n")
     with pytest.raises(InvalidArgument, match=r"b\.jsonl:2: the line is empty"):
         read_requests(path)
+
+
+@pytest.mark.parametrize(
+    ("packed", "what"),
+    [
+        (gzip.compress, r"b\.jsonl' is packed with gzip: unpack it first \(gunzip\)"),
+        (bz2.compress, "packed with bzip2"),
+        (lzma.compress, "packed with xz"),
+        (lambda content: content.decode().encode("utf-16"), "is text in UTF-16"),
+        (
+            lambda content: b"\x00\x01" + content,
+            r"is no text: a trace is lines of JSON in UTF-8, or what",
+        ),
+        (lambda content: b"\x93" + content, "is no text"),
+    ],
+)
+def test_packed_and_binary_files_are_told_by_their_beginning(
+    tmp_path: Path, packed: Callable[[bytes], bytes], what: str
+) -> None:
+    path = bailian(tmp_path / "b.jsonl", {})
+    path.write_bytes(packed(path.read_bytes()))
+    for read in (read_requests, read_trace):
+        with pytest.raises(InvalidArgument, match=what):
+            read(path)
+
+
+def test_byte_order_mark_of_utf_8_is_passed_over(tmp_path: Path) -> None:
+    path = bailian(tmp_path / "b.jsonl", {}, {})
+    whole = read_requests(path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    marked = read_requests(path)
+    assert (marked.format, marked.requests) == ("bailian", whole.requests)

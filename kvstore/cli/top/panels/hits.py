@@ -117,7 +117,7 @@ def _details(frame: Frame, width: int, rows: int) -> Sequence[Content]:
             spread(
                 [
                     line((f"{name:<6}", "bold"), f"{render.count(requests)} requests"),
-                    line(f"{render.count(hits)} of {render.count(asked)} blocks hit"),
+                    line(f"{render.count(hits)} of {render.blocks(asked)} hit"),
                     line(render.ratio(hits, asked), (" since start", "$faint")),
                     line(recent, (" 10 s", "$faint")),
                 ],
