@@ -18,12 +18,17 @@ from kvstore.policy.segments import Segment
 _LEAD: Final = 0.001
 """A lead that is worth a change, as a share of the blocks asked for."""
 _CLEAR_LEAD: Final = 1.0
-_CLEAR_DEFEAT: Final = 1.0
-"""Standard deviations by which a lead of the longer comparison, or a defeat in the shorter one, is clear."""
+"""Standard deviations by which a lead of the longer comparison is clear."""
 _MEMORY_AT_LEAST_BLOCKS: Final = 4000
 _LONG_MEMORY: Final = 4
 """Half-life of the short comparison, in blocks asked for, or the cache's capacity if that is more; and how many times
 as long the other one is."""
+_EVIDENCE: Final = 0.25
+"""Part of the short half-life that must have been asked for before an order is called better."""
+_LOSS: Final = 3.0
+_SPREAD_MEMORY: Final = 0.25
+"""A loss since the lead was highest is clear at so many standard deviations of the differences of late: of that part of
+the short half-life."""
 
 
 class LruShadow:
@@ -161,12 +166,16 @@ class _Lead:
         """Whether it is more than chance: differences are taken for independent, with no mean."""
         return self.hits > 0.0 and self.hits * self.hits > deviations * deviations * self.squares
 
-    def below(self, deviations: float) -> bool:
-        return self.hits < 0.0 and self.hits * self.hits > deviations * deviations * self.squares
+    def reset(self) -> None:
+        self.hits = self.squares = self.asked = 0.0
 
 
 class Contest:
-    """Which order is the better one; a lead must be clear before it changes anything, and is lost at once.
+    """Which order is the better one; a lead must be clear before it changes anything.
+
+    While the order by index is followed it is watched for the load's change: as soon as it has lost clearly more than
+    chance since its lead was highest (Page, "Continuous inspection schemes", 1954), it is left, and what it won before
+    counts no more: the load that it was good for is over.
 
     Attributes:
         ranked: the order by index is; at first it is not.
@@ -176,16 +185,30 @@ class Contest:
         self.ranked = False
         self._long = _Lead()
         self._short = _Lead()
+        self._spread = _Lead()
+        self._lost_hits = 0.0
 
     def note(self, lru_hits: int, ranked_hits: int, asked: int, capacity_blocks: int) -> None:
         """The shadows hit so many of the blocks that a request asked for."""
         memory_blocks = max(_MEMORY_AT_LEAST_BLOCKS, capacity_blocks)
         difference = ranked_hits - lru_hits
-        self._short.note(difference, asked, memory_blocks)
-        self._long.note(difference, asked, _LONG_MEMORY * memory_blocks)
-        if self.ranked:
-            self.ranked = self._long.hits >= 0.0 and not self._short.below(_CLEAR_DEFEAT)
-        else:
+        long, short = self._long, self._short
+        short.note(difference, asked, memory_blocks)
+        long.note(difference, asked, _LONG_MEMORY * memory_blocks)
+        self._spread.note(difference, asked, _SPREAD_MEMORY * memory_blocks)
+        if not self.ranked:
             self.ranked = (
-                self._long.above(_CLEAR_LEAD) and self._long.hits > _LEAD * self._long.asked and self._short.hits >= 0.0
+                long.asked >= _EVIDENCE * memory_blocks
+                and long.above(_CLEAR_LEAD)
+                and long.hits > _LEAD * long.asked
+                and short.hits >= 0.0
             )
+            self._lost_hits = 0.0
+            return
+        self._lost_hits = max(0.0, self._lost_hits - difference)
+        if self._lost_hits * self._lost_hits > _LOSS * _LOSS * self._spread.squares:
+            self.ranked = False
+            long.reset()
+            short.reset()
+        elif long.hits < 0.0:
+            self.ranked = False

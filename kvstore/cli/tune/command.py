@@ -97,7 +97,7 @@ def tune(
     """Simulate a trace with other policies, capacities, codecs and tiers, and recommend a configuration.
 
     Capacities in blocks are of uncompressed ones; a codec holds more of its own in the same bytes. Without --exact
-    most simulations are of a sample of the blocks, and hit rates are off by some tenths of a point.
+    most simulations are of a sample of the blocks, and hit rates are off by some tenths of a point, at worst by one.
     """
     import msgspec
 

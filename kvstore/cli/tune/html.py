@@ -298,7 +298,8 @@ def _assumptions(report: TuneReport) -> str:
         ("decoding", decoding),
         (
             "simulation",
-            f"samples of {', '.join(f'{rate:.3g}' for rate in sampled)} of the blocks, off by some tenths of a point"
+            f"samples of {', '.join(f'{rate:.3g}' for rate in sampled)} of the blocks, off by some tenths of a point, "
+            "at worst by one"
             if sampled
             else "every block",
         ),

@@ -52,6 +52,43 @@ def test_adaptive_without_a_lead_is_lru_to_the_last_hit(monkeypatch: pytest.Monk
             assert simulate(stream, "adaptive", capacity).hits == simulate(stream, "lru", capacity).hits
 
 
+def leads(contest: shadow.Contest, mean: float, requests: int, draw: random.Random, spread: float = 10.0) -> list[bool]:
+    """Which order is followed after each of some requests for 20 blocks, where the one by index hits more or less."""
+    followed = []
+    for _ in range(requests):
+        difference = round(draw.gauss(mean, spread))
+        contest.note(max(0, -difference), max(0, difference), 20, 2000)
+        followed.append(contest.ranked)
+    return followed
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_contest_leaves_an_order_whose_load_is_over_soon(seed: int):
+    """However long and however much it won before: what another load was worth says nothing of this one."""
+    draw = random.Random(seed)
+    for won in (500, 5000):
+        contest = shadow.Contest()
+        assert leads(contest, 4.0, won, draw)[-1]
+        followed = leads(contest, -3.0, 400, draw)
+        assert followed.index(False) < 150
+        assert not any(followed[150:])
+        assert leads(contest, 4.0, 800, draw)[-1]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_contest_keeps_to_an_order_through_losses_that_are_chance(seed: int):
+    draw = random.Random(seed)
+    contest = shadow.Contest()
+    leads(contest, 2.0, 1000, draw)
+    assert all(leads(contest, 2.0, 5000, draw))
+
+
+def test_contest_follows_nothing_on_little_evidence():
+    contest = shadow.Contest()
+    followed = leads(contest, 5.0, 100, random.Random(1), spread=0.0)
+    assert followed.index(True) * 20 >= 900
+
+
 @pytest.mark.parametrize("workload", ["chat", "reversals"])
 def test_adaptive_shadows_hit_what_the_policies_hit(workload: str, monkeypatch: pytest.MonkeyPatch):
     """From the first eviction on, as the capacity is not known before."""
