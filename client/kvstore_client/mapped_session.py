@@ -11,6 +11,7 @@ import threading
 import weakref
 from collections import Counter, deque
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -260,13 +261,15 @@ class MappedSession(SharedMemory):
                     fill_slot(self.address, at)
                     result = end_put(self.address, at, id(parent), part, access)
                     if result < 0:
-                        self._unreturned.append(int(item[fields.ITEM_SLOT // 8]))
+                        self._cancel_put(at)
             except BaseException:
-                slot = cancel_put(at)
-                if slot:
-                    self._unreturned.append(slot)
+                self._cancel_put(at)
                 raise
         return result
+
+    def _cancel_put(self, item: int) -> None:
+        """Let go of what an item holds, once; a single call of C code, so that no interrupt loses its slot."""
+        self._unreturned.extend(filter(None, map(cancel_put, (item,))))
 
     def put_unwaited(self, key: object, data: object, parent: object, part: object, request: object) -> bool:
         """One put, if its arguments are of the usual kind and a slot is at hand; False: do it by the long way."""
@@ -308,8 +311,9 @@ class MappedSession(SharedMemory):
         self._unreturned.append(slot)
 
     def _return_slots(self) -> None:
-        unreturned, self._unreturned = self._unreturned, []
-        self._unreturned += [slot for slot in unreturned if give_back(self.address, slot) == FULL]
+        # Those stay for which the ring is full. A single step of C code: no interrupt strikes where a slot was given
+        # back and is in the list still, or where it is out of it and was not given back.
+        self._unreturned[:] = filter(partial(give_back, self.address), self._unreturned)
 
     def expect_answer(self, number: int, key: bytes) -> None:
         """Remember a commit that nobody waits for, until its answer is there."""

@@ -231,7 +231,7 @@ def fill_slot(context: int, item: int) -> None:
 
 @compiled("int64(int64, int64, int64, int64, int64)")
 def end_put(context: int, item: int, parent_id: int, part: int, access: int) -> int:
-    """As ``put_one``'s result. ``FULL`` or ``STALE``: nothing was committed, and the item's slot must be given back.
+    """As ``put_one``'s result. ``FULL`` or ``STALE``: nothing was committed, and the item is for ``cancel_put``.
 
     Another thread may have filled the ring since ``begin_put``, or joined another generation of the namespace.
     """
@@ -242,14 +242,13 @@ def end_put(context: int, item: int, parent_id: int, part: int, access: int) -> 
     elif room(file, load(file + HEAD_OFFSET)) < 1:
         result = FULL
     if result != 0:
-        close_buffer(item + ITEM_BUFFER)
         return result
     return _end(context, item, parent_id, part, access, now_ns(context))
 
 
 @compiled("int64(int64)")
 def cancel_put(item: int) -> int:
-    """After an exception: let go of what an item holds, whose memory was zero before; a slot to be given back, or 0."""
+    """Let go of what an item holds that was not committed, and was zero at first; a slot to be given back, or 0."""
     if not buffer_is_open(item + ITEM_BUFFER):
         return 0
     close_buffer(item + ITEM_BUFFER)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import struct
+import sys
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ from kvstore.mapped.context import BAD_ARGUMENT, FULL, LARGE, NO_GRANT, NO_LANE,
 from kvstore.mapped.grants import offer, revoke
 from kvstore.mapped.reads import match
 from kvstore.mapped.ring import consume, consumed, lower_bells, take, waiting
-from kvstore.mapped.writes import begin_put, end_put, fill_slot, give_back, put_one
+from kvstore.mapped.writes import begin_put, cancel_put, end_put, fill_slot, give_back, put_one
 
 _RECORD = struct.Struct("<BBBxHHIIqqQqqq")
 ROOT = bytes(32)
@@ -125,7 +126,10 @@ def test_put_that_began_in_another_generation_is_not_committed() -> None:
     memory.set(fields.NAMESPACE_ID, memory.namespace + 1)
     assert end_put(memory.context, at, id(ROOT), 0, 0) == STALE
     assert int(memory.file[HEAD_OFFSET // 8]) == 0
-    assert int(item[fields.ITEM_SLOT // 8]) == 9
+    payload_is_held = sys.getrefcount(payload)
+    assert cancel_put(at) == 9
+    assert sys.getrefcount(payload) == payload_is_held - 1
+    assert cancel_put(at) == 0
 
 
 def test_put_full_ring_is_refused_before_a_grant_is_taken() -> None:
