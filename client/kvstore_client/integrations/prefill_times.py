@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final, Protocol
 
-__all__ = ["Mark", "PrefillTimes", "cpu_mark", "cuda_mark"]
+__all__ = ["CpuMark", "CudaMark", "Mark", "PrefillTimes"]
 
 _LEAST_TOKENS: Final = 128
 """Of prompts in a step. A smaller step takes about as long with twice the tokens: it says nothing of long prompts."""
@@ -27,19 +27,25 @@ class Mark(Protocol):
         """Time between two marks that are reached."""
 
 
-class _CpuMark:
+class CpuMark:
+    """Now, where a step is computed when the engine's call of it returns."""
+
     def __init__(self) -> None:
         self.seconds = time.perf_counter()
 
     def is_reached(self) -> bool:
+        """See ``Mark``."""
         return True
 
     def seconds_since(self, earlier: Mark) -> float:
-        assert isinstance(earlier, _CpuMark)
+        """See ``Mark``."""
+        assert isinstance(earlier, CpuMark)
         return self.seconds - earlier.seconds
 
 
-class _CudaMark:
+class CudaMark:
+    """A mark in the current CUDA stream; the host does not wait for it."""
+
     def __init__(self) -> None:
         import torch
 
@@ -47,28 +53,20 @@ class _CudaMark:
         self.event.record()
 
     def is_reached(self) -> bool:
+        """See ``Mark``."""
         return bool(self.event.query())
 
     def seconds_since(self, earlier: Mark) -> float:
-        assert isinstance(earlier, _CudaMark)
+        """See ``Mark``."""
+        assert isinstance(earlier, CudaMark)
         return float(earlier.event.elapsed_time(self.event)) / 1e3
-
-
-def cpu_mark() -> Mark:
-    """Now, where a step is computed when the engine's call of it returns."""
-    return _CpuMark()
-
-
-def cuda_mark() -> Mark:
-    """A mark in the current CUDA stream; the host does not wait for it."""
-    return _CudaMark()
 
 
 class PrefillTimes:
     """Sums up steps that compute little but prompts, from when their loads are over to the end of their model.
 
     Args:
-        mark: makes a mark of now; see ``cpu_mark`` and ``cuda_mark``.
+        mark: makes a mark of now; see ``CpuMark`` and ``CudaMark``.
     """
 
     def __init__(self, mark: Callable[[], Mark]) -> None:

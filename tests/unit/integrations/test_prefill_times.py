@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from kvstore_client.integrations.prefill_times import PrefillTimes, cpu_mark
+from kvstore_client.integrations.prefill_times import CpuMark, PrefillTimes
 
 
 @dataclass
@@ -102,6 +102,6 @@ def test_a_device_that_hangs_costs_no_memory(device: Device, times: PrefillTimes
 
 
 def test_on_a_cpu_a_mark_is_now() -> None:
-    first, second = cpu_mark(), cpu_mark()
+    first, second = CpuMark(), CpuMark()
     assert first.is_reached()
     assert second.seconds_since(first) >= 0

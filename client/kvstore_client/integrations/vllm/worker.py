@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from kvstore.errors import ProtocolMismatch
-from kvstore_client.integrations.prefill_times import PrefillTimes, cpu_mark, cuda_mark
+from kvstore_client.integrations.prefill_times import CpuMark, CudaMark, PrefillTimes
 from kvstore_client.integrations.reachable import Reachable
 from kvstore_client.integrations.vllm.caches import GroupCache
 from kvstore_client.integrations.vllm.messages import LoadJob, SaveJob, StepJobs, StepReport
@@ -74,8 +74,7 @@ class WorkerHalf:
         self._caches = [GroupCache.of(group, kv_caches) for group in self._model.groups]
         self._fidelity = np.full(self._caches[0].pages.num_pages, _EXACT, np.uint8)
         if self._settings.report_prefill and self._model.times_prefill:
-            on_cuda = self._caches[0].tensors[0].device.type == "cuda"
-            self._prefill = PrefillTimes(cuda_mark if on_cuda else cpu_mark)
+            self._prefill = PrefillTimes(CudaMark if _on_cuda(self._caches[0]) else CpuMark)
         for cache, store in zip(self._caches, self._stores, strict=True):
             store.call(partial(TensorStore.prepare, kv=cache.spare), None)
 
@@ -120,8 +119,10 @@ class WorkerHalf:
 
     def compute(self, jobs: StepJobs) -> None:
         """The step begins to compute, unless it waits for loads first."""
-        if self._prefill is not None:
-            self._prefill.begin(jobs.prefill_tokens, jobs.other_tokens)
+        # Read once: a thread takes it away where the daemon has no use for it.
+        times = self._prefill
+        if times is not None:
+            times.begin(jobs.prefill_tokens, jobs.other_tokens)
 
     def load(self, jobs: StepJobs) -> None:
         """Begin the loads of a step; those that it computes on are over when this returns."""
@@ -136,9 +137,10 @@ class WorkerHalf:
 
     def save(self, jobs: StepJobs) -> None:
         """Begin the saves of a step, whose KV is computed (or queued on the device's current stream)."""
-        if self._prefill is not None:
-            self._prefill.end()
-            measured = self._prefill.take()
+        times = self._prefill
+        if times is not None:
+            times.end()
+            measured = times.take()
             if measured is not None:
                 self._savers.submit(self._tell_prefill, *measured)
         for before, written in jobs.computed:
@@ -335,9 +337,13 @@ class WorkerHalf:
         self._fidelity[np.array(written, np.int64)] = self._lineage(before)
 
 
+def _on_cuda(cache: GroupCache) -> bool:
+    return bool(cache.tensors[0].device.type == "cuda")
+
+
 def _event(cache: GroupCache) -> Any:
     """A mark in the device's current stream, None on the CPU."""
-    if cache.tensors[0].device.type != "cuda":
+    if not _on_cuda(cache):
         return None
     event = torch.cuda.Event()
     event.record()
