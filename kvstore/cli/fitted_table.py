@@ -7,7 +7,7 @@ below the other, each of which begins with the columns that say what a row is of
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Final
+from typing import Any, Final
 
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -19,6 +19,14 @@ from kvstore.cli.bar import Bar
 
 __all__ = ["FittedTable", "shortened"]
 
+_LOOK: Final[dict[str, Any]] = {
+    "box": box.SIMPLE_HEAD,
+    "show_edge": False,
+    "pad_edge": False,
+    "padding": (0, 1),
+    "header_style": "dim",
+    "border_style": "dim",
+}
 _GAP: Final = 3
 """Cells between two columns."""
 _LEAST_BAR: Final = 4
@@ -46,15 +54,7 @@ class FittedTable(Table):
     """
 
     def __init__(self, title: Text, *, key_columns: int = 1, show_header: bool = True) -> None:
-        super().__init__(
-            box=box.SIMPLE_HEAD,
-            show_edge=False,
-            show_header=show_header,
-            pad_edge=False,
-            padding=(0, 1),
-            header_style="dim",
-            border_style="dim",
-        )
+        super().__init__(show_header=show_header, **_LOOK)
         self.heading = title
         self.key_columns = key_columns
 
@@ -127,15 +127,7 @@ class FittedTable(Table):
         return self.columns[column].justify == "left" and not self._has_bars(column)
 
     def _part(self, widths: dict[int, int]) -> Table:
-        made = Table(
-            box=self.box,
-            show_edge=False,
-            show_header=self.show_header,
-            pad_edge=False,
-            padding=(0, 1),
-            header_style=self.header_style,
-            border_style=self.border_style,
-        )
+        made = Table(show_header=self.show_header, **_LOOK)
         for at in widths:
             column = self.columns[at]
             made.add_column(column.header, justify=column.justify, no_wrap=True, overflow=column.overflow)

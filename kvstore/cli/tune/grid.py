@@ -55,7 +55,7 @@ class Grid:
         return Tiers(codec, dram_bytes, dram_bytes // slot, ssd_bytes, ssd_bytes // slot)
 
     def _tiers(self, codec: str, dram: Capacity, ssd: Capacity) -> Tiers:
-        made = self.tiers_of(codec, self.bytes_of(dram), self.bytes_of(ssd))
+        made = self.tiers_of(codec, self._sizes.bytes_of(dram), self._sizes.bytes_of(ssd))
         for held, given, option in (
             (made.dram_blocks, made.dram_bytes, "--capacities"),
             (made.ssd_blocks, made.ssd_bytes, "--ssd"),
@@ -63,10 +63,6 @@ class Grid:
             if given and not held:
                 raise self._sizes.too_small(option, given, codec)
         return made
-
-    def bytes_of(self, capacity: Capacity) -> int:
-        """Bytes of a capacity, which may be given in uncompressed blocks."""
-        return self._sizes.bytes_of(capacity)
 
 
 def grid_rows(

@@ -86,17 +86,7 @@ def tuned(
     have = asked.have
     if have is None and trace.dram_bytes and asked.capacities is None:
         have = Capacity(size_bytes=trace.dram_bytes)
-    capacities = [*(asked.capacities or default_capacities(workload.distinct_blocks))]
-    if have is not None:
-        largest = max(asked.codecs, key=sizes.slot_bytes.__getitem__)
-        if sizes.bytes_of(have) < sizes.slot_bytes[largest]:
-            raise sizes.too_small("--have", sizes.bytes_of(have), largest)
-        if asked.capacities is None:
-            around = capacities_around(have)
-            capacities = [each for each in around if sizes.bytes_of(each) >= sizes.slot_bytes[largest]]
-        if have not in capacities:
-            capacities.append(have)
-    grid = Grid(sizes, capacities, asked.codecs, asked.ssd)
+    grid = Grid(sizes, _capacities(asked, have, sizes, workload), asked.codecs, asked.ssd)
     curve_rate = lru_rate(workload, exact=asked.exact)
     on_progress("curve of LRU", 0, 1)
     curve = LruCurve(workload, curve_rate)
@@ -116,7 +106,7 @@ def tuned(
         asked_blocks=workload.asked.whole / len(trace.requests),
     )
     rows = list(grid_rows(grid.tiers, policies, workload, curve, curve_rate, runs, results, costs))
-    here = starting_bytes(grid, curve) if have is None else grid.bytes_of(have)
+    here = starting_bytes(grid, curve) if have is None else sizes.bytes_of(have)
     question = Question(rows, workload, curve, grid, costs, here, have is not None)
     return TuneReport(
         machine=machine,
@@ -137,6 +127,22 @@ def tuned(
         lru_rate=curve_rate,
         recommendation=recommended(question),
     )
+
+
+def _capacities(asked: Asked, have: Capacity | None, sizes: BlockSizes, workload: Workload) -> list[Capacity]:
+    """What was asked for, else round ones or those around what there is; and what there is.
+
+    Raises:
+        InvalidArgument: what there is holds no block.
+    """
+    if have is None:
+        return [*(asked.capacities or default_capacities(workload.distinct_blocks))]
+    largest = max(asked.codecs, key=sizes.slot_bytes.__getitem__)
+    least_bytes = sizes.slot_bytes[largest]
+    if sizes.bytes_of(have) < least_bytes:
+        raise sizes.too_small("--have", sizes.bytes_of(have), largest)
+    around = [each for each in capacities_around(have) if sizes.bytes_of(each) >= least_bytes]
+    return list(dict.fromkeys((*(asked.capacities or around), have)))
 
 
 def _facts(trace: Trace, workload: Workload) -> TraceFacts:

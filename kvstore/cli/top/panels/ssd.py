@@ -97,7 +97,7 @@ def _draw(frame: Frame, width: int, rows: int) -> Sequence[Content]:
     ]
     lines += [*_trouble(ssd, width), *_left_out(ssd, width)]
     for name, value in (
-        ("served", f"{render.blocks(ssd.hits)}"),
+        ("served", render.blocks(ssd.hits)),
         ("commits", f"{render.count(ssd.groups)} groups, {render.count(ssd.checkpoints)} checkpoints"),
         ("found", f"{render.count(ssd.recovered_records)} records in {render.duration(ssd.recovery_s)} at the start"),
         ("where", cut(plain(ssd.directory), width - _NAME_CELLS, keep="end")),
